@@ -1,0 +1,30 @@
+"""The errors a user can cause; each message reads `<key>=<value>: <rule broken>; <what to do>`."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class CrucibleError(Exception):
+    """Base of every error below: entry points print its message alone, without a traceback."""
+
+
+class ConfigError(CrucibleError):
+    """A setting that cannot be honoured, found before any expensive work."""
+
+
+class ShapeError(CrucibleError):
+    """A tensor whose shape a piece cannot work with."""
+
+
+class DataError(CrucibleError):
+    """Text or tokens that are missing, broken, or too few."""
+
+
+class CheckpointError(CrucibleError):
+    """A checkpoint that is missing, damaged, or made by another architecture."""
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """Return `"; did you mean x?"` for the candidate closest to `name`, or `""` when none is close."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
