@@ -1,0 +1,1 @@
+"""Attention: how a token reads the tokens before it."""

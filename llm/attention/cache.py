@@ -1,0 +1,74 @@
+"""The key/value cache: what attention over stored keys remembers between decoding calls."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm.contracts import PositionView
+from llm.errors import ShapeError
+
+
+class KeyValueCache:
+    """Holds the keys of each position view, the values and the document ids of all tokens seen.
+
+    A view's key depends on its own position alone, so it is stored as the view made it and never turned again.
+    Buffers are allocated at the first call, when the number of views and the head sizes are known.
+
+    Args:
+        batch: rows.
+        max_length: tokens that fit.
+        device: where the buffers live.
+        dtype: of keys and values.
+    """
+
+    def __init__(self, *, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.batch, self.max_length, self.device, self.dtype = batch, max_length, device, dtype
+        self._length = 0
+        self._keys: list[Tensor] = []
+        self._values: Tensor | None = None
+        self._document_ids = torch.zeros(batch, max_length, dtype=torch.long, device=device)
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far."""
+        return self._length
+
+    def append(
+        self,
+        views: tuple[PositionView, ...],
+        v: Float[Tensor, "batch time kv_heads value_dim"],
+        document_ids: Int[Tensor, "batch time"] | None,
+    ) -> tuple[tuple[PositionView, ...], Tensor, Tensor]:
+        """Store the new tokens; return views whose keys, values and document ids cover all tokens seen.
+
+        Raises:
+            ShapeError: more tokens than max_length.
+        """
+        start, end = self._length, self._length + v.shape[1]
+        if end > self.max_length:
+            raise ShapeError(f"cache length={end}: holds max_length={self.max_length} tokens; allocate a longer cache")
+        if self._values is None:
+            self._keys = [self._buffer(view.k) for view in views]
+            self._values = self._buffer(v)
+        for keys, view in zip(self._keys, views, strict=True):
+            keys[:, start:end] = view.k
+        self._values[:, start:end] = v
+        self._document_ids[:, start:end] = 0 if document_ids is None else document_ids
+        self._length = end
+        whole = tuple(view._replace(k=keys[:, :end]) for keys, view in zip(self._keys, views, strict=True))
+        return whole, self._values[:, :end], self._document_ids[:, :end]
+
+    def _buffer(self, like: Tensor) -> Tensor:
+        return torch.zeros(self.batch, self.max_length, *like.shape[2:], dtype=self.dtype, device=self.device)
+
+    def reorder(self, rows: Int[Tensor, " rows"]) -> None:
+        """Keep the given rows, in this order."""
+        self._keys = [keys[rows] for keys in self._keys]
+        self._values = None if self._values is None else self._values[rows]
+        self._document_ids = self._document_ids[rows]
+        self.batch = len(rows)
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        tensors = [*self._keys, self._document_ids, *([] if self._values is None else [self._values])]
+        return sum(t.numel() * t.element_size() for t in tensors)

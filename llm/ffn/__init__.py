@@ -1,0 +1,1 @@
+"""Feed-forwards: what a token does alone."""

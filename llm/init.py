@@ -1,0 +1,41 @@
+"""How weights start."""
+
+import math
+
+import torch
+from torch import nn
+
+RESIDUAL_OUTPUTS = ("o_proj", "down_proj")
+"""Names of the projections that write into the residual stream."""
+
+
+@torch.no_grad()
+def fan_in_normal(model: nn.Module, *, num_layers: int, embedding_std: float, head_std: float) -> None:
+    """Draw every matrix from N(0, 1/d_in), so that a unit-RMS input gives a unit-RMS output at any width.
+
+    Projections into the residual stream are divided by sqrt(2 num_layers) more, so that the sum over all sublayers
+    has unit variance. Expert stacks [experts, d_out, d_in] are drawn expert by expert with the same rule. Gains start
+    at 1 and biases at 0, as their modules made them.
+
+    Args:
+        model: whose parameters are drawn in place, in the order of `named_parameters`.
+        num_layers: depth; each layer writes into the residual stream twice.
+        embedding_std: of the token embedding.
+        head_std: of an untied head; small, so that the first predictions are near uniform.
+
+    Source: He et al., arXiv:1502.01852, eq. 10 without the rectifier's 2; depth factor of Radford et al.,
+    "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.3.
+    """
+    for name, parameter in model.named_parameters():
+        *_, owner, _ = ("", *name.split("."))
+        if parameter.ndim < 2:
+            continue
+        if owner == "token_embedding":
+            std = embedding_std
+        elif owner == "lm_head":
+            std = head_std
+        else:
+            std = parameter.shape[-1] ** -0.5
+            if owner in RESIDUAL_OUTPUTS:
+                std /= math.sqrt(2 * num_layers)
+        parameter.normal_(0.0, std)

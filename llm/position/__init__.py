@@ -1,0 +1,1 @@
+"""Positions: how a score learns the distance between query and key."""

@@ -1,0 +1,1 @@
+"""Rules that carry a learning rate from one batch size to another."""
