@@ -1,0 +1,166 @@
+"""Which kind each parameter is, and the tagged groups that every optimizer is given."""
+
+from collections.abc import Collection, Mapping
+from typing import Any, NotRequired, get_args
+
+from torch import nn
+
+from llm.contracts import ParameterKind, ParamGroup
+from llm.errors import ConfigError, did_you_mean
+
+KINDS: tuple[ParameterKind, ...] = get_args(ParameterKind)
+
+DEFAULT_KINDS: dict[type[nn.Module], dict[str, ParameterKind]] = {
+    nn.Linear: {"weight": "matrix", "bias": "vector"},
+    nn.Embedding: {"weight": "embedding"},
+    nn.LayerNorm: {"weight": "vector", "bias": "vector"},
+    nn.RMSNorm: {"weight": "vector"},
+}
+"""What torch's own modules hold; a module of the project states its own in a class attribute `parameter_kinds`."""
+
+
+class TaggedGroup(ParamGroup):
+    """A `ParamGroup` with what some rules need beyond the kind, one entry a parameter."""
+
+    resting_values: NotRequired[list[float]]
+    """The value that a parameter is shrunk towards: 1 for a gain, else 0."""
+    heads: NotRequired[list[int]]
+    """Heads stacked along the output rows (negative: along the input columns); 1 where the matrix is one whole."""
+
+
+def _own_kind(model: nn.Module, name: str) -> ParameterKind:
+    """What the module that owns parameter `name` says it is."""
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    owner = type(module).__name__
+    stated: Any = getattr(module, "parameter_kinds", None)
+    if stated is None:
+        stated = next((kinds for torch_type, kinds in DEFAULT_KINDS.items() if isinstance(module, torch_type)), {})
+    if leaf not in stated:
+        raise ConfigError(
+            f"parameter_kinds: {module_name or 'model'} ({owner}) does not claim its parameter {leaf!r}; "
+            f"add it to {owner}.parameter_kinds as one of {', '.join(KINDS)}"
+        )
+    kind = stated[leaf]
+    if kind not in KINDS:
+        raise ConfigError(
+            f"parameter_kinds[{leaf!r}]={kind}: {module_name or 'model'} ({owner}) names an unknown kind; "
+            f"use one of {', '.join(KINDS)}{did_you_mean(str(kind), KINDS)}"
+        )
+    return kind
+
+
+def parameter_kinds(model: nn.Module) -> dict[str, ParameterKind]:
+    """Tell what each trainable parameter is, by the module that owns it.
+
+    A module states the kinds of its own parameters in `parameter_kinds: ClassVar = {"weight": "matrix", ...}`;
+    torch's Linear, Embedding, LayerNorm and RMSNorm need not. A tensor that several modules share appears once,
+    under its first name, and is an embedding if any of them embeds with it.
+
+    Raises:
+        ConfigError: a parameter that its module does not claim, an unknown kind, or a shared tensor that two
+            modules claim as different things.
+    """
+    uses: dict[int, list[tuple[str, ParameterKind]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            uses.setdefault(id(parameter), []).append((name, _own_kind(model, name)))
+    kinds: dict[str, ParameterKind] = {}
+    for claims in uses.values():
+        kinds[claims[0][0]] = _shared_kind(claims)
+    return kinds
+
+
+def _shared_kind(uses: list[tuple[str, ParameterKind]]) -> ParameterKind:
+    """The kind of a tensor used under several names: an embedding tied to a head stays an embedding."""
+    kinds = {kind for _, kind in uses}
+    if len(kinds) == 1:
+        return uses[0][1]
+    if "embedding" in kinds and kinds <= {"embedding", "head", "matrix"}:
+        return "embedding"
+    claims = ", ".join(f"{name} as {kind}" for name, kind in uses)
+    raise ConfigError(f"parameter_kinds: one tensor is claimed twice, {claims}; let the modules agree on its kind")
+
+
+def _resting_value(model: nn.Module, name: str, kind: ParameterKind) -> float:
+    """1 for a gain, which multiplies, else 0; a module may state otherwise in `parameter_resting_values`."""
+    module_name, _, leaf = name.rpartition(".")
+    stated = getattr(model.get_submodule(module_name), "parameter_resting_values", {})
+    return float(stated.get(leaf, 1.0 if kind == "vector" and leaf == "weight" else 0.0))
+
+
+def _heads(model: nn.Module) -> dict[str, int]:
+    """Every module's `parameter_heads`, for instance `{"q_proj.weight": 8, "o_proj.weight": -8}`, by full name."""
+    return {
+        f"{module_name}.{name}" if module_name else name: int(count)
+        for module_name, module in model.named_modules()
+        for name, count in getattr(module, "parameter_heads", {}).items()
+    }
+
+
+def build_param_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    decayed_kinds: Collection[str] = ("matrix",),
+    lr_multipliers: Mapping[str, float] | None = None,
+) -> list[ParamGroup]:
+    """Sort the trainable parameters of `model` into one tagged group a kind.
+
+    Args:
+        model: its modules state their `parameter_kinds`; they may also state `parameter_resting_values` (a gain: 1)
+            and `parameter_heads` (heads stacked in a projection, by dotted name; negative where along its input).
+        lr: peak learning rate, > 0.
+        weight_decay: decoupled decay of the kinds in `decayed_kinds`, >= 0; the others get 0.
+        decayed_kinds: by default matrices only.
+        lr_multipliers: factors on `lr` by kind; 1 where a kind is not named.
+
+    Raises:
+        ConfigError: an unclaimed or contradictory parameter, an unknown kind, or nothing to train.
+    """
+    multipliers = dict(lr_multipliers or {})
+    for kind in [*decayed_kinds, *multipliers]:
+        if kind not in KINDS:
+            raise ConfigError(
+                f"kind={kind}: no such kind of parameter; use one of {', '.join(KINDS)}{did_you_mean(str(kind), KINDS)}"
+            )
+    kinds = parameter_kinds(model)
+    if not kinds:
+        raise ConfigError(f"model={type(model).__name__}: has no trainable parameter; unfreeze some")
+    parameters, heads = dict(model.named_parameters()), _heads(model)
+    groups: list[ParamGroup] = []
+    for kind in KINDS:
+        names = [name for name, its_kind in kinds.items() if its_kind == kind]
+        if names:
+            groups.append(
+                TaggedGroup(
+                    params=[parameters[name] for name in names],
+                    names=names,
+                    kind=kind,
+                    lr=lr * multipliers.get(kind, 1.0),
+                    weight_decay=weight_decay if kind in decayed_kinds else 0.0,
+                    resting_values=[_resting_value(model, name, kind) for name in names],
+                    heads=[heads.get(name, 1) for name in names],
+                )
+            )
+    check_partition(model, groups)
+    return groups
+
+
+def check_partition(model: nn.Module, groups: list[ParamGroup]) -> None:
+    """Prove that each trainable parameter of `model` is in exactly one group.
+
+    Raises:
+        ConfigError: naming the parameters that are missing, repeated or foreign.
+    """
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    missing = [name for key, name in names.items() if key not in set(grouped)]
+    repeated = [names.get(key, "a foreign tensor") for key in set(grouped) if grouped.count(key) > 1]
+    foreign = len(set(grouped) - set(names))
+    if missing or repeated or foreign:
+        raise ConfigError(
+            f"param_groups: {len(missing)} parameters in no group {missing[:3]}, {len(repeated)} in several "
+            f"{repeated[:3]}, {foreign} not of the model; build them with build_param_groups"
+        )

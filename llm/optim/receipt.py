@@ -1,0 +1,139 @@
+"""The receipt: which rule each tensor gets, and what it costs in memory."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+STATES: dict[type[torch.optim.Optimizer], int] = {
+    torch.optim.AdamW: 2,
+    torch.optim.Adam: 2,
+    torch.optim.RMSprop: 1,
+    torch.optim.SGD: 1,
+}
+"""Tensors of a parameter's size that torch's own optimizers keep; ours say so themselves."""
+
+
+class Line(NamedTuple):
+    """What one tensor gets."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    rule: str
+    lr: float
+    weight_decay: float
+    state_bytes: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return torch.Size(self.shape).numel()
+
+
+def unwrap(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the torch optimizer inside the wrappers that Lightning puts around one."""
+    while (inner := getattr(optimizer, "_optimizer", getattr(optimizer, "optimizer", None))) is not None:
+        optimizer = inner
+    return optimizer
+
+
+def rule_of(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> str:
+    """Name the rule that `optimizer` applies to `group`: what our optimizers say, else the class's name."""
+    say = getattr(optimizer, "rule_of", None)
+    return say(group) if say is not None else type(optimizer).__name__.lower()
+
+
+def state_bytes(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> int:
+    """Bytes of state for one parameter: counted once it exists, foretold by the rule before the first step.
+
+    Scalars (torch's step counters) are left out: they do not grow with the parameter.
+    """
+    held = optimizer.state.get(parameter, {})
+    tensors = [value for value in held.values() if isinstance(value, Tensor) and value.numel() > 1]
+    if tensors:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    foretell = getattr(optimizer, "state_bytes", None)
+    if foretell is not None:
+        return foretell(group, parameter)
+    buffers = next((count for kind, count in STATES.items() if isinstance(optimizer, kind)), 0)
+    if isinstance(optimizer, torch.optim.SGD) and not group["momentum"]:
+        buffers = 0
+    return buffers * parameter.numel() * parameter.element_size()
+
+
+def lines(optimizer: Any) -> list[Line]:
+    """The receipt as data, one line a tensor, in the order of the groups."""
+    optimizer = unwrap(optimizer)
+    return [
+        Line(
+            name=name,
+            shape=tuple(parameter.shape),
+            kind=group.get("kind", "?"),
+            rule=rule_of(optimizer, group),
+            lr=float(group.get("initial_lr", group["lr"])),
+            weight_decay=float(group["weight_decay"]),
+            state_bytes=state_bytes(optimizer, group, parameter),
+        )
+        for group in optimizer.param_groups
+        for name, parameter in zip(_names(group), group["params"], strict=True)
+    ]
+
+
+def _names(group: dict[str, Any]) -> Sequence[str]:
+    return group.get("names") or [f"parameter {i}" for i in range(len(group["params"]))]
+
+
+def receipt(optimizer: Any) -> str:
+    """Write a table of what each tensor gets: name, shape, kind, rule, peak lr, decay, bytes of state.
+
+    Works for any torch optimizer built from tagged groups, also inside Lightning's wrapper.
+    """
+    items = lines(optimizer)
+    header = ("name", "shape", "kind", "rule", "lr", "weight decay", "state bytes")
+    rows = [
+        (
+            item.name,
+            " x ".join(map(str, item.shape)) or "scalar",
+            item.kind,
+            item.rule,
+            f"{item.lr:.3g}",
+            f"{item.weight_decay:.3g}",
+            f"{item.state_bytes:,}",
+        )
+        for item in items
+    ]
+    total_header = ("kind", "rule", "tensors", "parameters", "state bytes", "bytes a parameter")
+    return f"{_table([header, *rows])}\n\n{_table([total_header, *_totals(items)])}\n"
+
+
+def _totals(items: list[Line]) -> list[tuple[str, ...]]:
+    """One row for each kind and rule, and one for all."""
+    sums: dict[tuple[str, str], list[Line]] = {}
+    for item in items:
+        sums.setdefault((item.kind, item.rule), []).append(item)
+    sums[("all", "")] = items
+    rows = []
+    for (kind, rule), members in sums.items():
+        numel, held = sum(item.numel for item in members), sum(item.state_bytes for item in members)
+        rows.append((kind, rule, f"{len(members):,}", f"{numel:,}", f"{held:,}", f"{held / max(numel, 1):.2f}"))
+    return rows
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    """Align columns: text to the left, numbers to the right."""
+    rows = list(rows)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    numeric = [all(_is_number(row[column]) for row in rows[1:]) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _is_number(cell: str) -> bool:
+    return cell.replace(",", "").replace(".", "").replace("-", "").replace("e", "").replace("+", "").isdigit()

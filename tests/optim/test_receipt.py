@@ -1,0 +1,46 @@
+import pytest
+import torch
+from torch import nn
+
+from llm.optim.param_groups import build_param_groups
+from llm.optim.receipt import lines, receipt
+
+
+def adamw(model):
+    groups = build_param_groups(model, lr=0.01, weight_decay=0.1)
+    return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1, fused=True)
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 5), nn.LayerNorm(5))
+
+
+def test_the_receipt_names_every_tensor_with_its_rule(model):
+    found = {line.name: line for line in lines(adamw(model))}
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    assert found["1.weight"][1:] == ((5, 6), "matrix", "adamw", 0.01, 0.1, 8 * 30)
+    assert found["2.weight"].weight_decay == 0.0
+
+
+def test_the_foretold_state_bytes_are_those_held_after_a_step(model):
+    optimizer = adamw(model)
+    before = [line.state_bytes for line in lines(optimizer)]
+    model(torch.tensor([[1, 2]])).sum().backward()
+    optimizer.step()
+    assert [line.state_bytes for line in lines(optimizer)] == before
+
+
+def test_the_lr_in_the_receipt_is_the_peak_even_during_warmup(model):
+    optimizer = adamw(model)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    assert {line.lr for line in lines(optimizer)} == {0.01}
+
+
+def test_the_text_totals_bytes_by_kind(model):
+    text = receipt(adamw(model))
+    total = text.strip().splitlines()[-1].split()
+    numel = sum(p.numel() for p in model.parameters())
+    assert total == ["all", "5", str(numel), str(8 * numel), "8.00"]
+    assert "1.weight" in text
+    assert "5 x 6" in text
