@@ -24,6 +24,10 @@ class CheckpointError(CrucibleError):
     """A checkpoint that is missing, damaged, or made by another architecture."""
 
 
+class NonFiniteError(CrucibleError):
+    """A loss or gradient that is not finite, met before it could be applied."""
+
+
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return `"; did you mean x?"` for the candidate closest to `name`, or `""` when none is close."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)

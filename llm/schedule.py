@@ -4,6 +4,7 @@ Durations below 1 are shares of the run, others are steps. Warm-up is linear and
 zero: with w warm-up steps the first factors are 1/w, 2/w, … 1.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Literal
@@ -87,7 +88,7 @@ def piecewise(step: int, *, total_steps: int, points: Mapping[float, float]) -> 
     """
     knots = _knots(points, total_steps)
     now = step + 1
-    for (left, low), (right, high) in zip(knots, knots[1:], strict=False):
+    for (left, low), (right, high) in itertools.pairwise(knots):
         if now <= right:
             return low + (high - low) * (now - left) / (right - left)
     return knots[-1][1]
@@ -102,7 +103,7 @@ def _knots(points: Mapping[float, float], total_steps: int) -> list[tuple[float,
     knots = list(zip(times, map(float, points.values()), strict=True))
     if knots[0][0] > 0:
         knots.insert(0, (0.0, 0.0))
-    if any(right <= left for (left, _), (right, _) in zip(knots, knots[1:], strict=False)):
+    if any(right <= left for (left, _), (right, _) in itertools.pairwise(knots)):
         raise ConfigError(f"schedule.points={dict(points)}: times must rise; sort them")
     return knots
 

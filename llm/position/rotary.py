@@ -43,7 +43,7 @@ def rotate(
 
 
 class AngleMemo:
-    """Computes an angle table once for all layers of a forward: the last answer is kept for the same positions tensor."""
+    """Computes an angle table once for all layers of a forward: the answer for the last positions tensor is kept."""
 
     def __init__(self) -> None:
         self._key: Tensor | None = None

@@ -1,0 +1,114 @@
+"""The command line that train.py and eval.py share: help, mistakes in one line each, exit statuses."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llm.config import load, to_plain
+from llm.errors import ConfigError, CrucibleError
+from llm.help import help_page
+from llm.overrides import diagnose, not_overrides
+from llm.resume import merge_resumed
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "conf"
+EXIT_MISTAKE = 2
+"""Exit status of a mistake that the user can mend."""
+
+log = logging.getLogger(__name__)
+
+
+def run_command(task: Callable[[dict[str, Any], Path], float | None], config_name: str) -> None:
+    """Compose the configuration from sys.argv and call `task(plain configuration, run folder)`.
+
+    Exit status: 0 finished, 2 a mistake to mend, 128 + n stopped by signal n, 1 anything else.
+    """
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write(help_page(CONFIG_DIR, config_name))
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing its own page
+    stopped: list[int] = []
+
+    def job(cfg: DictConfig) -> float | None:
+        return _run_job(task, cfg, stopped)
+
+    try:
+        if complaints := not_overrides(arguments):
+            raise ConfigError("\n".join(complaints))
+        sys.argv[1:] = [*arguments, *_resume_dir(arguments, config_name)]
+        hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
+    except CrucibleError as error:
+        _fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(diagnose(error, _default_config(config_name), CONFIG_DIR))
+    if stopped:
+        sys.exit(stopped[0])
+
+
+def _run_job(task: Callable[[dict[str, Any], Path], float | None], cfg: DictConfig, stopped: list[int]) -> Any:
+    hydra_cfg = HydraConfig.get()
+    plain = to_plain(cfg)
+    if plain.get("resume"):
+        saved = load(Path(hydra_cfg.runtime.output_dir) / "config.yaml")
+        plain = merge_resumed(saved, plain, OmegaConf.to_container(hydra_cfg.overrides.task))  # type: ignore[arg-type]
+    try:
+        return task(plain, Path(hydra_cfg.runtime.output_dir))
+    except SystemExit as error:  # a signal: leave the sweep too, with its status
+        stopped.append(int(error.code or 0))
+        if hydra_cfg.mode.name == "MULTIRUN":
+            raise
+        return None
+
+
+def _resume_dir(arguments: list[str], config_name: str) -> list[str]:
+    """Return the override that puts a resumed run back into its own folder."""
+    given = [a.split("=", 1)[1] for a in arguments if a.startswith("resume=")]
+    if not given or given[-1] in ("", "null"):
+        return []
+    folder = _newest_run(arguments, config_name) if given[-1] == "auto" else Path(given[-1])
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"resume={folder}: holds no config.yaml; name a run folder, such as runs/<folder>")
+    return [f"hydra.run.dir='{folder}'"]
+
+
+def _newest_run(arguments: list[str], config_name: str) -> Path:
+    cfg = _compose(config_name, [a for a in arguments if not a.startswith("-")])
+    name = cfg["name"]
+    folders = [p.parent for p in Path("runs").glob(f"*_{name}/config.yaml") if (p.parent / "checkpoints").is_dir()]
+    if not folders:
+        raise ConfigError(f"resume=auto: no run named {name} with a checkpoint under runs/; name its folder instead")
+    return max(folders, key=lambda folder: folder.name)
+
+
+def _compose(config_name: str, overrides: list[str]) -> Mapping[str, Any]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        cfg = compose(config_name, overrides=overrides, return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        OmegaConf.set_struct(cfg, False)
+        cfg.pop("hydra")
+        plain = to_plain(cfg)
+    GlobalHydra.instance().clear()
+    return plain
+
+
+def _default_config(config_name: str) -> Mapping[str, Any]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return OmegaConf.to_container(compose(config_name), resolve=False)  # type: ignore[return-value]
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write("".join(f"error: {line}\n" for line in message.splitlines()))
+    sys.exit(EXIT_MISTAKE)

@@ -1,0 +1,269 @@
+"""Configuration to objects: compose, check, build, save. The only file in llm/ that imports Hydra or OmegaConf."""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import torch
+import yaml
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from llm.batching import BatchPlan, micro_batch_candidates, plan_batch, total_steps
+from llm.errors import ConfigError, CrucibleError
+from llm.precision import resolve_precision
+from llm.signatures import check_node, fits, suggest, target_nodes, type_name
+
+GROUPS = ("model", "optimizer", "schedule", "scaling", "data", "tokenizer", "trainer", "logger", "callbacks", "loader")
+SUPPLIED_TO = {"data.module.TokenDataModule": frozenset({"source"})}
+NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
+SECRET_PATTERN = re.compile(r"(^|_)(api_?key|secret|password|passwd|access_?token|auth_?token)s?$", re.IGNORECASE)
+CHECK_VOCABULARY = 64
+"""Vocabulary of the throw-away model that `check` builds without storage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run-level keys; everything else belongs to a group."""
+
+    name: str
+    seed: int
+    max_steps: int | None
+    max_tokens: int | None
+    batch_tokens: int
+    context_length: int
+    micro_batch_size: int | Literal["auto"]
+    val_every: int
+    checkpoint_every: int
+    on_nonfinite: Literal["raise", "skip"]
+    compile: bool | Literal["auto"]
+    resume: str | None
+    init_from: str | None
+    plan: bool
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer updates of the run."""
+        return total_steps(max_steps=self.max_steps, max_tokens=self.max_tokens, batch_tokens=self.batch_tokens)
+
+
+def to_plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration as plain, resolved dicts and lists."""
+    if isinstance(cfg, DictConfig):
+        return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+    return dict(cfg)
+
+
+def run_config(cfg: Mapping[str, Any]) -> RunConfig:
+    """Return the run-level keys of a plain configuration that passed `check`."""
+    return RunConfig(**{f.name: cfg[f.name] for f in fields(RunConfig)})
+
+
+def check(cfg: Mapping[str, Any]) -> None:
+    """Find every mistake in a plain configuration before data or model exist, and report them together.
+
+    Raises:
+        ConfigError: one line a problem, each naming key, value, rule and remedy.
+    """
+    problems = [*_check_run_keys(cfg), *_check_secrets(cfg)]
+    for path, node in target_nodes({group: cfg.get(group) for group in GROUPS}):
+        problems += check_node(path, node, SUPPLIED_TO.get(str(node["_target_"]), frozenset()))
+    if not problems:
+        problems = _check_together(cfg)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _check_run_keys(cfg: Mapping[str, Any]) -> list[str]:
+    hints = get_type_hints(RunConfig)
+    problems = []
+    for key, value in cfg.items():
+        if key not in hints and key not in GROUPS:
+            problems.append(f"{key}={value}: unknown key{suggest(str(key), {*hints, *GROUPS})}")
+        elif key in hints and not fits(value, hints[key]):
+            problems.append(f"{key}={value!r}: must be {type_name(hints[key])}; got {type(value).__name__}")
+    for key in ("val_every", "checkpoint_every"):
+        if isinstance(cfg.get(key), int) and cfg[key] < 1:
+            problems.append(f"{key}={cfg[key]}: must be at least 1 update; try 100")
+    if not NAME_PATTERN.fullmatch(str(cfg.get("name"))) or ".." in str(cfg.get("name")):
+        problems.append(f"name={cfg.get('name')}: letters, digits, dot, dash and underscore only; try name=my-run")
+    return problems
+
+
+def _check_secrets(node: Any, path: str = "") -> list[str]:
+    if not isinstance(node, Mapping):
+        return []
+    problems = []
+    for key, value in node.items():
+        where = f"{path}.{key}" if path else str(key)
+        if SECRET_PATTERN.search(str(key)) and value is not None:
+            problems.append(f"{where}=…: secrets do not belong in a configuration; set an environment variable")
+        problems += _check_secrets(value, where)
+    return problems
+
+
+def _check_together(cfg: Mapping[str, Any]) -> list[str]:
+    """Collect what only shows when pieces meet: batch arithmetic, rates, the model's own rules."""
+    run = run_config(cfg)
+    probes: list[Callable[[], Any]] = [
+        lambda: run.total_steps,
+        lambda: batch_plan(cfg),
+        lambda: _check_optimizer(cfg["optimizer"]),
+        lambda: instantiate(cfg["scaling"])(run.batch_tokens),
+        lambda: [instantiate(cfg["schedule"])(s, total_steps=run.total_steps) for s in (0, run.total_steps - 1)],
+        lambda: resolve_precision(cfg["trainer"]["precision"], accelerator=accelerator(cfg["trainer"])),
+        lambda: build_meta_model(cfg),
+    ]
+    problems = []
+    for probe in probes:
+        try:
+            probe()
+        except CrucibleError as error:
+            problems += [line for line in str(error).splitlines() if line not in problems]
+    return problems
+
+
+def _check_optimizer(node: Mapping[str, Any]) -> None:
+    if not (isinstance(node["lr"], (int, float)) and 0 < node["lr"] < math.inf):
+        raise ConfigError(f"optimizer.lr={node['lr']}: must be above 0; 1e-3 is usual for adamw")
+    if not 0 <= node["weight_decay"] < math.inf:
+        raise ConfigError(f"optimizer.weight_decay={node['weight_decay']}: must be at least 0; 0.1 is usual")
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    group = {"params": [parameter], "names": ["probe"], "kind": "matrix", "lr": node["lr"], "weight_decay": 0.0}
+    try:
+        instantiate(node, _convert_="all")([group])
+    except ValueError as error:
+        raise ConfigError(f"optimizer: {error}; see the docstring of {node['_target_']}") from error
+
+
+def build_meta_model(cfg: Mapping[str, Any], vocab_size: int = CHECK_VOCABULARY) -> torch.nn.Module:
+    """Build the model without storage: its shapes and its rules, at no cost."""
+    with torch.device("meta"):
+        return instantiate(cfg["model"], _convert_="all")(vocab_size=vocab_size)
+
+
+def accelerator(trainer: Mapping[str, Any]) -> str:
+    """Return the kind of device that a trainer node will use: cpu or cuda.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    wanted = trainer.get("accelerator", "auto")
+    available = torch.cuda.is_available()
+    if wanted in ("gpu", "cuda") and not available:
+        raise ConfigError(f"trainer.accelerator={wanted}: no CUDA device is visible; use trainer=cpu")
+    return "cuda" if wanted in ("gpu", "cuda") or (wanted == "auto" and available) else "cpu"
+
+
+def world_size(trainer: Mapping[str, Any]) -> int:
+    """Return the number of processes that a trainer node will run.
+
+    Raises:
+        ConfigError: more devices than there are.
+    """
+    devices = trainer.get("devices", 1)
+    visible = torch.cuda.device_count() if accelerator(trainer) == "cuda" else None
+    count = len(devices) if isinstance(devices, list) else devices
+    if count in ("auto", -1, "-1"):
+        count = visible or 1
+    if visible is not None and int(count) > visible:
+        raise ConfigError(f"trainer.devices={devices}: only {visible} CUDA devices are visible; ask for fewer")
+    return int(count) * int(trainer.get("num_nodes", 1))
+
+
+def batch_plan(cfg: Mapping[str, Any]) -> BatchPlan:
+    """Return the plan of an update; `micro_batch_size=auto` is taken as its largest candidate."""
+    run, world = run_config(cfg), world_size(cfg["trainer"])
+    sizes = {"batch_tokens": run.batch_tokens, "context_length": run.context_length, "world_size": world}
+    micro = run.micro_batch_size
+    return plan_batch(**sizes, micro_batch_size=micro_batch_candidates(**sizes)[0] if micro == "auto" else micro)
+
+
+def build_tokenizer(cfg: Mapping[str, Any]) -> Any:
+    """Build the tokenizer of the chosen node; one that is trained on the corpus has no ids yet."""
+    return instantiate(cfg["tokenizer"], _convert_="all")
+
+
+def build_data(cfg: Mapping[str, Any], micro_batch_size: int) -> Any:
+    """Build the data module: a source, a tokenizer, and the loader that turns them into windows."""
+    run = run_config(cfg)
+    return instantiate(cfg["loader"], _convert_="all")(
+        source=instantiate(cfg["data"], _convert_="all"),
+        tokenizer=build_tokenizer(cfg),
+        context_length=run.context_length,
+        batch_tokens=run.batch_tokens,
+        micro_batch_size=micro_batch_size,
+        seed=run.seed,
+    )
+
+
+def build_model(cfg: Mapping[str, Any], vocab_size: int) -> torch.nn.Module:
+    """Build the model with weights drawn from the run's seed."""
+    torch.manual_seed(run_config(cfg).seed)
+    return instantiate(cfg["model"], _convert_="all")(vocab_size=vocab_size)
+
+
+def module_factories(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the optimizer, schedule and scaling factories with the rates that the optimizer's node states."""
+    optimizer = cfg["optimizer"]
+    return {
+        "optimizer": instantiate(optimizer, _convert_="all"),
+        "lr": float(optimizer["lr"]),
+        "weight_decay": float(optimizer["weight_decay"]),
+        "schedule": instantiate(cfg["schedule"], _convert_="all"),
+        "scaling": instantiate(cfg["scaling"], _convert_="all"),
+    }
+
+
+def build_callbacks(cfg: Mapping[str, Any], **supplied: Any) -> list[Any]:
+    """Build the callbacks, finishing each factory with those of `supplied` that its signature asks for."""
+    nodes = instantiate(cfg["callbacks"] or {}, _convert_="all")
+    return [finish(node, **supplied) for node in nodes.values() if node is not None]
+
+
+def build_loggers(cfg: Mapping[str, Any], **supplied: Any) -> list[Any]:
+    """Build the loggers that were chosen; an empty list where there is none."""
+    node = cfg["logger"]
+    if not node:
+        return []
+    nodes = [node] if "_target_" in node else list(node.values())
+    return [finish(instantiate(n, _convert_="all"), **supplied) for n in nodes]
+
+
+def finish(piece: Any, **supplied: Any) -> Any:
+    """Call a factory with those of `supplied` that its signature asks for; a finished piece is returned as it is."""
+    if not isinstance(piece, partial):
+        return piece
+    asked = inspect.signature(piece.func).parameters
+    return piece(**{name: value for name, value in supplied.items() if name in asked and name not in piece.keywords})
+
+
+def build_trainer(cfg: Mapping[str, Any], **arguments: Any) -> Any:
+    """Build the Lightning trainer of the chosen node; `arguments` are what the run decides."""
+    node = dict(cfg["trainer"])
+    node["precision"] = resolve_precision(node["precision"], accelerator=accelerator(node))
+    return instantiate(node, _convert_="all", **arguments)
+
+
+def save(cfg: Mapping[str, Any], path: Path) -> None:
+    """Write a plain configuration as YAML."""
+    path.write_text(yaml.safe_dump(dict(cfg), sort_keys=False, allow_unicode=True))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a configuration that `save` wrote.
+
+    Raises:
+        ConfigError: a file that is missing or is no mapping.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: not found; name a run folder, which holds a config.yaml")
+    cfg = yaml.safe_load(path.read_text())
+    if not isinstance(cfg, dict):
+        raise ConfigError(f"{path}: not a configuration; name a run folder that train.py made")
+    return cfg

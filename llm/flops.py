@@ -1,0 +1,64 @@
+"""What a device could do at most, so that model FLOPs can be given as a share of it (MFU)."""
+
+import time
+
+import torch
+
+TERA = 1e12
+
+GPU_PEAKS = {
+    "H200": (989.4, 66.9),
+    "GH200": (989.4, 66.9),
+    "H100 PCIe": (756.0, 51.2),
+    "H100 NVL": (835.5, 60.0),
+    "H100": (989.4, 66.9),
+    "B200": (2250.0, 75.0),
+    "A100": (312.0, 19.5),
+    "A10": (125.0, 31.2),
+    "L40S": (362.05, 91.6),
+    "L40": (181.05, 90.5),
+    "L4": (121.0, 30.3),
+    "RTX 4090": (165.2, 82.6),
+    "RTX 3090": (71.0, 35.6),
+}
+"""Dense bf16 and fp32 peaks in TFLOP/s by a part of the device's name; the longest part that fits counts.
+
+Sources: NVIDIA's data sheets for H200, H100 (SXM, PCIe, NVL), GH200, B200, A100, A10, L40S, L40 and L4 (dense, that is
+half of the figures given with sparsity), the Ada whitepaper v2.1 (RTX 4090, bf16 with fp32 accumulation) and the GA102
+whitepaper v2.1 (RTX 3090, likewise).
+"""
+
+
+def peak_flops(device: torch.device, *, bf16: bool) -> float | None:
+    """Return the dense peak of one device in FLOP/s: GPUs from the table, a CPU by measurement, None if unknown.
+
+    Args:
+        device: where the model runs.
+        bf16: whether its matrix products are in bf16; else in fp32.
+    """
+    if device.type == "cpu":
+        return measured_matmul_flops(torch.bfloat16 if bf16 else torch.float32)
+    if device.type != "cuda":
+        return None
+    return table_peak(torch.cuda.get_device_name(device), bf16=bf16)
+
+
+def table_peak(name: str, *, bf16: bool) -> float | None:
+    """Return the peak of the GPU called `name` in FLOP/s, or None where the table has no such GPU."""
+    words = name.replace("-", " ")
+    fitting = [part for part in GPU_PEAKS if all(word in words.split() for word in part.split())]
+    if not fitting:
+        return None
+    return GPU_PEAKS[max(fitting, key=len)][0 if bf16 else 1] * TERA
+
+
+def measured_matmul_flops(dtype: torch.dtype, *, size: int = 1536, repeats: int = 7) -> float:
+    """Return the best rate at which this CPU multiplied two square matrices, in FLOP/s: what no model can exceed."""
+    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            left @ right
+            seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:])

@@ -1,0 +1,40 @@
+"""The page that `--help` prints: every group, every option with its line, and examples."""
+
+from pathlib import Path
+
+EXAMPLES = """\
+Examples
+  python train.py                                        train on this Python's own sources
+  python train.py model/size=small data=text data.files='corpus/*.txt' max_steps=2000
+  python train.py -m optimizer=adamw optimizer.lr=1e-3,3e-3 seed=1,2
+
+  python train.py plan=true model/size=124m              what it would cost, and train nothing
+  python train.py resume=runs/<folder>                   go on where a run stopped
+"""
+
+
+def help_page(config_dir: Path, config_name: str) -> str:
+    """Return the help text of the configuration in `config_dir`, read from the first comment of each file."""
+    lines = [_first_comment(config_dir / f"{config_name}.yaml"), "", "Usage: python train.py [key=value …] [-m]", ""]
+    lines += ["Run-level keys", *_run_keys(config_dir / f"{config_name}.yaml"), ""]
+    lines += ["Groups: choose with <group>=<option>, change a value inside with <group>.<key>=<value>"]
+    for folder in sorted(p for p in config_dir.rglob("*") if p.is_dir() and list(p.glob("*.yaml"))):
+        lines += ["", f"  {folder.relative_to(config_dir).as_posix()}"]
+        lines += [f"    {file.stem:<14} {_first_comment(file)}" for file in sorted(folder.glob("*.yaml"))]
+    return "\n".join([*lines, "", EXAMPLES])
+
+
+def _first_comment(file: Path) -> str:
+    comments = (line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#"))
+    return next((c for c in comments if not c.startswith("@package")), "")
+
+
+def _run_keys(file: Path) -> list[str]:
+    body = file.read_text().split("\n\n", 1)[1].split("\nloader:")[0]
+    rows = []
+    for line in body.splitlines():
+        if ":" not in line or line.startswith((" ", "#", "defaults")):
+            continue
+        setting, _, comment = line.partition("#")
+        rows.append(f"  {setting.strip().replace(': ', '='):<28} {comment.strip()}".rstrip())
+    return rows

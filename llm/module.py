@@ -1,0 +1,182 @@
+"""The LightningModule: one training step, one validation step, and the one line that sets the learning rate."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from llm.contracts import Batch, ParamGroup
+from llm.errors import NonFiniteError
+from llm.loss import linear_cross_entropy
+from llm.optim.param_groups import build_param_groups
+from llm.transformer import TransformerOutput
+
+FORWARD_AND_BACKWARD = 3
+"""FLOPs of a training step over those of its forward pass: the backward pass multiplies by each weight twice."""
+
+MAX_NONFINITE_IN_A_ROW = 10
+"""Steps without a finite loss and gradient after which `on_nonfinite=skip` gives up."""
+
+
+class LanguageModule(L.LightningModule):
+    """Trains a decoder on next-token prediction; the objective is cross-entropy plus what sublayers return as losses.
+
+        lr(step) = group.lr x scaling(batch_tokens) x schedule(step)
+
+    Args:
+        model: the decoder.
+        optimizer: factory, called as `optimizer(param_groups)`.
+        lr: peak learning rate at the base batch.
+        weight_decay: decoupled decay of matrices.
+        schedule: `f(step, total_steps=…) -> lr_factor`.
+        scaling: `f(batch_tokens) -> lr_scale`.
+        total_steps: optimizer updates in the run.
+        batch_tokens: tokens per update, over all devices.
+        context_length: tokens a window.
+        token_bytes: bytes that each token id stands for, to give bits per byte.
+        on_nonfinite: what to do with a loss or gradient that is not finite: stop (`raise`), or leave the step out
+            (`skip`) and stop after MAX_NONFINITE_IN_A_ROW such steps.
+        generate: `f(model, prompts, …) -> texts`, for samples along the way; see `llm.generate`.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Callable[[list[ParamGroup]], torch.optim.Optimizer],
+        lr: float,
+        weight_decay: float,
+        schedule: Callable[..., float],
+        scaling: Callable[[int], float],
+        total_steps: int,
+        batch_tokens: int,
+        context_length: int,
+        token_bytes: Int[Tensor, " vocab"],
+        on_nonfinite: Literal["raise", "skip"],
+        generate: Callable[..., list[str]],
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.build_optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
+        self.schedule, self.total_steps = schedule, total_steps
+        self.batch_tokens, self.context_length = batch_tokens, context_length
+        self.lr_scale = scaling(batch_tokens)
+        self.generate, self.on_nonfinite = generate, on_nonfinite
+        self.nonfinite_steps, self.nonfinite_in_a_row, self._refused_step = 0, 0, -1
+        self.register_buffer("token_bytes", token_bytes.float(), persistent=False)
+        self.flops_per_token = FORWARD_AND_BACKWARD * model.flops_per_token(context_length)
+        self.forward_model: Callable[..., TransformerOutput] = model
+        self.step_metrics: dict[str, Tensor | float] = {}
+        self._pending: dict[str, list[Tensor]] = {}
+
+    def compile_model(self, **options: Any) -> None:
+        """Run the decoder through torch.compile from now on; state and names stay those of the plain decoder."""
+        self.forward_model = torch.compile(self.model, **options)
+
+    def forward(self, batch: Batch) -> TransformerOutput:
+        return self.forward_model(batch["input_ids"], positions=batch["positions"], document_ids=batch["document_ids"])
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over tagged groups, one factor on every group's rate, set before each update."""
+        groups = build_param_groups(self.model, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = self.build_optimizer(groups)
+        scheduler = LambdaLR(optimizer, self.lr_multiplier)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_multiplier(self, step: int) -> float:
+        """What every group's lr is multiplied by at `step`."""
+        return self.lr_scale * self.schedule(step, total_steps=self.total_steps)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch: mean cross-entropy in nats a token, plus the sublayers' losses."""
+        out = self(batch)
+        loss = linear_cross_entropy(out.hidden, self.model.lm_head.weight, batch["labels"])
+        self._collect({"train/loss": loss, **{f"train/{k}": v for k, v in (out.losses | out.metrics).items()}})
+        for extra in out.losses.values():
+            loss = loss + extra
+        return loss
+
+    def _collect(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._pending.setdefault(name, []).append(value.detach())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Measure the raw gradient's norm, refuse one that is not finite, and clip: always before the update rule."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        means = {name: torch.stack(values).mean(0) for name, values in self._pending.items()}
+        self._pending.clear()
+        rates = {f"lr/{group['kind']}": float(group["lr"]) for group in optimizer.param_groups}
+        self.step_metrics = {**means, "grad_norm": norm, **rates}
+        if not bool(torch.isfinite(norm + means["train/loss"])):
+            self._refuse_update(parameters, loss=float(means["train/loss"]), norm=float(norm))
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def _refuse_update(self, parameters: list[nn.Parameter], *, loss: float, norm: float) -> None:
+        """Stop, or drop the gradients so that no optimizer state changes; several in a row always stop."""
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if self._refused_step == self.global_step - 1 else 1
+        self._refused_step = self.global_step
+        self.nonfinite_steps += 1
+        where = f"loss={loss} grad_norm={norm} at step {self.global_step + 1}"
+        if self.on_nonfinite == "raise":
+            raise NonFiniteError(
+                f"{where}: not finite, and nothing was updated; lower optimizer.lr, lengthen schedule.warmup, or skip "
+                "such steps with on_nonfinite=skip"
+            )
+        if self.nonfinite_in_a_row >= MAX_NONFINITE_IN_A_ROW:
+            raise NonFiniteError(
+                f"{where}: the {MAX_NONFINITE_IN_A_ROW}th step in a row that is not finite; lower optimizer.lr, or go "
+                "back with resume"
+            )
+        for parameter in parameters:
+            parameter.grad = None
+        self.step_metrics["nonfinite_steps"] = float(self.nonfinite_steps)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums of loss, tokens and bytes."""
+        self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add up loss in nats, tokens and the bytes they stand for."""
+        self._validation += self.loss_sums(batch).to(self._validation)
+
+    def loss_sums(self, batch: Batch) -> Tensor:
+        """Return [summed loss in nats, number of labels, bytes the labels stand for] in fp64."""
+        hidden, labels = self(batch).hidden, batch["labels"]
+        losses = linear_cross_entropy(hidden, self.model.lm_head.weight, labels, reduction="none")
+        counted = labels >= 0
+        num_bytes = self.token_bytes[labels.clamp_min(0)][counted]
+        return torch.stack([losses.double().sum(), counted.double().sum(), num_bytes.double().sum()])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss, bits per byte and perplexity over the whole validation set, of all ranks."""
+        sums = self.all_gather(self._validation).reshape(-1, 3).sum(0)
+        for name, value in validation_metrics(*sums.tolist()).items():
+            self.log(name, value, rank_zero_only=False, sync_dist=False)
+
+    def generate_text(self, prompts: list[str], **options: Any) -> list[str]:
+        """Continue prompts with the decoder as it stands."""
+        return self.generate(self.model, prompts, **options)
+
+
+def validation_metrics(total_loss: float, num_tokens: float, num_bytes: float) -> dict[str, float]:
+    """Return val/loss in nats a token, val/bits_per_byte = loss sum / (ln 2 · bytes), and val/perplexity.
+
+    Where the labels stand for no bytes (synthetic tokens), bits per byte is left out.
+    """
+    loss = total_loss / max(num_tokens, 1.0)
+    metrics = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
+    if num_bytes:
+        metrics["val/bits_per_byte"] = total_loss / (math.log(2) * num_bytes)
+    return metrics

@@ -1,0 +1,67 @@
+"""Says what is wrong with a command line: Hydra's complaint in, one line with a remedy out."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llm.errors import did_you_mean
+from llm.signatures import suggest
+
+
+def diagnose(error: Exception, config: Mapping[str, Any], config_dir: Path) -> str:
+    """Return what a composition error means, as `<key>=<value>: <rule broken>; <what to do>`.
+
+    Args:
+        error: what Hydra raised while composing.
+        config: the default configuration, whose keys are the known ones.
+        config_dir: whose folders are the groups.
+    """
+    missing = getattr(error, "missing_cfg_file", None)
+    if missing:
+        group, _, option = str(missing).rpartition("/")
+        options = sorted(getattr(error, "options", None) or [])
+        return f"{group}={option}: no such option{did_you_mean(option, options)}; choose one of {', '.join(options)}"
+    key = getattr(error.__cause__, "full_key", None)
+    if key:
+        return f"{key}: unknown key{suggest_key(str(key), config, config_dir)}"
+    override = getattr(error, "override", None)
+    if override:
+        return f"{override}: not key=value; quote values with spaces or brackets, as in 'key=[1,2]'"
+    return str(error).strip()
+
+
+def suggest_key(key: str, config: Mapping[str, Any], config_dir: Path) -> str:
+    """Return a `did you mean` hint for a key that the configuration lacks."""
+    if "/" in key:
+        return did_you_mean(key, _groups(config_dir))
+    *parents, last = key.split(".")
+    node: Any = config
+    for depth, parent in enumerate(parents):
+        if not isinstance(node, Mapping) or parent not in node:
+            near = suggest(parent, _names(node))
+            return near if depth == 0 and near.startswith("; did") else f" ({'.'.join(parents[: depth + 1])}){near}"
+        node = node[parent]
+    return suggest(last, _names(node))
+
+
+def not_overrides(arguments: Iterable[str]) -> list[str]:
+    """Return complaints about arguments in the `--key value` manner, which Hydra does not take."""
+    arguments = list(arguments)
+    flags = {"-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-p", "--package"}
+    flags |= {"--resolve", "--info", "-i", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
+    complaints = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name = argument.split("=")[0]
+        if argument.startswith("-") and name not in flags and not name.startswith("--experimental"):
+            key = name.lstrip("-").replace("-", "_")
+            value = argument.split("=", 1)[1] if "=" in argument else following or "value"
+            complaints.append(f"{argument}: settings take no dashes; write {key}={value}")
+    return complaints
+
+
+def _groups(config_dir: Path) -> list[str]:
+    return [p.relative_to(config_dir).as_posix() for p in config_dir.rglob("*") if p.is_dir()]
+
+
+def _names(node: Any) -> list[str]:
+    return [str(key) for key in node] if isinstance(node, Mapping) else []

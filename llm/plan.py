@@ -1,0 +1,134 @@
+"""`plan=true`: what a run would take — parameters, memory, FLOPs, steps, time — without training anything."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llm.batching import BatchPlan
+from llm.config import accelerator, batch_plan, build_meta_model, build_model, module_factories, run_config
+from llm.flops import peak_flops
+from llm.loss import linear_cross_entropy
+from llm.memory import SavedBytes, optimizer_state_bytes
+from llm.module import FORWARD_AND_BACKWARD
+from llm.optim.param_groups import build_param_groups
+from llm.optim.receipt import receipt
+from llm.precision import resolve_precision
+from llm.tables import format_bytes, format_count, format_seconds, format_table
+
+ASSUMED_MFU = 0.4
+"""Share of the device's peak that the estimated time assumes; a finished run states its own."""
+
+
+def describe_plan(cfg: Mapping[str, Any]) -> str:
+    """Return the plan of a checked configuration as text."""
+    run, plan = run_config(cfg), batch_plan(cfg)
+    vocab_size = planned_vocabulary(cfg)
+    model = build_meta_model(cfg, vocab_size)
+    kind = accelerator(cfg["trainer"])
+    precision = resolve_precision(cfg["trainer"]["precision"], accelerator=kind)
+    factories = module_factories(cfg)
+    groups = build_param_groups(model, lr=factories["lr"], weight_decay=factories["weight_decay"])
+    state = optimizer_state_bytes(groups, factories["optimizer"])
+    flops = FORWARD_AND_BACKWARD * model.flops_per_token(run.context_length)
+    sections = [
+        f"Parameters (vocabulary {vocab_size:_})\n{_parameters(model)}",
+        f"Memory on one {kind} device, {precision}\n{_memory(cfg, vocab_size, precision, sum(state.values()), plan)}",
+        f"Work\n{_work(run.total_steps, plan, flops, kind, 'bf16' in precision)}",
+        f"Optimizer receipt\n{receipt(factories['optimizer'](groups))}",
+    ]
+    return "\n\n".join(sections)
+
+
+def planned_vocabulary(cfg: Mapping[str, Any]) -> int:
+    """Return the vocabulary that the tokenizer's node asks for; a pretrained tokenizer is read."""
+    from llm.config import build_tokenizer
+
+    if "vocab_size" in cfg["tokenizer"]:
+        return int(cfg["tokenizer"]["vocab_size"])
+    return int(build_tokenizer(cfg).vocab_size)
+
+
+def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return (total, active for one token) of the embedding, each kind of sublayer, norms and head.
+
+    A module whose `active_fraction` is below 1 uses only that share of its parameters for a token.
+    """
+    counts: dict[str, tuple[int, int]] = {}
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        part = next((p for p in ("token_embedding", "lm_head", "norm", "attention", "ffn") if p in name), "other")
+        owner = model.get_submodule(name.rpartition(".")[0])
+        active = round(parameter.numel() * getattr(owner, "active_fraction", 1.0))
+        total, used = counts.get(part, (0, 0))
+        counts[part] = (total + parameter.numel(), used + active)
+    return counts
+
+
+def _parameters(model: nn.Module) -> str:
+    counts = count_parameters(model)
+    rows = [[part, f"{total:_}", f"{active:_}"] for part, (total, active) in counts.items()]
+    total, active = (sum(c[i] for c in counts.values()) for i in (0, 1))
+    return format_table(["part", "parameters", "active a token"], [*rows, ["all", f"{total:_}", f"{active:_}"]])
+
+
+def _memory(cfg: Mapping[str, Any], vocab_size: int, precision: str, state: int, plan: BatchPlan) -> str:
+    weights = sum(p.numel() for p in build_meta_model(cfg, vocab_size).parameters())
+    size = 2 if precision.endswith("-true") and "16" in precision else 4
+    activations, logits = activation_bytes(cfg, vocab_size, precision, plan.micro_batch_size, plan.context_length)
+    parts = {
+        "weights": weights * size,
+        "gradients": weights * size,
+        "optimizer state": state,
+        f"activations ({plan.micro_batch_size} x {plan.context_length} tokens)": activations,
+        "logits (largest chunk)": logits,
+    }
+    rows = [[name, format_bytes(value)] for name, value in parts.items()]
+    return format_table(["part", "bytes"], [*rows, ["all", format_bytes(sum(parts.values()))]])
+
+
+def activation_bytes(
+    cfg: Mapping[str, Any], vocab_size: int, precision: str, micro_batch_size: int, context_length: int
+) -> tuple[int, int]:
+    """Return the bytes that autograd keeps in one micro-batch's forward pass, and those of the largest logits chunk."""
+    from llm.loss import chunk_tokens
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = build_model(cfg, vocab_size)
+        ids = torch.zeros(micro_batch_size, context_length, dtype=torch.long)
+        positions = torch.arange(context_length).expand(micro_batch_size, -1)
+        mixed = precision.endswith("mixed")
+        dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
+        with torch.autocast("cpu", dtype=dtype, enabled=mixed), SavedBytes(model) as saved:
+            hidden = model(ids, positions=positions).hidden
+            linear_cross_entropy(hidden, model.lm_head.weight, ids)
+        chunk = min(chunk_tokens(vocab_size), micro_batch_size * context_length)
+        return saved.total, chunk * vocab_size * 4
+
+
+def _work(steps: int, plan: BatchPlan, flops: float, kind: str, bf16: bool) -> str:
+    tokens = steps * plan.batch_tokens
+    device = torch.device(kind)
+    peak = peak_flops(device, bf16=bf16)
+    rows = [
+        ["updates", f"{steps:_}"],
+        ["tokens an update", f"{plan.batch_tokens:_}"],
+        [
+            "windows an update",
+            f"{plan.windows} = accumulation {plan.accumulation} x devices {plan.world_size} "
+            f"x micro_batch_size {plan.micro_batch_size}",
+        ],
+        ["tokens", f"{tokens:_}"],
+        ["training FLOPs a token", format_count(flops)],
+        ["training FLOPs", format_count(flops * tokens)],
+        ["device peak", "n/a: unknown device" if peak is None else f"{peak / 1e12:.2f} TFLOP/s"],
+    ]
+    if peak is not None:
+        seconds = flops * tokens / (peak * plan.world_size * ASSUMED_MFU)
+        rows.append(["time", f"{format_seconds(seconds)} at an assumed MFU of {ASSUMED_MFU:.0%}"])
+    return format_table(["what", "value"], rows)

@@ -1,0 +1,163 @@
+"""Holds configuration nodes against the signatures they will be called with, before anything is built."""
+
+import importlib
+import inspect
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from llm.errors import did_you_mean
+
+ALLOWED_TARGETS = (
+    "llm.",
+    "data.",
+    "torch.optim.",
+    "lightning.Trainer",
+    "lightning.pytorch.loggers.",
+    "lightning.pytorch.callbacks.",
+    "lightning.pytorch.strategies.",
+)
+"""What `_target_` may name: configuration is data, not code."""
+
+HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
+SYNONYMS = {
+    "learning_rate": "lr", "wd": "weight_decay", "n_embd": "d_model", "dim": "d_model", "hidden_size": "d_model",
+    "n_layer": "num_layers", "n_layers": "num_layers", "n_head": "num_heads", "n_heads": "num_heads",
+    "block_size": "context_length", "seq_len": "context_length", "batch_size": "batch_tokens", "steps": "max_steps",
+    "path": "files", "optim": "optimizer", "tokens": "max_tokens", "d_ff": "ffn.d_ff",
+}  # fmt: skip
+"""Names that users bring from elsewhere, and ours."""
+
+MISSING = "???"
+
+
+def target_nodes(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (dotted path, node) for every mapping under `node` that has a `_target_`."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from target_nodes(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, Sequence) and not isinstance(node, str):
+        for i, value in enumerate(node):
+            yield from target_nodes(value, f"{path}[{i}]")
+
+
+def locate(target: str) -> Any:
+    """Import what a `_target_` names; raises ImportError or AttributeError where there is none."""
+    module_name, _, attribute = target.rpartition(".")
+    parts = module_name.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError as error:
+            if error.name and not ".".join(parts[:cut]).startswith(error.name):
+                raise
+            continue
+        for name in [*parts[cut:], attribute]:
+            found = getattr(found, name)
+        return found
+    raise ImportError(target)
+
+
+def check_node(path: str, node: Mapping[str, Any], supplied: frozenset[str] = frozenset()) -> list[str]:
+    """Return what is wrong with one `_target_` node: target, unknown, missing and ill-typed keys.
+
+    Args:
+        path: dotted path of the node, for messages.
+        node: plain mapping.
+        supplied: arguments that the parent hands over when it finishes a factory.
+    """
+    target = node["_target_"]
+    if not isinstance(target, str) or not target.startswith(ALLOWED_TARGETS):
+        allowed = " ".join(f"{prefix}*" if prefix.endswith(".") else prefix for prefix in ALLOWED_TARGETS)
+        return [f"{path}._target_={target}: not on the allow-list; use one of {allowed}"]
+    try:
+        function = locate(target)
+    except (ImportError, AttributeError) as error:
+        return [f"{path}._target_={target}: cannot be imported ({error}); check the spelling"]
+    return [*_check_keys(path, node, function), *_check_missing(path, node, function, supplied)]
+
+
+def keyword_parameters(function: Any) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a function or a class by name, following *args/**kwargs wrappers to the original."""
+    parameters = inspect.signature(function).parameters
+    return {
+        name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY)
+    }
+
+
+def _check_keys(path: str, node: Mapping[str, Any], function: Any) -> list[str]:
+    known = keyword_parameters(function)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    hints = _type_hints(function)
+    problems = []
+    for key, value in node.items():
+        if key in HYDRA_KEYS:
+            continue
+        if key not in known:
+            if not open_ended:
+                problems.append(f"{path}.{key}={value}: unknown key{suggest(str(key), known)}")
+        elif value == MISSING:
+            problems.append(f"{path}.{key}={MISSING}: a value is needed; add {path}.{key}=… to the command")
+        elif not fits(value, hints.get(key, Any)):
+            problems.append(f"{path}.{key}={value!r}: must be {type_name(hints[key])}; got {type(value).__name__}")
+    return problems
+
+
+def _check_missing(path: str, node: Mapping[str, Any], function: Any, supplied: frozenset[str]) -> list[str]:
+    if node.get("_partial_"):
+        return []
+    required = {n for n, p in keyword_parameters(function).items() if p.default is p.empty}
+    absent = sorted(required - set(node) - supplied)
+    return [f"{path}.{name}: missing; {node['_target_']} needs it" for name in absent]
+
+
+def suggest(key: str, known: Any) -> str:
+    """Return a `did you mean` hint for a key, by synonym or by closeness."""
+    synonym = SYNONYMS.get(key)
+    if synonym and synonym.split(".")[0] in known:
+        return f"; did you mean {synonym}?"
+    return did_you_mean(key, known) or f"; known keys: {', '.join(sorted(known))}"
+
+
+def _type_hints(function: Any) -> dict[str, Any]:
+    constructor = function.__init__ if inspect.isclass(function) else function
+    try:
+        return get_type_hints(inspect.unwrap(constructor))
+    except (NameError, TypeError):  # a library's own forward references: nothing to hold the value against
+        return {}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain configuration value can stand where `hint` is asked for; unknown hints accept anything."""
+    if hint is Any or isinstance(value, Mapping):  # a nested node is checked on its own
+        return True
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, a) for a in arguments)
+    if origin is Literal:
+        return value in arguments
+    if hint is type(None):
+        return value is None
+    if hint in (int, float, bool, str):
+        return _fits_scalar(value, hint)
+    if origin in (list, tuple, Sequence):
+        return isinstance(value, Sequence) and not isinstance(value, str)
+    return not (value is None and origin is dict)
+
+
+def _fits_scalar(value: Any, hint: type) -> bool:
+    if hint is bool or isinstance(value, bool):
+        return hint is bool and isinstance(value, bool)
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def type_name(hint: Any) -> str:
+    """Return a hint in words: `int`, `one of linear | sqrt`, `int or null`."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "one of " + " | ".join(map(str, arguments))
+    if origin in (Union, types.UnionType):
+        return " or ".join(type_name(a) for a in arguments)
+    return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))

@@ -1,0 +1,222 @@
+"""One training run, from a checked configuration to a finished run folder."""
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from llm.batching import BatchPlan, micro_batch_candidates
+from llm.callbacks.stop_signals import StopSignals
+from llm.checkpoint import FolderCheckpointIO, FoundCheckpoint, compare_state, find_last, load_model
+from llm.config import (
+    RunConfig,
+    accelerator,
+    batch_plan,
+    build_callbacks,
+    build_data,
+    build_loggers,
+    build_model,
+    build_trainer,
+    check,
+    module_factories,
+    run_config,
+    save,
+    world_size,
+)
+from llm.flops import peak_flops
+from llm.generate import generate_text
+from llm.loss import linear_cross_entropy
+from llm.memory import SavedBytes
+from llm.micro_batch import find_micro_batch_size
+from llm.module import LanguageModule
+from llm.plan import describe_plan
+from llm.precision import resolve_precision
+from llm.provenance import config_hash, versions
+from llm.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: dict[str, Any], path: Path) -> float | None:
+    """Train as `cfg` says in the run folder `path`; return the validation loss, or None where nothing was trained.
+
+    Raises:
+        ConfigError: any mistake in the configuration, before data or model.
+        DataError: text that is missing, broken or too short.
+        CheckpointError: nothing to resume from, or something else than was asked for.
+    """
+    check(cfg)
+    run = run_config(cfg)
+    if run.plan:
+        log.info(describe_plan(cfg))
+        return None
+    folder = RunFolder(path, is_writer=rank_zero_only.rank == 0)
+    folder.claim(resume=run.resume is not None)
+    try:
+        return _train(cfg, run, folder)
+    finally:
+        folder.release()
+
+
+def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> float | None:
+    L.seed_everything(run.seed, verbose=False)
+    checkpoint = _checkpoint_to_resume(run, folder)
+    if _is_complete(checkpoint, run):
+        return folder.read_summary().get("val/loss")
+    data = build_data(cfg, batch_plan(cfg).micro_batch_size)
+    data.prepare_data()
+    data.setup("fit")
+    model = build_model(cfg, data.tokenizer.vocab_size)
+    _load_initial_weights(run, model)
+    cfg["micro_batch_size"] = data.micro_batch_size = _micro_batch_size(cfg, run, model)
+    plan = batch_plan(cfg)
+    save(cfg, folder.path / "config.yaml")
+    data.tokenizer.save(folder.path)
+    module = build_module(cfg, run, model, data.tokenizer)
+    trainer = _build_trainer(cfg, run, folder, plan)
+    _announce(cfg, folder, module, data, plan)
+    ckpt_path = None if checkpoint is None else str(checkpoint.path)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    return _finish(trainer, module, data, folder)
+
+
+def _checkpoint_to_resume(run: RunConfig, folder: RunFolder) -> FoundCheckpoint | None:
+    if run.resume is None:
+        return None
+    found = find_last(folder.path)
+    for line in found.passed_over:
+        log.warning("passed over %s", line)
+    log.info("resuming from %s", found.path)
+    folder.truncate_metrics(found.step)
+    return found
+
+
+def _is_complete(checkpoint: FoundCheckpoint | None, run: RunConfig) -> bool:
+    if checkpoint is None or checkpoint.step < run.total_steps:
+        return False
+    log.warning("already complete at step %d; to go on, raise max_steps (now %s)", checkpoint.step, run.total_steps)
+    return True
+
+
+def _load_initial_weights(run: RunConfig, model: torch.nn.Module) -> None:
+    if run.init_from is None:
+        return
+    source = Path(run.init_from)
+    folder = source if (source / "manifest.json").is_file() else find_last(source).path
+    state = model_state(folder)
+    compare_state(state, model.state_dict(), source=f"init_from={folder}")
+    model.load_state_dict(state)
+    log.info("weights from %s", folder)
+
+
+def model_state(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the decoder's own weights from a checkpoint folder."""
+    return {name.removeprefix("model."): tensor for name, tensor in load_model(folder).items()}
+
+
+def _micro_batch_size(cfg: dict[str, Any], run: RunConfig, model: torch.nn.Module) -> int:
+    """Return micro_batch_size; where it is auto, the largest that fits, tried with the run's own precision."""
+    if run.micro_batch_size != "auto":
+        return run.micro_batch_size
+    device = torch.device(accelerator(cfg["trainer"]))
+    precision = resolve_precision(cfg["trainer"]["precision"], accelerator=device.type)
+    candidates = micro_batch_candidates(
+        batch_tokens=run.batch_tokens, context_length=run.context_length, world_size=world_size(cfg["trainer"])
+    )
+    trial = partial(trial_step, model.to(device), device=device, precision=precision, context_length=run.context_length)
+    return find_micro_batch_size(trial, candidates=candidates, device=device, context_length=run.context_length)
+
+
+def trial_step(
+    model: torch.nn.Module, windows: int, *, device: torch.device, precision: str, context_length: int
+) -> int:
+    """Run forward and backward on `windows` windows of zeros; return the bytes kept for the backward pass."""
+    ids = torch.zeros(windows, context_length, dtype=torch.long, device=device)
+    positions = torch.arange(context_length, device=device).expand(windows, -1)
+    dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
+    random_state = torch.get_rng_state()
+    with torch.autocast(device.type, dtype=dtype, enabled=precision.endswith("mixed")), SavedBytes(model) as saved:
+        hidden = model(ids, positions=positions, document_ids=torch.zeros_like(ids)).hidden
+        loss = linear_cross_entropy(hidden, model.lm_head.weight, ids)
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    torch.set_rng_state(random_state)
+    return saved.total
+
+
+def build_module(cfg: Mapping[str, Any], run: RunConfig, model: torch.nn.Module, tokenizer: Any) -> LanguageModule:
+    """Put a decoder, the optimizer's factory, and the rules for its rate into the Lightning module."""
+    module = LanguageModule(
+        model=model,
+        **module_factories(cfg),
+        total_steps=run.total_steps,
+        batch_tokens=run.batch_tokens,
+        context_length=run.context_length,
+        token_bytes=torch.as_tensor(tokenizer.token_bytes),
+        on_nonfinite=run.on_nonfinite,
+        generate=partial(generate_text, tokenizer=tokenizer),
+    )
+    if run.compile is True or (run.compile == "auto" and accelerator(cfg["trainer"]) == "cuda"):
+        module.compile_model()
+    return module
+
+
+def _build_trainer(cfg: Mapping[str, Any], run: RunConfig, folder: RunFolder, plan: BatchPlan) -> L.Trainer:
+    device = torch.device(accelerator(cfg["trainer"]))
+    precision = resolve_precision(cfg["trainer"]["precision"], accelerator=device.type)
+    supplied = {
+        "run_folder": folder,
+        "peak_flops": peak_flops(device, bf16="16" in precision),
+        "checkpoint_every": run.checkpoint_every,
+        "accumulation": plan.accumulation,
+        "config": dict(cfg),
+        "name": run.name,
+    }
+    manifest = {"world_size": plan.world_size, "versions": versions(), "config_hash": config_hash(cfg)}
+    return build_trainer(
+        cfg,
+        default_root_dir=folder.path,
+        max_steps=run.total_steps,
+        accumulate_grad_batches=plan.accumulation,
+        val_check_interval=run.val_every * plan.accumulation,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        callbacks=build_callbacks(cfg, **supplied),
+        logger=build_loggers(cfg, **supplied),
+        plugins=[FolderCheckpointIO(manifest=manifest)],
+    )
+
+
+def _announce(cfg: Mapping[str, Any], folder: RunFolder, module: LanguageModule, data: Any, plan: BatchPlan) -> None:
+    parameters = sum(p.numel() for p in module.model.parameters())
+    steps, tokens = module.total_steps, module.total_steps * plan.batch_tokens
+    log.info("run folder   %s", folder.path)
+    log.info("model        %s, %s parameters, vocabulary %s", cfg["name"], f"{parameters:_}", data.tokenizer.vocab_size)
+    log.info("data         %s train tokens, %s validation tokens", f"{data.train_tokens:_}", f"{data.val_tokens:_}")
+    log.info(
+        "batch        %s tokens = accumulation %d x devices %d x %d windows of %d",
+        *(f"{plan.batch_tokens:_}", plan.accumulation, plan.world_size, plan.micro_batch_size, plan.context_length),
+    )
+    log.info("steps        %s, %s tokens, %.2f epochs", f"{steps:_}", f"{tokens:_}", tokens / data.train_tokens)
+    log.info("lr           %.3g x %.3g (scaling) x schedule", module.lr, module.lr_scale)
+
+
+def _finish(trainer: L.Trainer, module: LanguageModule, data: Any, folder: RunFolder) -> float | None:
+    """Say how the run ended; leave with 128 + n where signal n stopped it."""
+    stop = next((c.signal for c in trainer.callbacks if isinstance(c, StopSignals) and c.signal), None)
+    if stop is not None:
+        log.warning("stopped by %s at step %d; go on with resume=%s", stop.name, trainer.global_step, folder.path)
+        raise SystemExit(128 + stop)
+    summary = folder.read_summary()
+    log.info("val/loss     %.4f nats a token", summary["val/loss"])
+    if summary.get("bits_per_byte") is not None:
+        log.info("             %.4f bits per byte", summary["bits_per_byte"])
+    log.info("run folder   %s", folder.path)
+    return summary["val/loss"]

@@ -1,0 +1,7 @@
+"""Train a language model: `python train.py optimizer=adamw model=dense`; `--help` lists what can be chosen."""
+
+from llm.cli import run_command
+from llm.training import train
+
+if __name__ == "__main__":
+    run_command(train, config_name="train")
