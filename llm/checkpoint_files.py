@@ -1,0 +1,161 @@
+"""Folders that appear whole under their name, and prove with a manifest that they still are."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llm.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step-(\d{8,})")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_WORDS = ("no space left", "quota exceeded", "file too large", "os error 28", "os error 27", "os error 122")
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Return the folder of the checkpoint made after `step` optimizer updates."""
+    return checkpoints / f"step-{step:08d}"
+
+
+def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
+    """Return (step, folder) of each checkpoint by step, damaged ones too."""
+    found = [(re.fullmatch(_STEP, path.name), path) for path in checkpoints.glob("step-*") if not path.is_symlink()]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint; a kill half-way leaves nothing that has a checkpoint's name."""
+    doomed = folder.with_name(f".tmp-old-{folder.name}-{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def point(link: Path, target: Path) -> None:
+    """Make `link` a relative symlink to its sibling `target`, in one step: it never points nowhere."""
+    temporary = link.with_name(f".tmp-{link.name}-{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    os.replace(temporary, link)
+
+
+@contextlib.contextmanager
+def publish(folder: Path, *, manifest: Mapping[str, Any], needed: int) -> Iterator[Path]:
+    """Yield a temporary folder to write files into; at the end it becomes `folder` by one rename.
+
+    Args:
+        folder: the final name.
+        manifest: entries for manifest.json; the files' hashes are added.
+        needed: bytes about to be written, compared with the free space beforehand.
+    """
+    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if needed > (free := shutil.disk_usage(folder.parent).free):
+        raise _full_disk(folder, needed, free)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        _write_manifest(temporary, manifest)
+        _swap_in(temporary, folder)
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _full_disk(folder, needed, shutil.disk_usage(folder.parent).free) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def verify(folder: Path) -> list[str]:
+    """Return what is wrong with a checkpoint, `[]` when every byte is as it was written."""
+    if not folder.is_dir():
+        return ["is not a folder"] if folder.exists() else ["does not exist"]
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return [f"{MANIFEST} is missing or damaged"]
+    if manifest.get("format") != FORMAT or not isinstance(files := manifest.get("files"), dict) or not files:
+        return [f"{MANIFEST} is not of format {FORMAT}"]
+    problems = [_file_problem(folder, name, entry) for name, entry in files.items()]
+    return [problem for problem in problems if problem]
+
+
+def _write_manifest(temporary: Path, manifest: Mapping[str, Any]) -> None:
+    files = {}
+    for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+        _fsync(path)
+        files[path.relative_to(temporary).as_posix()] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+    with open(temporary / MANIFEST, "w", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, **manifest, "files": files}, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    _fsync(temporary)
+
+
+def _swap_in(temporary: Path, folder: Path) -> None:
+    """Give the finished folder its name; an older one of that name moves out of the way first."""
+    if folder.exists():
+        remove_checkpoint(folder)
+    os.rename(temporary, folder)
+    _fsync(folder.parent)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return manifest.json, None when it is missing or damaged."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) else None
+
+
+def _file_problem(folder: Path, name: str, entry: Any) -> str | None:
+    """Say what is wrong with one file of the manifest, None when nothing is."""
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(entry, dict):
+        return f"{MANIFEST} names the file {name!r}, which cannot be part of a checkpoint"
+    if not path.is_file():
+        return f"{name} is missing"
+    if (size := path.stat().st_size) != entry.get("bytes"):
+        return f"{name} is empty" if size == 0 else f"{name} has {size} of {entry.get('bytes')} bytes"
+    return None if _sha256(path) == entry.get("sha256") else f"{name} differs from its sha256"
+
+
+def _full_disk(folder: Path, needed: int, free: int) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint={folder}: the disk or quota is full, {needed:,} bytes needed and {free:,} free; "
+        "make room and resume, the checkpoints before this one are untouched"
+    )
+
+
+def _is_full(error: BaseException) -> bool:
+    """Tell a full disk from other failures; the writers below us report it in three different ways."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in _FULL:
+            return True
+        if any(words in str(chain).lower() for words in _FULL_WORDS):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

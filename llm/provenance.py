@@ -1,0 +1,56 @@
+"""What made a run (versions, commit), and what must never be written down beside it (secrets)."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "deepspeed")
+_SECRET = re.compile(r"(^|_)(api_?)?(key|token|secret|password|passwd|credentials?)$|secret|password", re.IGNORECASE)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide what a run computes, without importing any of the packages."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package.removesuffix("-core")] = importlib.metadata.version(package)
+    return found
+
+
+def git_commit(folder: str | os.PathLike[str] | None = None) -> str | None:
+    """Return the commit of the code, with `-dirty` when files differ from it, or None outside a checkout."""
+    command = ["git", "-C", str(folder or Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    command.append("--exclude=*")
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Return a short hash of a configuration: equal for equal settings, in whatever order they are written."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def redact(value: Any) -> Any:
+    """Return `value` with every secret in it replaced: by key (`api_key`, `hf_token`, ...) and in URLs' user part.
+
+    A count such as `batch_tokens` is no secret, nor is anything that is not a text.
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: "<redacted>" if isinstance(inner, str) and inner and _SECRET.search(str(key)) else redact(inner)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redact(inner) for inner in value]
+    return re.sub(r"(://)[^/@\s]+@", r"\1<redacted>@", value) if isinstance(value, str) else value

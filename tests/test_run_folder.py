@@ -1,0 +1,216 @@
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from llm.errors import ConfigError
+from llm.provenance import config_hash, git_commit, redact, versions
+from llm.run_folder import SUMMARY_KEYS, RunFolder
+
+APPEND_FOR_EVER = """
+import sys
+from llm.run_folder import RunFolder
+folder = RunFolder(sys.argv[1])
+folder.claim(resume=True)
+step = 0
+while True:
+    step += 1
+    folder.append_metrics(step, {"train/loss": 1.0 / step})
+    folder.append_metrics(step, {"val/loss": 2.0 / step})
+    folder.update({"status": "running", "steps": step})
+    if step == 20:
+        print("going", flush=True)
+"""
+
+
+def test_a_claimed_folder_is_refused_while_its_process_lives(tmp_path):
+    command = [sys.executable, "-c", APPEND_FOR_EVER, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "going\n"
+        with pytest.raises(ConfigError, match=f"process {process.pid} on"):
+            RunFolder(tmp_path).claim(resume=True)
+    finally:
+        process.kill()
+        process.wait()
+    RunFolder(tmp_path).claim(resume=True)
+
+
+def test_a_lock_whose_process_number_was_given_to_another_process_is_stale(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.claim()
+    lock = json.loads((tmp_path / "run.lock").read_text())
+    (tmp_path / "run.lock").write_text(json.dumps(lock | {"pid": 1}))
+    folder.claim(resume=True)
+    assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_of_another_host_holds_until_it_has_been_silent_for_long(tmp_path):
+    RunFolder(tmp_path).claim()
+    lock = tmp_path / "run.lock"
+    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": 0.0}))
+    with pytest.raises(ConfigError, match=r"process 1 on elsewhere .* delete run\.lock"):
+        RunFolder(tmp_path).claim(resume=True)
+    long_ago = time.time() - 3600
+    os.utime(lock, (long_ago, long_ago))
+    RunFolder(tmp_path).claim(resume=True)
+
+
+def test_a_folder_that_holds_a_run_is_refused_unless_resuming(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.claim()
+    folder.write_summary({"status": "finished"})
+    folder.release()
+    with pytest.raises(ConfigError, match=r"already holds a run \(status 'finished'\).*resume="):
+        RunFolder(tmp_path).claim()
+    RunFolder(tmp_path).claim(resume=True)
+
+
+def test_a_folder_with_only_a_checkpoint_holds_a_run(tmp_path):
+    (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="it has step-00000010"):
+        RunFolder(tmp_path).claim()
+
+
+def test_an_unwritable_folder_is_refused_with_its_name(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(ConfigError, match=r"run\.dir=.*file/run: cannot be written"):
+        RunFolder(blocked / "run").claim()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        RunFolder(tmp_path).claim()
+
+
+def test_claiming_removes_what_a_killed_run_left_half_written(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / ".tmp-step-00000010-99").mkdir(parents=True)
+    (checkpoints / ".tmp-step-00000010-99" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".tmp-summary.json-99").write_text("{")
+    RunFolder(tmp_path).claim()
+    assert not list(checkpoints.iterdir())
+    assert not (tmp_path / ".tmp-summary.json-99").exists()
+
+
+def test_the_summary_always_has_every_key_and_updates_keep_the_others(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_summary({"status": "running", "parameters": 10})
+    folder.update({"val/loss": torch.tensor(2.5), "mfu": float("nan")})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary) == set(SUMMARY_KEYS)
+    assert (summary["status"], summary["parameters"], summary["val/loss"], summary["mfu"]) == ("running", 10, 2.5, None)
+
+
+def test_two_writes_for_one_step_share_a_line(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.append_metrics(1, {"train/loss": 4.0})
+    folder.append_metrics(2, {"train/loss": 3.0, "lr/matrix": 0.1})
+    folder.append_metrics(2, {"val/loss": 3.5})
+    assert folder.read_metrics() == [
+        {"step": 1, "train/loss": 4.0},
+        {"step": 2, "train/loss": 3.0, "lr/matrix": 0.1, "val/loss": 3.5},
+    ]
+
+
+def test_a_number_that_is_not_finite_is_written_as_null(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.append_metrics(1, {"train/loss": float("nan"), "grad_norm": torch.tensor(float("inf"))})
+    assert folder.read_metrics() == [{"step": 1, "train/loss": None, "grad_norm": None}]
+
+
+def test_resuming_keeps_the_lines_at_or_before_its_step(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in range(1, 6):
+        folder.append_metrics(step, {"train/loss": float(step)})
+    with open(folder.metrics_path, "a") as file:
+        file.write('{"step": 6, "train/lo')
+    again = RunFolder(tmp_path)
+    again.truncate_metrics(3)
+    again.append_metrics(4, {"train/loss": 40.0})
+    assert [line["train/loss"] for line in again.read_metrics()] == [1.0, 2.0, 3.0, 40.0]
+
+
+def test_after_a_kill_every_line_is_whole_and_the_summary_is_readable(tmp_path):
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        process = subprocess.Popen([sys.executable, "-c", APPEND_FOR_EVER, str(folder)], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(0.05 * attempt)
+        process.kill()
+        process.wait()
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+        steps = [json.loads(line)["step"] for line in lines]
+        assert steps == list(range(1, len(lines) + 1))
+        assert json.loads((folder / "summary.json").read_text())["steps"] >= len(lines) - 1
+
+
+def test_a_rank_that_is_not_the_writer_writes_nothing(tmp_path):
+    folder = RunFolder(tmp_path / "run", is_writer=False)
+    folder.claim()
+    folder.update({"status": "running"})
+    folder.append_metrics(1, {"train/loss": 1.0})
+    folder.save_text("samples.txt", "x")
+    folder.append_text("samples.txt", "x")
+    folder.truncate_metrics(0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_texts_are_replaced_or_appended(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.save_text("optimizer.txt", "first")
+    folder.save_text("optimizer.txt", "second")
+    folder.append_text("samples.txt", "a")
+    folder.append_text("samples.txt", "b")
+    assert (tmp_path / "optimizer.txt").read_text() == "second"
+    assert (tmp_path / "samples.txt").read_text() == "ab"
+
+
+def test_versions_name_what_decides_a_result():
+    found = versions()
+    assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
+    assert {"python", "lightning", "hydra", "numpy"} <= set(found)
+
+
+def test_git_commit_is_a_hash_inside_a_checkout_and_none_outside(tmp_path):
+    assert git_commit(tmp_path) is None
+    environment = os.environ | {
+        f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+    }
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True, env=environment)
+    assert len(git_commit(tmp_path)) == 40
+    (tmp_path / "file").write_text("x")
+    subprocess.run(["git", "-C", tmp_path, "add", "file"], check=True)
+    assert git_commit(tmp_path).endswith("-dirty")
+
+
+def test_secrets_are_redacted_and_token_counts_are_not():
+    settings = {
+        "batch_tokens": 4096,
+        "tokenizer": "bytes",
+        "bos_token": "<s>",
+        "hf_token": "hf_abc",
+        "logger": {"api_key": "k", "key_size": 3, "url": "https://me:pw@host/x", "list": [{"password": "p"}]},
+    }
+    clean = redact(settings)
+    assert "hf_abc" not in str(clean)
+    assert clean["logger"] == {
+        "api_key": "<redacted>",
+        "key_size": 3,
+        "url": "https://<redacted>@host/x",
+        "list": [{"password": "<redacted>"}],
+    }
+    assert (clean["batch_tokens"], clean["tokenizer"]) == (4096, "bytes")
+
+
+def test_the_config_hash_follows_settings_and_not_their_order():
+    assert config_hash({"a": 1, "b": {"c": [2]}}) == config_hash({"b": {"c": [2]}, "a": 1})
+    assert config_hash({"a": 1}) != config_hash({"a": 2})
