@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+from llm.flops import measured_matmul_flops, peak_flops, table_peak
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", True, 989.4e12),
+        ("NVIDIA H100 PCIe", True, 756e12),
+        ("NVIDIA H200", True, 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", True, 312e12),
+        ("NVIDIA A100-SXM4-80GB", False, 19.5e12),
+        ("NVIDIA L40S", True, 362.05e12),
+        ("NVIDIA GeForce RTX 4090", True, 165.2e12),
+        ("Some Accelerator 9", True, None),
+    ],
+)
+def test_a_device_is_found_by_name_or_answers_none(name, bf16, peak):
+    assert table_peak(name, bf16=bf16) == peak
+
+
+def test_a_cpu_is_measured():
+    assert measured_matmul_flops(torch.float32, size=256, repeats=2) > 1e8
+
+
+def test_a_device_of_another_kind_has_no_peak():
+    assert peak_flops(torch.device("meta"), bf16=True) is None
