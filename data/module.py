@@ -1,0 +1,270 @@
+"""TokenDataModule: the corpus as micro-batches, the same windows in the same order however the run is laid out."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from data.build import CacheOptions, TokenCache, default_cache_dir, open_or_build
+from data.packing import pack
+from data.sampler import RunSampler, validation_windows
+from data.sources import Source
+from data.tokens import TokenStream
+from llm.contracts import Batch
+from llm.errors import ConfigError, DataError
+
+
+class WindowDataset(Dataset):
+    """The windows of a token stream: window n is ids n * context_length .. (n + 1) * context_length, both included."""
+
+    def __init__(self, stream: TokenStream, *, context_length: int, bos_id: int, unscored_bit: int):
+        self.stream = stream
+        self.context_length = context_length
+        self.bos_id = bos_id
+        self.unscored_bit = unscored_bit
+
+    def __len__(self) -> int:
+        return max(len(self.stream) - 1, 0) // self.context_length
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """Return a whole micro-batch; the loader calls this once for all its windows."""
+        windows = np.empty((len(indices), self.context_length + 1), np.int64)
+        for row, index in zip(windows, indices, strict=True):
+            start = index * self.context_length
+            row[:] = self.stream.read(start, start + self.context_length + 1)
+        return pack(windows, bos_id=self.bos_id, unscored_bit=self.unscored_bit)
+
+
+class TokenDataModule(LightningDataModule):
+    """Builds or opens the token cache, and serves the micro-batches of a run.
+
+    `prepare_data` and `setup` may be called before the Trainer exists; then `tokenizer`, `train_tokens`, `val_tokens`,
+    `num_windows`, `fingerprint` and `report` are known. The training loader holds every micro-batch of the run and
+    begins at the trainer's current step, so a resumed run continues with exactly the windows that come next.
+
+    Args:
+        source: Where documents come from.
+        tokenizer: Text to ids; trained here if it needs to be.
+        context_length: Tokens a window.
+        batch_tokens: Tokens an optimizer step, over all devices.
+        micro_batch_size: Windows a device a forward; may be set later, before training.
+        seed: Selects the order of the windows.
+        val_fraction: Share of the documents held out for validation, in (0, 1).
+        val_tokens: Tokens of the validation split that one validation reads, at most.
+        num_workers: Processes that load; 0 loads in the training process, which costs microseconds a window.
+        cache_dir: Where tokens live; None for `$CRUCIBLE_CACHE` or the user's cache folder.
+        deduplicate: Whether to keep only the first of documents that are the same byte for byte.
+        max_line_bytes: Documents with a longer line are left out, and counted; None keeps all.
+        num_processes: Processes that tokenise; None for one a core.
+
+    Raises:
+        ConfigError: a value out of its range.
+        DataError: nothing to read, a broken file, fewer tokens than one window, an empty validation split.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Source,
+        tokenizer: Any,
+        context_length: int,
+        batch_tokens: int,
+        micro_batch_size: int,
+        seed: int,
+        val_fraction: float,
+        val_tokens: int,
+        num_workers: int,
+        cache_dir: str | Path | None,
+        deduplicate: bool,
+        max_line_bytes: int | None,
+        num_processes: int | None,
+    ):
+        super().__init__()
+        _check_range("loader.val_fraction", val_fraction, 0 < val_fraction < 1, "above 0 and below 1", "0.02")
+        _check_range("context_length", context_length, context_length >= 1, "at least 1", "256")
+        _check_range("loader.val_tokens", val_tokens, val_tokens >= context_length, "at least context_length", "65536")
+        _check_range("loader.num_workers", num_workers, num_workers >= 0, "at least 0", "0")
+        for key, value in (("max_line_bytes", max_line_bytes), ("num_processes", num_processes)):
+            _check_range(f"loader.{key}", value, value is None or value >= 1, "at least 1", "null")
+        self.source = source
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+        self.batch_tokens = batch_tokens
+        self.micro_batch_size = micro_batch_size
+        self.seed = seed
+        self.max_val_tokens = val_tokens
+        self.num_workers = num_workers
+        folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        self.options = CacheOptions(folder, val_fraction, deduplicate, max_line_bytes, num_processes)
+        self._cache: TokenCache | None = None
+
+    def prepare_data(self) -> None:
+        """Build the token cache, or find it."""
+        if self._cache is None:
+            self._cache = open_or_build(self.source, self.tokenizer, self.options)
+            self._refuse_too_few()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the token cache."""
+        self.prepare_data()
+
+    @property
+    def cache(self) -> TokenCache:
+        """The corpus as tokens."""
+        if self._cache is None:
+            raise DataError("data: not prepared; call prepare_data() first")
+        return self._cache
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of the training split."""
+        return len(self.cache.train)
+
+    @property
+    def val_tokens(self) -> int:
+        """Tokens of the validation split."""
+        return len(self.cache.val)
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of the training split: an epoch."""
+        return len(self.windows("train"))
+
+    @property
+    def fingerprint(self) -> str:
+        """Name of the corpus as tokens: it differs whenever the ids may differ."""
+        return self.cache.fingerprint
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the cleaning kept and left out."""
+        return self.cache.report
+
+    @property
+    def windows_per_step(self) -> int:
+        """Windows an optimizer step, over all devices."""
+        if self.batch_tokens % self.context_length:
+            nearest = max(round(self.batch_tokens / self.context_length), 1) * self.context_length
+            raise ConfigError(
+                f"batch_tokens={self.batch_tokens}: must be a multiple of context_length={self.context_length}; "
+                f"try {nearest}"
+            )
+        return self.batch_tokens // self.context_length
+
+    def windows(self, split: str) -> WindowDataset:
+        """Return the windows of `train` or `val`."""
+        cache = self.cache
+        return WindowDataset(
+            cache.train if split == "train" else cache.val,
+            context_length=self.context_length,
+            bos_id=self.tokenizer.bos_id,
+            unscored_bit=cache.unscored_bit,
+        )
+
+    def train_sampler(
+        self, *, total_steps: int, rank: int = 0, world_size: int = 1, start_step: Callable[[], int] = lambda: 0
+    ) -> RunSampler:
+        """Return the order of a run; usable without a Trainer."""
+        return RunSampler(
+            num_windows=self.num_windows,
+            seed=self.seed,
+            windows_per_step=self.windows_per_step,
+            micro_batch_size=self.micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            total_steps=total_steps,
+            start_step=start_step,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Return all micro-batches of the run; iteration begins at the trainer's step."""
+        trainer = self._trainer()
+        if trainer.max_steps < 1:
+            raise ConfigError(f"max_steps={trainer.max_steps}: the order of windows needs a number of steps; give one")
+        sampler = self.train_sampler(
+            total_steps=trainer.max_steps,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            start_step=lambda: trainer.global_step,
+        )
+        if sampler.accumulation != trainer.accumulate_grad_batches:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: batch_tokens={self.batch_tokens} "
+                f"needs {sampler.accumulation} micro-batches a step; change batch_tokens instead"
+            )
+        return self._loader("train", sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return this rank's validation windows: the same in every validation of every run on this corpus."""
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        windows = validation_windows(
+            num_windows=len(self.windows("val")),
+            limit=self.max_val_tokens // self.context_length,
+            rank=rank,
+            world_size=world_size,
+        )
+        if not len(windows):
+            raise DataError(
+                f"loader.val_fraction={self.options.val_fraction}: fewer validation windows than {world_size} devices; "
+                "raise it"
+            )
+        size = self.micro_batch_size
+        return self._loader("val", [windows[i : i + size].tolist() for i in range(0, len(windows), size)])
+
+    def _loader(self, split: str, batches: Any) -> DataLoader:
+        return DataLoader(
+            self.windows(split),
+            batch_sampler=batches,
+            collate_fn=_keep,
+            num_workers=self.num_workers,
+            worker_init_fn=_ignore_signals,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0 and split == "val",
+        )
+
+    def _trainer(self) -> Any:
+        if self.trainer is None:
+            raise ConfigError("trainer: the data module has none; use train_sampler() outside a Trainer")
+        return self.trainer
+
+    def _refuse_too_few(self) -> None:
+        """Raise DataError when a split holds no window."""
+        needed, hint = self.context_length + 1, self.source.hint()
+        dropped = ", ".join(
+            f"{self.report[key]} {key}" for key in ("empty", "invalid_utf8", "long_lines", "duplicates")
+        )
+        found = f"{self.report['documents']} documents; left out: {dropped}"
+        if self.train_tokens < needed:
+            raise DataError(
+                f"context_length={self.context_length}: one window needs {needed} tokens, the training split has "
+                f"{self.train_tokens} ({found}); {hint}, or lower context_length"
+            )
+        if self.val_tokens < needed:
+            raise DataError(
+                f"loader.val_fraction={self.options.val_fraction}: the validation split has {self.val_tokens} tokens, "
+                f"one window needs {needed} ({found}); raise loader.val_fraction, or {hint}"
+            )
+
+
+def _check_range(key: str, value: object, is_legal: bool, rule: str, suggestion: str) -> None:
+    if not is_legal:
+        raise ConfigError(f"{key}={value}: must be {rule}; try {suggestion}")
+
+
+def _keep(batch: Any) -> Batch:
+    return batch
+
+
+def _ignore_signals(_: int) -> None:
+    """Let the main process alone answer SIGTERM and Ctrl-C: it saves a checkpoint first and then ends its workers."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

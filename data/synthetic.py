@@ -1,0 +1,202 @@
+"""Seeded toy languages: one whose entropy is known exactly, and one that asks for recall over a chosen distance."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from data.cleaning import ScoredText
+from data.sources import Piece, RawDocument, hash_settings
+from llm.errors import ConfigError
+
+_PIECES = 16
+_LETTERS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+_KEYS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8)
+_VALUES = np.frombuffer(b"0123456789", np.uint8)
+_FILLER = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
+
+
+class _Generated:
+    """What generated corpora share: documents that are a pure function of the settings and their number."""
+
+    is_scored = False
+    num_documents: int
+    document_bytes: int
+
+    def settings(self) -> list[object]:
+        """Return everything the text depends on."""
+        raise NotImplementedError
+
+    def document(self, number: int) -> RawDocument:
+        """Return one document."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """See Source."""
+        return hash_settings(self.settings())
+
+    def pieces(self) -> list[Piece]:
+        """See Source."""
+        step = max(-(-self.num_documents // _PIECES), 1)
+        starts = range(0, self.num_documents, step)
+        ranges = [(start, min(start + step, self.num_documents)) for start in starts]
+        return [Piece((), start, stop, (stop - start) * self.document_bytes) for start, stop in ranges]
+
+    def read(self, piece: Piece, counts: Counter[str]) -> Iterator[RawDocument]:
+        """See Source."""
+        for number in range(piece.start, piece.stop or 0):
+            yield self.document(number)
+
+    def hint(self) -> str:
+        """See Source."""
+        return "raise data.num_documents"
+
+
+class MarkovChain(_Generated):
+    """Text from a random Markov chain over letters, whose entropy is the loss that a perfect model reaches.
+
+    After any `order` letters the next one follows a distribution drawn from a symmetric Dirichlet. The entropy rate is
+
+        H = sum_c pi(c) * H(next | c)        pi: the stationary distribution over contexts
+
+    which `entropy` gives in nats a letter and `bits_per_byte` in bits: the floor of val/bits_per_byte with any
+    tokenizer, up to the first letters of each document and the token that begins it.
+
+    Args:
+        num_symbols: Letters, 2 to 62.
+        order: Letters the next one depends on; num_symbols ** order is at most 65536.
+        concentration: Of the Dirichlet; small is predictable (below 0.1), large is noise (above 10).
+        num_documents: Documents to generate.
+        document_bytes: Letters of each.
+        seed: Of the chain and of its text.
+    """
+
+    def __init__(
+        self, *, num_symbols: int, order: int, concentration: float, num_documents: int, document_bytes: int, seed: int
+    ):
+        if not 2 <= num_symbols <= len(_LETTERS):
+            raise ConfigError(f"data.num_symbols={num_symbols}: must be 2 to {len(_LETTERS)}; try 16")
+        if order < 1 or num_symbols**order > 1 << 16:
+            raise ConfigError(f"data.order={order}: num_symbols ** order must be at most 65536 and order at least 1")
+        if concentration <= 0:
+            raise ConfigError(f"data.concentration={concentration}: must be positive; try 0.2")
+        if document_bytes <= order:
+            raise ConfigError(f"data.document_bytes={document_bytes}: must exceed data.order={order}; raise it")
+        self.num_symbols = num_symbols
+        self.order = order
+        self.concentration = concentration
+        self.num_documents = num_documents
+        self.document_bytes = document_bytes
+        self.seed = seed
+        contexts = num_symbols**order
+        generator = np.random.default_rng([seed, 0])
+        self.transitions = generator.dirichlet(np.full(num_symbols, concentration), size=contexts)
+        self._cumulative = np.cumsum(self.transitions, axis=1)
+
+    def settings(self) -> list[object]:
+        """See _Generated."""
+        shape = [self.num_symbols, self.order, self.concentration, self.num_documents, self.document_bytes]
+        return ["markov", *shape, self.seed]
+
+    def document(self, number: int) -> RawDocument:
+        """Return one document; it begins with letters drawn alike."""
+        generator = np.random.default_rng([self.seed, 1, number])
+        draws = generator.random(self.document_bytes)
+        contexts = self.num_symbols**self.order
+        letters = generator.integers(self.num_symbols, size=self.order).tolist()
+        context = 0
+        for letter in letters:
+            context = context * self.num_symbols + letter
+        for draw in draws[self.order :]:
+            letter = min(int(np.searchsorted(self._cumulative[context], draw, side="right")), self.num_symbols - 1)
+            letters.append(letter)
+            context = (context * self.num_symbols + letter) % contexts
+        return bytes(_LETTERS[letter] for letter in letters)
+
+    def stationary(self) -> np.ndarray:
+        """Return the long-run share of each context, by iterating the chain until it moves less than 1e-14."""
+        contexts = len(self.transitions)
+        shares = np.full(contexts, 1 / contexts)
+        for _ in range(100_000):
+            joint = shares[:, None] * self.transitions
+            # context c followed by letter x becomes (c * num_symbols + x) % contexts: the oldest letter drops out
+            following = joint.reshape(self.num_symbols, contexts).sum(axis=0)
+            moved = np.abs(following - shares).sum()
+            shares = (following + shares) / 2  # the mean has the same fixed point, and converges on periodic chains too
+            if moved < 1e-14:
+                break
+        return shares
+
+    @property
+    def entropy(self) -> float:
+        """Nats a letter of the best possible model."""
+        logs = np.log(self.transitions, where=self.transitions > 0, out=np.zeros_like(self.transitions))
+        return float(-(self.stationary()[:, None] * self.transitions * logs).sum())
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits a letter of the best possible model."""
+        return self.entropy / math.log(2)
+
+
+class AssociativeRecall(_Generated):
+    """Key-value pairs, then noise, then the keys again in another order: only the values asked for carry loss.
+
+        A7 Q2 F0 ... qhxsvobn(distance letters) ... F0 A7 Q2
+
+    Between a pair and its question lie at least `distance` letters. A model without memory over that distance cannot do
+    better than ln(10) nats; one that recalls reaches 0. Documents with their first token are `length` tokens, so with
+    `length` = context_length each window holds one whole document. Needs tokenizer=bytes.
+
+    Args:
+        num_pairs: Pairs, 1 to 26.
+        distance: Letters of noise between the pairs and the questions.
+        length: Tokens of a document; what is left over is noise at its end.
+        num_documents: Documents to generate.
+        seed: Of the text.
+
+    Source: the task of Arora et al. 2023, "Zoology" (arXiv:2312.04927), section 3.
+    Differs: the distance is fixed by the setting, and letters of noise come from an alphabet of their own.
+    """
+
+    is_scored = True
+
+    def __init__(self, *, num_pairs: int, distance: int, length: int, num_documents: int, seed: int):
+        if not 1 <= num_pairs <= len(_KEYS):
+            raise ConfigError(f"data.num_pairs={num_pairs}: must be 1 to {len(_KEYS)}; try 8")
+        needed = 1 + 4 * num_pairs + distance
+        if distance < 0 or needed > length:
+            raise ConfigError(
+                f"data.distance={distance}: the document needs 1 + 4 * num_pairs + distance = {needed} of its "
+                f"data.length={length} tokens; choose 0 to {length - 1 - 4 * num_pairs}"
+            )
+        self.num_pairs = num_pairs
+        self.distance = distance
+        self.length = length
+        self.num_documents = num_documents
+        self.document_bytes = length - 1
+        self.seed = seed
+
+    def settings(self) -> list[object]:
+        """See _Generated."""
+        return ["recall", self.num_pairs, self.distance, self.length, self.num_documents, self.seed]
+
+    def document(self, number: int) -> RawDocument:
+        """Return one document with its scored bytes."""
+        generator = np.random.default_rng([self.seed, number])
+        data = generator.choice(_FILLER, self.document_bytes)
+        is_scored = np.zeros(self.document_bytes, bool)
+        pairs = np.stack(
+            [generator.permutation(_KEYS)[: self.num_pairs], generator.choice(_VALUES, self.num_pairs)], axis=1
+        )
+        data[: 2 * self.num_pairs] = pairs.ravel()
+        first = 2 * self.num_pairs + self.distance
+        data[first : first + 2 * self.num_pairs] = generator.permutation(pairs).ravel()
+        is_scored[first + 1 : first + 2 * self.num_pairs : 2] = True
+        return ScoredText(data.tobytes(), is_scored)
+
+    @property
+    def chance(self) -> float:
+        """Nats an answer of a model that recalls nothing."""
+        return math.log(len(_VALUES))
