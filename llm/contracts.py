@@ -34,7 +34,8 @@ class SublayerOutput(NamedTuple):
     losses: dict[str, Tensor]
     """Weighted scalars added to the objective (VQ commitment, MoE balance)."""
     metrics: dict[str, Tensor]
-    """Detached tensors, only logged."""
+    """Detached tensors, only logged; those named `stat/…` are summed over the update and handed back to the module
+    that returned them, as `after_optimizer_step({"…": sum})`."""
 
 
 class PositionView(NamedTuple):

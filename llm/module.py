@@ -22,6 +22,10 @@ FORWARD_AND_BACKWARD = 3
 MAX_NONFINITE_IN_A_ROW = 10
 """Steps without a finite loss and gradient after which `on_nonfinite=skip` gives up."""
 
+STATISTIC = "stat/"
+"""Metrics named so are not logged but summed over an update's micro-batches and ranks, and handed back to their layer
+by `after_optimizer_step(statistics)`: expert counts, codebook sums."""
+
 
 class LanguageModule(L.LightningModule):
     """Trains a decoder on next-token prediction; the objective is cross-entropy plus what sublayers return as losses.
@@ -73,6 +77,7 @@ class LanguageModule(L.LightningModule):
         self.forward_model: Callable[..., TransformerOutput] = model
         self.step_metrics: dict[str, Tensor | float] = {}
         self._pending: dict[str, list[Tensor]] = {}
+        self._statistics: dict[str, Tensor] = {}
 
     def compile_model(self, **options: Any) -> None:
         """Run the decoder through torch.compile from now on; state and names stay those of the plain decoder."""
@@ -103,7 +108,27 @@ class LanguageModule(L.LightningModule):
 
     def _collect(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            self._pending.setdefault(name, []).append(value.detach())
+            if STATISTIC in name:
+                held = self._statistics.get(name)
+                self._statistics[name] = value.detach().clone() if held is None else held.add_(value.detach())
+            else:
+                self._pending.setdefault(name, []).append(value.detach())
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """Run the micro-batch and the update, then hand statistics to the layers that gathered them."""
+        super().optimizer_step(*arguments, **options)
+        statistics, self._statistics = self._statistics, {}
+        if self._refused_step == self.global_step - 1:  # the step was left out: nothing may change
+            return
+        for index, layer in enumerate(self.model.layers):
+            prefix = f"train/layer{index}/{STATISTIC}"
+            own = {n.removeprefix(prefix): self._reduced(v) for n, v in statistics.items() if n.startswith(prefix)}
+            for piece in layer.modules() if own else ():
+                if hasattr(piece, "after_optimizer_step"):
+                    piece.after_optimizer_step(own)
+
+    def _reduced(self, value: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(value, reduce_op="sum") if self.trainer.world_size > 1 else value
 
     def configure_gradient_clipping(
         self,

@@ -142,7 +142,7 @@ def fits(value: Any, hint: Any) -> bool:
         return value is None
     if hint in (int, float, bool, str):
         return _fits_scalar(value, hint)
-    if origin in (list, tuple, Sequence):
+    if hint in (list, tuple) or origin in (list, tuple, Sequence):
         return isinstance(value, Sequence) and not isinstance(value, str)
     return not (value is None and origin is dict)
 

@@ -1,0 +1,43 @@
+import pytest
+from catalogue import CONF
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+
+from llm.overrides import diagnose, not_overrides
+
+
+@pytest.fixture
+def complaint(composed):
+    def make(*overrides):
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(HydraException) as error:
+            compose("train", overrides=list(overrides))
+        return diagnose(error.value, composed(), CONF)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        ("optimizer=adamv", "optimizer=adamv: no such option; did you mean adamw?"),
+        ("optimiser=adamw", "optimiser: unknown key; did you mean optimizer?"),
+        ("optimizer.learning_rate=1", "optimizer.learning_rate: unknown key; did you mean lr?"),
+        ("model.d_modle=3", "model.d_modle: unknown key; did you mean d_model?"),
+        ("model.n_layer=3", "model.n_layer: unknown key; did you mean num_layers?"),
+        ("modle.d_model=3", "modle: unknown key; did you mean model?"),
+        ("modle/size=tiny", "modle/size: unknown key; did you mean model/size?"),
+        ("batch_size=3", "batch_size: unknown key; did you mean batch_tokens?"),
+        ("model.num_heads=[1", "model.num_heads=[1: not key=value"),
+        ("model.num_heads=1,2", "--multirun"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_answered_with_what_was_meant(complaint, override, answer):
+    assert answer in complaint(override)
+
+
+def test_dashes_are_answered_with_the_right_form():
+    assert not_overrides(["--optimizer", "muon"]) == ["--optimizer: settings take no dashes; write optimizer=muon"]
+    assert not_overrides(["--max-steps=5"]) == ["--max-steps=5: settings take no dashes; write max_steps=5"]
+    assert not_overrides(["-m", "optimizer=adamw,lion"]) == []
