@@ -3,7 +3,7 @@
 Axis words in shapes: `batch time d_model heads kv_heads head_dim vocab experts codes`.
 """
 
-from typing import Literal, NamedTuple, Protocol, TypedDict
+from typing import Literal, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -57,6 +57,7 @@ class ParamGroup(TypedDict):
     weight_decay: float
 
 
+@runtime_checkable
 class LayerCache(Protocol):
     """What one attention layer remembers between decoding calls: keys and values, or a running state."""
 
