@@ -90,8 +90,11 @@ def open_or_build(source: Source, tokenizer: Any, options: CacheOptions) -> Toke
 def _open(folder: Path, tokenizer: Any) -> TokenCache | None:
     """Open a published corpus; None when there is none, or a damaged one, which is removed."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        return None
+    except ValueError as error:
+        _logger.warning("loader.cache_dir=%s: damaged manifest (%s); it is built anew", folder, error)
         return None
     dtype = np.dtype(manifest["dtype"])
     streams = {}

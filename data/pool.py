@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,7 +69,8 @@ def _run_workers(job: Job, num_processes: int, advance: Callable[[int], None]) -
     try:
         with ThreadPoolExecutor(num_processes) as pool:
             try:
-                for future in [pool.submit(drive, worker) for worker in workers]:
+                futures = [pool.submit(drive, worker) for worker in workers]
+                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                     future.result()
             except BaseException:
                 for worker in workers:
