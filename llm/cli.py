@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -39,15 +40,24 @@ def run_command(task: Callable[[dict[str, Any], Path], float | None], config_nam
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing its own page
     stopped: list[int] = []
+    mistakes: list[CrucibleError] = []
 
     def job(cfg: DictConfig) -> float | None:
-        return _run_job(task, cfg, stopped)
+        try:
+            return _run_job(task, cfg, stopped)
+        except CrucibleError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            mistakes.append(error)  # raised below, past Hydra's own report of it
+            return None
 
     try:
         if complaints := not_overrides(arguments):
             raise ConfigError("\n".join(complaints))
         sys.argv[1:] = [*arguments, *_resume_dir(arguments, config_name)]
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
+        if mistakes:
+            raise mistakes[0]
     except CrucibleError as error:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
@@ -66,7 +76,7 @@ def _run_job(task: Callable[[dict[str, Any], Path], float | None], cfg: DictConf
         return task(plain, Path(hydra_cfg.runtime.output_dir))
     except SystemExit as error:  # a signal: leave the sweep too, with its status
         stopped.append(int(error.code or 0))
-        if hydra_cfg.mode.name == "MULTIRUN":
+        if hydra_cfg.mode == RunMode.MULTIRUN:
             raise
         return None
 

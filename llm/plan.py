@@ -8,9 +8,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm.batching import BatchPlan
-from llm.config import accelerator, batch_plan, build_meta_model, build_model, module_factories, run_config
+from llm.config import (
+    accelerator,
+    batch_plan,
+    build_meta_model,
+    build_model,
+    build_tokenizer,
+    module_factories,
+    run_config,
+)
 from llm.flops import peak_flops
-from llm.loss import linear_cross_entropy
+from llm.loss import CHUNK_SCORES, linear_cross_entropy
 from llm.memory import SavedBytes, optimizer_state_bytes
 from llm.module import FORWARD_AND_BACKWARD
 from llm.optim.param_groups import build_param_groups
@@ -44,8 +52,6 @@ def describe_plan(cfg: Mapping[str, Any]) -> str:
 
 def planned_vocabulary(cfg: Mapping[str, Any]) -> int:
     """Return the vocabulary that the tokenizer's node asks for; a pretrained tokenizer is read."""
-    from llm.config import build_tokenizer
-
     if "vocab_size" in cfg["tokenizer"]:
         return int(cfg["tokenizer"]["vocab_size"])
     return int(build_tokenizer(cfg).vocab_size)
@@ -96,8 +102,6 @@ def activation_bytes(
     cfg: Mapping[str, Any], vocab_size: int, precision: str, micro_batch_size: int, context_length: int
 ) -> tuple[int, int]:
     """Return the bytes that autograd keeps in one micro-batch's forward pass, and those of the largest logits chunk."""
-    from llm.loss import chunk_tokens
-
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build_model(cfg, vocab_size)
         ids = torch.zeros(micro_batch_size, context_length, dtype=torch.long)
@@ -107,8 +111,7 @@ def activation_bytes(
         with torch.autocast("cpu", dtype=dtype, enabled=mixed), SavedBytes(model) as saved:
             hidden = model(ids, positions=positions).hidden
             linear_cross_entropy(hidden, model.lm_head.weight, ids)
-        chunk = min(chunk_tokens(vocab_size), micro_batch_size * context_length)
-        return saved.total, chunk * vocab_size * 4
+        return saved.total, min(CHUNK_SCORES, micro_batch_size * context_length * vocab_size) * 4
 
 
 def _work(steps: int, plan: BatchPlan, flops: float, kind: str, bf16: bool) -> str:
