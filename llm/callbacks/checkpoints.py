@@ -1,0 +1,106 @@
+"""When a checkpoint is made, which ones are kept, and what `last` and `best` point to."""
+
+import math
+import os
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+from llm.checkpoint_files import list_checkpoints, point, remove_checkpoint, step_folder
+from llm.errors import ConfigError
+from llm.run_folder import RunFolder
+
+
+class Checkpoints(Checkpoint):
+    """Saves every so many optimizer updates, at the last one whatever its number, and at the best validation loss.
+
+    A checkpoint is made between two updates, never inside one. Where validation follows the same update, it is made
+    after it, so that a run resumed from it repeats nothing; a run that is being stopped saves first.
+
+    Args:
+        run_folder: where checkpoints go.
+        checkpoint_every: optimizer updates between checkpoints, at least 1.
+        keep: newest checkpoints that stay, at least 2: should one be damaged, there is another. The best stays too.
+    """
+
+    def __init__(self, *, run_folder: RunFolder, checkpoint_every: int, keep: int) -> None:
+        if checkpoint_every < 1:
+            raise ConfigError(f"checkpoint_every={checkpoint_every}: must be at least 1; try 200")
+        if keep < 2:
+            raise ConfigError(f"callbacks.checkpoints.keep={keep}: must be at least 2, one may be damaged; try 2")
+        self.run_folder = run_folder
+        self.checkpoint_every, self.keep = checkpoint_every, keep
+        self.best_loss = math.inf
+        self._step = 0
+        self._saved_step = -1
+        self._is_deferred = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take up the best loss so far, unless the run now goes on from before it was reached."""
+        self._step = trainer.global_step
+        self._saved_step = trainer.global_step or -1
+        self._is_deferred = False
+        summary = self.run_folder.read_summary()
+        if summary.get("best_val_loss") is not None and summary.get("best_step", math.inf) <= trainer.global_step:
+            self.best_loss = summary["best_val_loss"]
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Save when an update has just been done and is due."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        is_last = trainer.should_stop or self._step == trainer.max_steps
+        if is_last or self._step % self.checkpoint_every == 0:
+            self._is_deferred = not is_last and _validation_follows(trainer)
+            if not self._is_deferred:
+                self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what waited for validation, or what is the best so far."""
+        if trainer.sanity_checking or not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+            return
+        loss = float(trainer.callback_metrics.get("val/loss", math.inf))
+        is_best = loss < self.best_loss
+        if self._is_deferred or is_best:
+            self._is_deferred = False
+            self._save(trainer)
+        if is_best:
+            self.best_loss = loss
+            self._point(trainer, "best")
+            self.run_folder.update({"best_val_loss": loss, "best_step": trainer.global_step})
+            self._prune(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the last update where the data ended before the run did."""
+        if trainer.global_step:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        """Save this update's checkpoint once."""
+        if self._saved_step == trainer.global_step:
+            return
+        trainer.save_checkpoint(step_folder(self.run_folder.checkpoints, trainer.global_step), weights_only=False)
+        self._saved_step = trainer.global_step
+        self._point(trainer, "last")
+        self._prune(trainer)
+
+    def _point(self, trainer: L.Trainer, name: str) -> None:
+        if trainer.is_global_zero:
+            checkpoints = self.run_folder.checkpoints
+            point(checkpoints / name, step_folder(checkpoints, trainer.global_step))
+
+    def _prune(self, trainer: L.Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
+        best = self.run_folder.checkpoints / "best"
+        kept = os.readlink(best) if best.is_symlink() else None
+        for _, folder in list_checkpoints(self.run_folder.checkpoints)[: -self.keep]:
+            if folder.name != kept:
+                remove_checkpoint(folder)
+
+
+def _validation_follows(trainer: L.Trainer) -> bool:
+    """Tell whether the trainer validates after this batch, before the next one."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    return epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # pyright: ignore[reportArgumentType]

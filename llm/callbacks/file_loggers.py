@@ -1,0 +1,33 @@
+"""Lightning's own loggers that write files, put inside the run folder."""
+
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from llm.errors import ConfigError
+from llm.run_folder import RunFolder
+
+
+def csv_logger(*, run_folder: RunFolder, flush_every: int) -> CSVLogger:
+    """Write `csv/version_N/metrics.csv`; a resumed run opens the next N, because Lightning starts a file anew.
+
+    Args:
+        run_folder: where `csv/` goes. Its metrics.jsonl spans resumed runs.
+        flush_every: records between writes, at least 1.
+    """
+    if flush_every < 1:
+        raise ConfigError(f"logger.flush_every={flush_every}: must be at least 1; try 20")
+    return CSVLogger(save_dir=run_folder.path, name="csv", flush_logs_every_n_steps=flush_every)
+
+
+def tensorboard_logger(*, run_folder: RunFolder) -> TensorBoardLogger:
+    """Write `tensorboard/`; see it with `tensorboard --logdir <run folder>`.
+
+    Args:
+        run_folder: where `tensorboard/` goes.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+    try:
+        return TensorBoardLogger(save_dir=run_folder.path, name="tensorboard", version="", default_hp_metric=False)
+    except ModuleNotFoundError as error:
+        raise ConfigError("logger=tensorboard: tensorboard is not installed; pip install tensorboard") from error

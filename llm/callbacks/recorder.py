@@ -1,0 +1,94 @@
+"""One line of metrics a step, in metrics.jsonl and in every logger, without making a GPU wait."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from llm.errors import ConfigError
+from llm.run_folder import RunFolder
+
+
+class Recorder(Callback):
+    """Collects what the module and the callbacks report for an update and writes it one update later.
+
+    Contributions come from `pl_module.step_metrics` and from each callback that has a method
+    `step_metrics(trainer, pl_module) -> dict`; validation's metrics join the line of their update. Numbers stay tensors
+    until the next update, when the device has them ready. Nothing of an update that a checkpoint holds is lost in a
+    kill: the line is written before the checkpoint.
+
+    Args:
+        run_folder: its metrics.jsonl gets a line each.
+        log_every: optimizer updates between lines, at least 1; the first update and each validation have one as well.
+    """
+
+    def __init__(self, *, run_folder: RunFolder, log_every: int) -> None:
+        if log_every < 1:
+            raise ConfigError(f"callbacks.recorder.log_every={log_every}: must be at least 1; try 10")
+        self.run_folder, self.log_every = run_folder, log_every
+        self._step = 0
+        self._first = True
+        self._pending: tuple[int, dict[str, Any]] | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Start counting from the update that the run goes on from."""
+        self._step, self._first, self._pending = trainer.global_step, True, None
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        """Collect this update's metrics when they are due, after writing those of the one before."""
+        if trainer.global_step == self._step:
+            return
+        self._flush(trainer)
+        self._step = trainer.global_step
+        if self._first or self._step % self.log_every == 0 or self._step == trainer.max_steps:
+            self._first = False
+            self._pending = (self._step, self._collect(trainer, pl_module))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Join validation's metrics to the line of its update."""
+        if trainer.sanity_checking:
+            return
+        if self._pending is None:
+            self._pending = (trainer.global_step, self._collect(trainer, pl_module))
+        validation = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        self._pending[1].update(validation)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Write the line first: a run resumed from this checkpoint will not write it again."""
+        self._flush(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Write the last line."""
+        self._flush(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Write the line of the last update that went well."""
+        self._flush(trainer)
+
+    def _collect(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+        metrics: dict[str, Any] = {"tokens_seen": trainer.global_step * pl_module.batch_tokens}
+        metrics.update(pl_module.step_metrics)
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            contribute = getattr(callback, "step_metrics", None)
+            if contribute is not None:
+                metrics.update(contribute(trainer, pl_module))
+        return metrics
+
+    def _flush(self, trainer: L.Trainer) -> None:
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        numbers = {name: _number(value) for name, value in metrics.items()}
+        self.run_folder.append_metrics(step, numbers)
+        scalars = {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=step)
+
+
+def _number(value: Any) -> Any:
+    """Bring a tensor to the host: one number, or a list (the load of each expert, say)."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value.detach().to(torch.float32).tolist()
+    return value

@@ -1,0 +1,87 @@
+"""Text that the model writes along the way: the plainest sign of what it has learned."""
+
+import logging
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from llm.errors import ConfigError
+from llm.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+class Samples(Callback):
+    """Writes generated text to samples.txt after every few validations and at the end, there also to the console.
+
+    Args:
+        run_folder: its samples.txt grows.
+        every_validations: validations between samples, at least 1.
+        prompts: texts to go on from; an empty one starts a document.
+        max_new_tokens: tokens drawn for each prompt.
+        temperature: 0 takes the likeliest token.
+        top_k: draw among the k likeliest, or None.
+        top_p: draw among the fewest whose probabilities reach p, or None.
+        seed: of the draws; the same at each sample, so that texts differ by what was learned.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_folder: RunFolder,
+        every_validations: int,
+        prompts: list[str],
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        seed: int,
+    ) -> None:
+        if every_validations < 1:
+            raise ConfigError(f"callbacks.samples.every_validations={every_validations}: must be at least 1; try 1")
+        if not prompts:
+            raise ConfigError("callbacks.samples.prompts=[]: needs at least one; try [''] or callbacks.samples=null")
+        self.run_folder, self.every_validations, self.prompts = run_folder, every_validations, prompts
+        self.sampling = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+        }
+        self._validations = 0
+        self._sampled: tuple[int, str] = (-1, "")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Sample when it is due."""
+        if trainer.sanity_checking:
+            return
+        self._validations += 1
+        if self._validations % self.every_validations == 0:
+            self._sample(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Show a last sample; a run that was told to stop has no time for it."""
+        if trainer.global_step == trainer.max_steps and trainer.is_global_zero:
+            text = self._sample(trainer, pl_module)
+            log.info("%s", text)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how many validations there were."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on counting."""
+        self._validations = state_dict["validations"]
+
+    def _sample(self, trainer: L.Trainer, pl_module: Any) -> str:
+        if not trainer.is_global_zero:
+            return ""
+        step = trainer.global_step
+        if self._sampled[0] != step:
+            texts = pl_module.generate_text(self.prompts, **self.sampling)
+            shown = [f"[{prompt!r}] {text}" for prompt, text in zip(self.prompts, texts, strict=True)]
+            self._sampled = (step, f"--- step {step} ---\n" + "\n\n".join(shown) + "\n")
+            self.run_folder.append_text("samples.txt", self._sampled[1] + "\n")
+        return self._sampled[1]

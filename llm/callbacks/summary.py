@@ -1,0 +1,122 @@
+"""summary.json: what the run is doing now, and in the end what came out."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from llm.provenance import git_commit, versions
+from llm.run_folder import RunFolder
+
+_FINAL = {"val/loss": "val/loss", "val/bits_per_byte": "bits_per_byte", "val/perplexity": "perplexity"}
+
+
+class Summary(Callback):
+    """Keeps summary.json true at any moment: running, finished, `stopped: SIGTERM`, or `failed: why`.
+
+    Figures come from the module, the trainer, and each callback that has `final_figures(trainer, pl_module) -> dict`.
+
+    Args:
+        run_folder: where summary.json goes.
+    """
+
+    def __init__(self, *, run_folder: RunFolder) -> None:
+        self.run_folder = run_folder
+        self._began = time.monotonic()
+        self._seconds_before = 0.0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Say that the run is running, and what it consists of."""
+        self._began = time.monotonic()
+        total, active = count_parameters(pl_module)
+        figures = {"status": "running", "parameters": total, "active_parameters": active}
+        self.run_folder.update(figures | {"git_commit": git_commit(), "versions": versions()})
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Note validation's results, so that they outlive a kill."""
+        if not trainer.sanity_checking:
+            self.run_folder.update(self._figures(trainer, pl_module))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Note the final figures while the optimizer still stands."""
+        self.run_folder.update(self._figures(trainer, pl_module) | _closing_figures(trainer, pl_module))
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Say how the run ended, as the last thing."""
+        signal = _stop_signal(trainer)
+        self.run_folder.update({"status": "finished" if signal is None else f"stopped: {signal.name}"})
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Say why the run failed."""
+        signal = _stop_signal(trainer) if isinstance(exception, KeyboardInterrupt | SystemExit) else None
+        reason = next(iter(str(exception).splitlines()), "") or type(exception).__name__
+        status = f"failed: {reason}" if signal is None else f"stopped: {signal.name} (at once)"
+        self.run_folder.update(self._figures(trainer, pl_module) | {"status": status})
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the seconds so far, so that the total spans resumed runs."""
+        return {"seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on from a checkpoint's seconds."""
+        self._seconds_before = state_dict["seconds"]
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._began
+
+    def _figures(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+        step = trainer.global_step
+        figures = {"steps": step, "tokens_seen": step * pl_module.batch_tokens, "seconds": self._seconds()}
+        metrics = trainer.callback_metrics
+        return figures | {key: float(metrics[name]) for name, key in _FINAL.items() if name in metrics}
+
+
+def count_parameters(pl_module: nn.Module) -> tuple[int, int]:
+    """Return all parameters and those that act on one token: a module's `active_fraction` says which share does."""
+    total = active = 0
+    seen: set[int] = set()
+    for module in pl_module.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                total += parameter.numel()
+                active += round(parameter.numel() * getattr(module, "active_fraction", 1.0))
+    return total, active
+
+
+def _closing_figures(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+    figures = {
+        "optimizer_state_bytes": sum(_state_bytes(optimizer.state) for optimizer in trainer.optimizers),
+        "peak_memory_bytes": _peak_memory_bytes(pl_module.device),
+    }
+    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        contribute = getattr(callback, "final_figures", None)
+        if contribute is not None:
+            figures.update(contribute(trainer, pl_module))
+    return figures
+
+
+def _state_bytes(state: Any) -> int:
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict):
+        return sum(_state_bytes(inner) for inner in state.values())
+    return 0
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Return the device's peak; on a CPU the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _stop_signal(trainer: L.Trainer) -> Any:
+    signals = (getattr(callback, "signal", None) for callback in trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+    return next((signal for signal in signals if signal is not None), None)

@@ -1,0 +1,126 @@
+"""How many tokens a second training takes in, and what share of the device's peak that is."""
+
+import time
+from collections import deque
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+
+class Throughput(Callback):
+    """Counts tokens over elapsed time: all of a step, its data too; not validation, checkpoints or the first update.
+
+    The first update of a process compiles and allocates. Validation and checkpointing are left out with the data
+    fetch after them.
+
+        tokens_per_second = tokens of the last `window` updates / their seconds
+        mfu = tokens_per_second · flops_per_token / (peak_flops · devices)
+
+    Args:
+        peak_flops: what one device can do, FLOPs a second, dense, in the precision of the run; None where it is not
+            known: then no mfu is reported.
+        window: updates that the running figure looks back over, at least 1.
+    """
+
+    def __init__(self, *, peak_flops: float | None, window: int) -> None:
+        self.peak_flops = peak_flops
+        self._recent: deque[tuple[int, float]] = deque(maxlen=window)
+        self._tokens, self._seconds = 0, 0.0
+        self._since: float | None = None
+        self._step = 0
+        self._partial = 0.0
+        self._is_first = True
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The running figure, None before the second update."""
+        seconds = sum(seconds for _, seconds in self._recent)
+        return sum(tokens for tokens, _ in self._recent) / seconds if seconds else None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Forget what another run of this object measured."""
+        self._recent.clear()
+        self._step, self._since, self._partial, self._is_first = trainer.global_step, None, 0.0, True
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start the clock where it was stopped."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        """Take the time of this micro-step; at the end of an update, count its tokens."""
+        self._lap()
+        self._since = time.perf_counter()
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        if self._is_first:
+            _wait(pl_module)
+            self._is_first, self._since = False, time.perf_counter()
+        else:
+            self._recent.append((pl_module.batch_tokens, self._partial))
+            self._tokens, self._seconds = self._tokens + pl_module.batch_tokens, self._seconds + self._partial
+        self._partial = 0.0
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Stop the clock once the device is done with training."""
+        self._pause(pl_module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Stop the clock once the device is done with training."""
+        self._pause(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tokens and seconds so far, so that the total spans resumed runs."""
+        return {"tokens": self._tokens, "seconds": self._seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting from a checkpoint's total."""
+        self._tokens, self._seconds = state_dict["tokens"], state_dict["seconds"]
+
+    def step_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
+        """Return the running figures for the recorder."""
+        speed = self.tokens_per_second
+        if speed is None:
+            return {}
+        mfu = self._mfu(speed, trainer, pl_module)
+        return {"tokens_per_second": speed} | ({} if mfu is None else {"mfu": mfu})
+
+    def final_figures(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
+        """Return the total figures for the summary; where the peak is unknown, mfu is "n/a"."""
+        speed = self._tokens / self._seconds if self._seconds else None
+        mfu = None if speed is None else self._mfu(speed, trainer, pl_module)
+        return {
+            "tokens_per_second": speed,
+            "tokens_per_second_recent": self.tokens_per_second,
+            "training_seconds": self._seconds,
+            "mfu": "n/a" if self.peak_flops is None else mfu,
+        }
+
+    def _mfu(self, speed: float, trainer: L.Trainer, pl_module: Any) -> float | None:
+        if self.peak_flops is None:
+            return None
+        return speed * pl_module.flops_per_token / (self.peak_flops * trainer.world_size)
+
+    def _lap(self) -> None:
+        if self._since is not None:
+            self._partial += time.perf_counter() - self._since
+            self._since = None
+
+    def _pause(self, pl_module: Any) -> None:
+        if self._since is not None:
+            _wait(pl_module)
+            if self._recent and not self._is_first:
+                # what the device still had to do belongs to the update just counted
+                rest = time.perf_counter() - self._since
+                tokens, seconds = self._recent[-1]
+                self._recent[-1] = (tokens, seconds + rest)
+                self._seconds += rest
+            self._since = None
+
+
+def _wait(pl_module: Any) -> None:
+    if pl_module.device.type == "cuda":
+        torch.cuda.synchronize(pl_module.device)
