@@ -11,7 +11,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from data.cleaning import ScoredText
 from llm.errors import DataError
@@ -34,6 +34,7 @@ class Piece(NamedTuple):
     """Bytes of a document where files are cut into documents; `start` and `stop` then count documents."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """What the token cache asks of a source; a source must survive pickling."""
 
