@@ -1,0 +1,167 @@
+"""Causal attention in blocks of queries: the CPU's kernel, and the fallback of devices without a better one.
+
+Each block of queries is multiplied by the keys that it needs, and by no others; what is alive at a time is one block
+of scores. The backward pass recomputes the scores of a block rather than keep them.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm.attention.kernels.plan import QueryBlock
+from llm.attention.kernels.reference import visible_keys
+from llm.attention.kernels.slabs import Slab, slabs, take
+
+aten = torch.ops.aten
+ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? document_ids, float scale, int? window"
+
+
+@torch.library.custom_op(
+    "crucible::blocked_attention",
+    mutates_args=(),
+    schema=f"({ARGUMENTS}, bool return_lse) -> (Tensor out, Tensor lse)",
+)
+def blocked_attention(
+    q: Float[Tensor, "batch time heads head_dim"],
+    k: Float[Tensor, "batch time_k kv_heads head_dim"],
+    v: Float[Tensor, "batch time_k kv_heads value_dim"],
+    document_ids: Int[Tensor, "batch time_k"] | None,
+    scale: float,
+    window: int | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the mixed values and, if asked, the log-sum-exp of each query's scores (else an empty tensor)."""
+    out, lse = _empty_results(q, k, v, document_ids, scale, window, return_lse)
+    with torch.autocast(q.device.type, enabled=False):
+        for slab in slabs(q, k, document_ids, window):
+            queries, keys, values = slab.queries(q), slab.keys(k), slab.keys(v)
+            buffer = q.new_empty(slab.num_scores)
+            for block in slab.blocks:
+                scores = _scores(take(queries, block), keys, slab, block, buffer, scale)
+                if return_lse:
+                    slab.write_queries(lse[..., None], block, scores.to(lse.dtype).logsumexp(-1, keepdim=True))
+                weights = aten._softmax.out(scores, -1, False, out=scores)
+                slab.write_queries(out, block, torch.bmm(weights, values[:, block.key_start : block.key_stop]))
+    return out, lse
+
+
+@blocked_attention.register_fake
+def _empty_results(q, k, v, document_ids, scale, window, return_lse) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    return out, q.new_empty(q.shape[:3] if return_lse else (0,), dtype=_precise(q))
+
+
+@torch.library.custom_op(
+    "crucible::blocked_attention_grad",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor? grad_lse, {ARGUMENTS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+)
+def blocked_attention_grad(
+    grad_out: Float[Tensor, "batch time heads value_dim"],
+    grad_lse: Float[Tensor, "batch time heads"] | None,
+    q: Float[Tensor, "batch time heads head_dim"],
+    k: Float[Tensor, "batch time_k kv_heads head_dim"],
+    v: Float[Tensor, "batch time_k kv_heads value_dim"],
+    document_ids: Int[Tensor, "batch time_k"] | None,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v, with p the weights, dp = dO Vᵀ and δ_i = Σ_j p_ij dp_ij.
+
+        ds = p (dp − δ + dlse),   dq = scale · ds K,   dk = scale · dsᵀ Q,   dv = pᵀ dO
+
+    Source: Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 2.
+    Differs: a block has its whole row of keys at hand, so p and δ need no stored statistics; ∂lse/∂s = p adds dlse.
+    """
+    dq, dk, dv = _empty_grads(grad_out, grad_lse, q, k, v, document_ids, scale, window)
+    with torch.autocast(q.device.type, enabled=False):
+        for slab in slabs(q, k, document_ids, window):
+            _slab_grad(slab, (dq, dk, dv), grad_out, grad_lse, q, k, v, scale)
+    return dq, dk, dv
+
+
+@blocked_attention_grad.register_fake
+def _empty_grads(grad_out, grad_lse, q, k, v, document_ids, scale, window) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _slab_grad(
+    slab: Slab,
+    results: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+) -> None:
+    """Write one slab's part of dq, dk and dv; sums over blocks are kept in at least fp32."""
+    dq, dk, dv = results
+    queries, grads, keys, values = slab.queries(q), slab.queries(grad_out), slab.keys(k), slab.keys(v)
+    slopes = None if grad_lse is None else slab.queries(grad_lse[..., None])
+    key_sum, value_sum = (x.new_zeros(x.shape, dtype=_precise(x)) for x in (keys, values))
+    buffer, grad_buffer = q.new_empty(slab.num_scores), q.new_empty(slab.num_scores)
+    for block in slab.blocks:
+        span, query, grad = slice(block.key_start, block.key_stop), take(queries, block), take(grads, block)
+        scores = _scores(query, keys, slab, block, buffer, scale)
+        weights = aten._softmax.out(scores, -1, False, out=scores)
+        slope = grad_buffer[: weights.numel()].view(weights.shape)
+        torch.bmm(grad, values[:, span].transpose(1, 2), out=slope)
+        _add_product(value_sum[:, span], weights.transpose(1, 2), grad, 1.0)
+        aten._softmax_backward_data.out(slope, weights, -1, weights.dtype, grad_input=slope)
+        if slopes is not None:
+            slope.addcmul_(weights, take(slopes, block).to(weights.dtype))
+        slab.write_queries(dq, block, torch.bmm(slope, keys[:, span]).mul_(scale))
+        _add_product(key_sum[:, span], slope.transpose(1, 2), query, scale)
+    slab.write_keys(dk, key_sum)
+    slab.write_keys(dv, value_sum)
+
+
+def _scores(
+    query: Tensor, keys: Tensor, slab: Slab, block: QueryBlock, buffer: Tensor, scale: float
+) -> Float[Tensor, "slab_heads rows keys"]:
+    """Return scale · q·k of one block in the buffer, -inf where a query does not see a key."""
+    span, num_queries = slice(block.key_start, block.key_stop), block.stop - block.start
+    shape = (*query.shape[:2], block.key_stop - block.key_start)
+    scores = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+    torch.baddbmm(scores, query, keys[:, span].transpose(1, 2), beta=0, alpha=scale, out=scores)
+    by_query = scores.view(shape[0], -1, num_queries, shape[2])
+    if block.is_masked:
+        ids = None if slab.document_ids is None else slab.document_ids[None, span]
+        visible = visible_keys(
+            time=num_queries, time_k=shape[2], device=scores.device, document_ids=ids, window=slab.window
+        )
+        by_query.masked_fill_(~visible, float("-inf"))
+    else:
+        later = torch.ones(num_queries, num_queries, dtype=torch.bool, device=scores.device).triu(1)
+        by_query[..., -num_queries:].masked_fill_(later, float("-inf"))
+    return scores
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """Add scale · a b to a sum that may be more precise."""
+    if a.dtype == total.dtype:
+        total.baddbmm_(a, b, alpha=scale)
+    else:
+        total.add_(torch.bmm(a, b), alpha=scale)
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, document_ids, ctx.scale, ctx.window, ctx.has_lse = inputs
+    ctx.save_for_backward(q, k, v, document_ids)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, document_ids = ctx.saved_tensors
+    slopes = grad_lse if ctx.has_lse else None
+    grads = blocked_attention_grad(grad_out, slopes, q, k, v, document_ids, ctx.scale, ctx.window)
+    return *grads, None, None, None, None
+
+
+blocked_attention.register_autograd(_backward, setup_context=_save)

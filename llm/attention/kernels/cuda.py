@@ -1,0 +1,119 @@
+"""Causal attention on a CUDA device: SDPA's flash kernel, variable-length flash for documents, else FlexAttention."""
+
+import contextlib
+import functools
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+varlen_attn: Any = None
+with contextlib.suppress(ImportError):  # a torch without it uses FlexAttention
+    from torch.nn.attention.varlen import varlen_attn
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def cuda_attention(
+    q: Float[Tensor, "batch time heads head_dim"],
+    k: Float[Tensor, "batch time_k kv_heads head_dim"],
+    v: Float[Tensor, "batch time_k kv_heads value_dim"],
+    *,
+    document_ids: Int[Tensor, "batch time_k"] | None,
+    scale: float,
+    window: int | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Pick by what hides keys: nothing but causality, documents or a window in half precision, or anything else.
+
+    Without `return_lse` the second result is empty.
+    """
+    whole = q.shape[1] == k.shape[1]
+    if not return_lse and whole and document_ids is None and window is None:
+        return sdpa(q, k, v, scale=scale, is_causal=True, mask=None), q.new_empty(0)
+    if not return_lse and whole and can_use_varlen(q, v):
+        return varlen(q, k, v, document_ids=document_ids, scale=scale, window=window), q.new_empty(0)
+    return flex(q, k, v, document_ids=document_ids, scale=scale, window=window, return_lse=return_lse)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, is_causal: bool, mask: Tensor | None) -> Tensor:
+    """Torch's own attention, in this seam's axis order."""
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+@functools.cache
+def varlen_arguments() -> frozenset[str]:
+    """Names of the arguments that this torch's variable-length attention takes."""
+    return frozenset() if varlen_attn is None else frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def can_use_varlen(q: Tensor, v: Tensor) -> bool:
+    """Whether flash attention over documents laid end to end serves these tensors."""
+    if not {"window_size", "scale", "enable_gqa"} <= varlen_arguments():
+        return False
+    is_flash_shape = q.dtype in HALF and q.shape[-1] == v.shape[-1] <= 256 and q.shape[-1] % 8 == 0
+    return is_flash_shape and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, *, document_ids: Tensor | None, scale: float, window: int | None) -> Tensor:
+    """Treat each document of each row as a sequence of its own, all laid end to end.
+
+    The list of starts has one place for each token, the unused ones at the end standing for empty sequences: its
+    length does not depend on the data, so nothing waits for the device and nothing is recompiled.
+    """
+    batch, time = q.shape[:2]
+    starts_document = torch.ones(batch, time, dtype=torch.bool, device=q.device)
+    if document_ids is None:
+        starts_document[:, 1:] = False
+    else:
+        starts_document[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    index = torch.arange(batch * time, device=q.device, dtype=torch.int32)
+    starts = torch.where(starts_document.flatten(), index, batch * time).sort().values
+    offsets = F.pad(starts, (0, 1), value=batch * time).to(torch.int32)
+    left = -1 if window is None else window - 1
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    options: dict[str, Any] = {"scale": scale, "window_size": (left, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+    out = varlen_attn(q, k, v, offsets, offsets, time, time, **options)
+    return out.unflatten(0, (batch, time))
+
+
+@functools.cache
+def compiled_flex() -> tuple[Any, Any]:
+    """FlexAttention and its mask builder, compiled once; shapes stay dynamic where torch finds that they vary."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    return torch.compile(flex_attention), torch.compile(create_block_mask)
+
+
+def flex(
+    q: Tensor, k: Tensor, v: Tensor, *, document_ids: Tensor | None, scale: float, window: int | None, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """FlexAttention with a block mask: blocks that no query sees are never computed; lse is differentiable."""
+    batch, time, heads, _ = q.shape
+    time_k, offset = k.shape[1], k.shape[1] - time
+    ids = torch.zeros(1, time_k, dtype=torch.int32, device=q.device) if document_ids is None else document_ids
+    reach = time_k if window is None else window
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        at = query + offset
+        return (key <= at) & (at - key < reach) & (ids[row, at] == ids[row, key])
+
+    attend, build_mask = compiled_flex()
+    mask = build_mask(visible, batch if document_ids is not None else None, None, time, time_k, device=q.device)
+    result = attend(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=heads != k.shape[2],
+        return_lse=return_lse,
+    )
+    if not return_lse:
+        return result.transpose(1, 2), q.new_empty(0)
+    out, lse = result
+    return out.transpose(1, 2), lse.transpose(1, 2)

@@ -1,0 +1,84 @@
+"""The one function that attention calls: it checks the shapes and picks the kernel."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm.attention.kernels.blocked import blocked_attention
+from llm.attention.kernels.cuda import cuda_attention, sdpa
+from llm.attention.kernels.reference import visible_keys
+from llm.errors import ShapeError
+
+FEW_QUERIES = 16
+"""Up to this many queries against stored keys (decoding), one masked product reads the keys where they lie."""
+
+
+def causal_attention(
+    q: Float[Tensor, "batch time heads head_dim"],
+    k: Float[Tensor, "batch time_k kv_heads head_dim"],
+    v: Float[Tensor, "batch time_k kv_heads value_dim"],
+    *,
+    document_ids: Int[Tensor, "batch time_k"] | None = None,
+    scale: float,
+    window: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mix values by the softmax of scores, each query seeing the keys of its document up to itself.
+
+        o_i = Σ_j softmax_j(scale · q_i·k_j) v_j,   lse_i = log Σ_j exp(scale · q_i·k_j)
+
+    On CUDA: SDPA's flash kernel where every row is one document, variable-length flash or FlexAttention for
+    documents and windows. Elsewhere: blocks of queries (`llm.attention.kernels.blocked`). No kernel holds a
+    time x time matrix. Gradients flow through both results. Under autocast the inputs are cast to its dtype.
+
+    Args:
+        q: queries; query i stands at key time_k - time + i, so a chunk can follow stored keys.
+        k: keys; kv_heads divides heads, consecutive query heads share a key/value head.
+        v: values.
+        document_ids: id of each key's document, ascending along a row; None where every row is one document.
+        scale: factor on the scores, usually head_dim^-1/2.
+        window: how many keys back a query sees, itself included, at least 1; None for all.
+        return_lse: also return lse in fp32, [batch time heads].
+
+    Raises:
+        ShapeError: shapes that do not fit one another, or a window below 1.
+    """
+    _check(q, k, v, window)
+    q, k, v = _cast(q, k, v)
+    options = {"document_ids": document_ids, "scale": scale, "window": window}
+    if q.shape[1] <= FEW_QUERIES and not return_lse and q.shape[1] < k.shape[1]:
+        return _decode(q, k, v, **options)
+    if q.is_cuda:
+        out, lse = cuda_attention(q, k, v, **options, return_lse=return_lse)
+    else:
+        out, lse = blocked_attention(q, k, v, document_ids, scale, window, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, *, document_ids: Tensor | None, scale: float, window: int | None
+) -> Tensor:
+    """A few queries against many keys: torch's own attention under a mask of time x time_k."""
+    visible = visible_keys(
+        time=q.shape[1], time_k=k.shape[1], device=q.device, document_ids=document_ids, window=window
+    )
+    return sdpa(q, k, v, scale=scale, is_causal=False, mask=visible[:, None])
+
+
+def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to autocast's dtype, as a product would be; else to the dtype of the first."""
+    device = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[0].dtype
+    return tuple(x.to(dtype) for x in tensors)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:
+    if q.shape[2] % k.shape[2] or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
+        raise ShapeError(
+            f"attention q={tuple(q.shape)}, k={tuple(k.shape)}, v={tuple(v.shape)}: must be "
+            "[batch time heads dim], with kv_heads dividing heads; check what the position and the projections return"
+        )
+    if q.shape[1] > k.shape[1]:
+        raise ShapeError(f"attention time={q.shape[1]}: exceeds time_k={k.shape[1]}; pass the queries' own keys too")
+    if window is not None and window < 1:
+        raise ShapeError(f"attention window={window}: must be at least 1 (a query sees itself); use None for all keys")

@@ -1,0 +1,98 @@
+"""Which keys each block of queries needs: plain integers, decided before any arithmetic."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxtyping import Int
+from torch import Tensor
+
+SHORT_DOCUMENT = 32
+"""Whole documents share a query block, under a mask, until they hold this many tokens: tiny products do not pay."""
+
+
+class QueryBlock(NamedTuple):
+    """Queries [start, stop), which need keys [key_start, key_stop); the last stop - start keys are their own."""
+
+    start: int
+    stop: int
+    key_start: int
+    key_stop: int
+    is_masked: bool
+    """Whether anything but causality hides one of these keys from one of these queries."""
+
+
+class RowPlan(NamedTuple):
+    """The blocks of the rows whose documents start at the same tokens, which are computed together."""
+
+    rows: list[int]
+    blocks: list[QueryBlock]
+
+
+def plan_batch(
+    document_ids: Int[Tensor, "batch time_k"] | None,
+    *,
+    batch: int,
+    time: int,
+    time_k: int,
+    window: int | None,
+    block: int,
+) -> list[RowPlan]:
+    """Group the rows of a batch by where their documents start, and cut each group into query blocks.
+
+    Args:
+        document_ids: id of each key's document, or None where every row is one document.
+        batch: number of rows.
+        time: number of queries; query i stands at key time_k - time + i.
+        time_k: number of keys.
+        window: how many keys back a query sees, itself included; None for all.
+        block: most queries in a block.
+    """
+    boundaries: list[list[int]] = [[] for _ in range(batch)]
+    if document_ids is not None:
+        for row, column in (document_ids[:, 1:] != document_ids[:, :-1]).nonzero().tolist():
+            boundaries[row].append(column + 1)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, cuts in enumerate(boundaries):
+        groups.setdefault(tuple(cuts), []).append(row)
+    return [
+        RowPlan(rows, plan_row(cuts, time=time, time_k=time_k, window=window, block=block))
+        for cuts, rows in groups.items()
+    ]
+
+
+def plan_row(boundaries: Sequence[int], *, time: int, time_k: int, window: int | None, block: int) -> list[QueryBlock]:
+    """Cut one row's queries into blocks of at most `block`.
+
+    A block ends where its document ends, so no key of another document is multiplied and no mask is needed: document
+    masking costs no more than causality. Only whole documents under SHORT_DOCUMENT tokens share a block.
+    `boundaries` are the keys at which a new document starts, ascending, without 0.
+    """
+    offset = time_k - time
+    starts = [0, *boundaries]
+    ends = [*(b - offset for b in boundaries), time]
+    blocks, start = [], 0
+    while start < time:
+        document = bisect_right(starts, offset + start) - 1
+        begins = starts[document] == offset + start
+        stop = _block_stop(start, ends[document:], begins=begins, limit=start + block)
+        key_start, key_stop = starts[document], offset + stop
+        if window is not None:
+            key_start = max(key_start, offset + start - window + 1)
+        crosses = ends[document] < stop
+        slides = window is not None and key_start < key_stop - window
+        blocks.append(QueryBlock(start, stop, key_start, key_stop, crosses or slides))
+        start = stop
+    return blocks
+
+
+def _block_stop(start: int, ends: Sequence[int], *, begins: bool, limit: int) -> int:
+    """Return where the block from `start` stops; `ends` lists where its document and the following ones end."""
+    stop = min(ends[0], limit)
+    if not begins:  # the tail of a document keeps its long row of keys to itself
+        return stop
+    for end in ends[1:]:
+        if stop - start >= SHORT_DOCUMENT or end > limit:
+            break
+        stop = end
+    return stop

@@ -1,0 +1,55 @@
+"""The definition of causal attention, written to be read; every kernel is compared with it."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def visible_keys(
+    *,
+    time: int,
+    time_k: int,
+    device: torch.device,
+    document_ids: Int[Tensor, "batch time_k"] | None,
+    window: int | None,
+) -> Bool[Tensor, "rows {time} {time_k}"]:
+    """Return which keys each query sees: not after itself, inside the window, of its own document.
+
+    Query i stands at key `time_k - time + i`. `rows` is the batch, or 1 where every row is one document.
+    """
+    query_at = torch.arange(time_k - time, time_k, device=device)[:, None]
+    key_at = torch.arange(time_k, device=device)[None, :]
+    visible = (key_at <= query_at)[None]
+    if window is not None:
+        visible = visible & (query_at - key_at < window)
+    if document_ids is not None:
+        visible = visible & (document_ids[:, time_k - time :, None] == document_ids[:, None, :])
+    return visible
+
+
+def reference_attention(
+    q: Float[Tensor, "batch time heads head_dim"],
+    k: Float[Tensor, "batch time_k kv_heads head_dim"],
+    v: Float[Tensor, "batch time_k kv_heads value_dim"],
+    *,
+    document_ids: Int[Tensor, "batch time_k"] | None = None,
+    scale: float,
+    window: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend with the whole time x time matrix in memory, in the dtype of the inputs, by autograd's own rules.
+
+        o_i = Σ_j softmax_j(scale · q_i·k_j) v_j   over the keys that query i sees
+        lse_i = log Σ_j exp(scale · q_i·k_j)
+
+    Arguments and results as `causal_attention`.
+    """
+    repeats = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
+    visible = visible_keys(
+        time=q.shape[1], time_k=k.shape[1], device=q.device, document_ids=document_ids, window=window
+    )
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    scores = scores.masked_fill(~visible[:, None], float("-inf"))
+    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+    return (out, scores.logsumexp(-1).transpose(1, 2)) if return_lse else out

@@ -1,0 +1,184 @@
+"""The vocabulary projection and cross-entropy in one, never holding the scores of all tokens."""
+
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm.contracts import IGNORED_LABEL
+from llm.errors import ConfigError, ShapeError
+
+CHUNK_SCORES = 1 << 23
+"""Vocabulary scores held at a time, where `chunk_tokens` is not given."""
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def reference_linear_cross_entropy(
+    hidden: Float[Tensor, "*shape d_model"],
+    weight: Float[Tensor, "vocab d_model"],
+    labels: Int[Tensor, "*shape"],
+    *,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """The definition: project, then cross-entropy in fp32, all scores in memory. Arguments as the fast form."""
+    logits = F.linear(hidden, weight).flatten(0, -2)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
+    if reduction == "none":
+        return losses.view(labels.shape)
+    return losses.sum() if reduction == "sum" else losses.sum() / (labels != IGNORED_LABEL).sum().clamp_min(1)
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "*shape d_model"],
+    weight: Float[Tensor, "vocab d_model"],
+    labels: Int[Tensor, "*shape"],
+    *,
+    reduction: Reduction = "mean",
+    chunk_tokens: int | None = None,
+) -> Float[Tensor, "*result"]:
+    """Cross-entropy of softmax(hidden weightᵀ) in nats, a chunk of tokens at a time.
+
+        loss = − Σ_n log softmax(W h_n)[label_n] / N,   N = labels that are not IGNORED_LABEL
+
+    When a gradient is wanted it is computed in the forward pass, while a chunk's scores are at hand: dh and dW are
+    kept in place of the scores, and the backward pass only multiplies them by the incoming gradient.
+    With no valid label the loss is 0 and so are the gradients.
+
+    Args:
+        hidden: last hidden states.
+        weight: the vocabulary projection.
+        labels: token ids; IGNORED_LABEL carries no loss.
+        reduction: "mean" over valid labels, "sum", or "none": a loss for each token (0 where ignored), no gradient.
+        chunk_tokens: tokens projected at a time; None holds about CHUNK_SCORES scores.
+
+    Raises:
+        ConfigError: an unknown reduction, a chunk below 1 token, or "none" where a gradient is wanted.
+        ShapeError: labels that do not match hidden.
+
+    Source: the idea of gradients in the forward pass: Hsu et al., "Liger Kernel", arXiv:2410.10989, section 3.2.
+    """
+    chunk = CHUNK_SCORES // weight.shape[0] if chunk_tokens is None else chunk_tokens
+    wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    _check(hidden, labels, reduction, chunk_tokens, wants_grad)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    total, losses, _, _ = _cross_entropy(
+        hidden.flatten(0, -2), weight, labels.flatten(), max(1, chunk), dtype, wants_grad
+    )
+    if reduction == "none":
+        return losses.view(labels.shape)
+    return total if reduction == "sum" else total / (labels != IGNORED_LABEL).sum().clamp_min(1)
+
+
+@torch.library.custom_op(
+    "crucible::linear_cross_entropy",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor labels, int chunk, ScalarType dtype, bool wants_grad)"
+    " -> (Tensor total, Tensor losses, Tensor grad_hidden, Tensor grad_weight)",
+)
+def _cross_entropy(
+    hidden: Float[Tensor, "tokens d_model"],
+    weight: Float[Tensor, "vocab d_model"],
+    labels: Int[Tensor, " tokens"],
+    chunk: int,
+    dtype: torch.dtype,
+    wants_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the summed loss, each token's loss, and the gradients of the sum (empty unless wanted)."""
+    total, losses, grad_hidden, grad_weight = _empty_results(hidden, weight, labels, chunk, dtype, wants_grad)
+    grad_weight.zero_()
+    projection = weight.to(dtype)
+    scores = hidden.new_empty(min(chunk, len(labels)), weight.shape[0], dtype=dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, len(labels), chunk):
+            span = slice(start, start + chunk)
+            ids, states = labels[span], hidden[span].to(dtype)
+            probs, losses[span] = _softmax_and_loss(states, projection, ids, scores[: len(ids)])
+            if wants_grad:
+                slope = _loss_slope(probs, ids, scores[: len(ids)])
+                grad_hidden[span] = slope @ projection
+                _add_product(grad_weight, slope, states)
+    total.copy_(losses.sum())
+    return total, losses, grad_hidden, grad_weight
+
+
+@_cross_entropy.register_fake
+def _empty_results(hidden, weight, labels, chunk, dtype, wants_grad) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    return (
+        hidden.new_empty((), dtype=precise),
+        hidden.new_empty(labels.shape, dtype=precise),
+        torch.empty_like(hidden) if wants_grad else hidden.new_empty(0),
+        torch.empty_like(weight, dtype=precise) if wants_grad else weight.new_empty(0),
+    )
+
+
+def _softmax_and_loss(
+    states: Float[Tensor, "chunk d_model"],
+    projection: Float[Tensor, "vocab d_model"],
+    ids: Int[Tensor, " chunk"],
+    scores: Float[Tensor, "chunk vocab"],
+) -> tuple[Float[Tensor, "chunk vocab"], Float[Tensor, " chunk"]]:
+    """Return softmax of the scores, at least fp32, and each token's loss, 0 where ignored.
+
+    The log-sum-exp is the largest score minus the logarithm of its own probability, which cannot underflow.
+    """
+    torch.mm(states, projection.t(), out=scores)
+    best, at = scores.max(-1, keepdim=True)
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    is_ignored = ids == IGNORED_LABEL
+    chosen = scores.gather(1, ids.masked_fill(is_ignored, 0)[:, None]).to(precise)
+    probs = torch.softmax(scores, -1, dtype=precise)
+    losses = best.to(precise) - probs.gather(1, at).log() - chosen
+    return probs, losses[:, 0].masked_fill(is_ignored, 0.0)
+
+
+def _loss_slope(
+    probs: Float[Tensor, "chunk vocab"], ids: Int[Tensor, " chunk"], buffer: Float[Tensor, "chunk vocab"]
+) -> Float[Tensor, "chunk vocab"]:
+    """Return d loss / d scores = softmax - one-hot of the label, 0 where ignored, in the buffer."""
+    is_ignored = (ids == IGNORED_LABEL)[:, None]
+    slope = torch.where(is_ignored, 0.0, -1.0).to(probs.dtype)
+    probs.masked_fill_(is_ignored, 0.0) if bool(is_ignored.any()) else probs
+    probs.scatter_add_(1, ids.clamp_min(0)[:, None], slope)
+    return buffer.copy_(probs)
+
+
+def _add_product(total: Float[Tensor, "vocab d_model"], slope: Tensor, states: Tensor) -> None:
+    if total.dtype == slope.dtype:
+        total.addmm_(slope.t(), states)
+    else:
+        total.add_(slope.t() @ states)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.weight_dtype = inputs[1].dtype
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, grad_total: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
+    grad_hidden, grad_weight = ctx.saved_tensors
+    scaled = (grad_weight * grad_total).to(ctx.weight_dtype)
+    return grad_hidden * grad_total.to(grad_hidden.dtype), scaled, None, None, None, None
+
+
+_cross_entropy.register_autograd(_backward, setup_context=_save)
+
+
+def _check(hidden: Tensor, labels: Tensor, reduction: str, chunk_tokens: int | None, wants_grad: bool) -> None:
+    if reduction not in get_args(Reduction):
+        raise ConfigError(f"loss reduction={reduction}: unknown; use one of {', '.join(get_args(Reduction))}")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ConfigError(f"loss chunk_tokens={chunk_tokens}: must be at least 1; leave it out to fit the vocabulary")
+    if reduction == "none" and wants_grad:
+        raise ConfigError("loss reduction=none: gives no gradient; use mean or sum, or torch.no_grad()")
+    if hidden.shape[:-1] != labels.shape:
+        raise ShapeError(
+            f"loss labels={tuple(labels.shape)}: must be hidden={tuple(hidden.shape)} without its last axis; "
+            "check the batch"
+        )
