@@ -1,0 +1,124 @@
+"""Update rules without an optimizer around them: Lion, and AdamW for what Muon does not orthogonalise."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from llm.errors import ConfigError, did_you_mean
+from llm.optim import foreach
+from llm.optim.base import Slab, between, check_betas, descend, in_range, keep_idle_rows, slabs
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """One update rule: what it keeps for each element, and how it moves a slab."""
+
+    name: ClassVar[str]
+    buffers: ClassVar[tuple[str, ...]]
+
+    def update(self, slab: Slab, *, lr: float, weight_decay: float) -> None:
+        """Move `slab.params` and its state."""
+        ...
+
+
+class LionRule:
+    """The sign of an interpolated momentum: u = sign(β1·m + (1−β1)·g); θ ← θ − lr·(u + λθ); m ← β2·m + (1−β2)·g.
+
+    Args:
+        betas: β1 weighs the momentum in the update, β2 keeps it; each in [0, 1).
+
+    Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675, Algorithm 2.
+    """
+
+    name: ClassVar[str] = "lion"
+    buffers: ClassVar[tuple[str, ...]] = ("momentum",)
+
+    def __init__(self, *, betas: Sequence[float]) -> None:
+        self.betas = check_betas("betas", betas)
+
+    def update(self, slab: Slab, *, lr: float, weight_decay: float) -> None:
+        """Move `slab.params` and its momentum."""
+        beta1, beta2 = self.betas
+        momenta = slab.state["momentum"]
+        directions = between(momenta, slab.gradients, 1 - beta1, out=slab.scratch)
+        foreach.lerp_(momenta, slab.gradients, 1 - beta2)
+        foreach.sign_(directions)
+        descend(slab.params, directions, lr=lr, weight_decay=weight_decay)
+
+
+class AdamWRule:
+    """torch's fused AdamW on a slab: θ ← θ − lr·(m̂/(√v̂ + eps) + λθ).
+
+    Args:
+        betas: decay of the first and the second moment, each in [0, 1).
+        eps: added to √v̂; > 0.
+
+    Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101, Algorithm 2.
+    """
+
+    name: ClassVar[str] = "adamw"
+    buffers: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, *, betas: Sequence[float], eps: float) -> None:
+        self.betas, self.eps = check_betas("betas", betas), in_range("eps", eps, 1e-30, 1.0)
+
+    def update(self, slab: Slab, *, lr: float, weight_decay: float) -> None:
+        """Move `slab.params` and its moments; `slab.state["step"]` counts from 1."""
+        adamw(
+            slab.params,
+            slab.gradients,
+            slab.state["exp_avg"],
+            slab.state["exp_avg_sq"],
+            [],
+            list(foreach.sub(slab.state["step"], 1.0)),  # torch's function counts the step itself
+            fused=True,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=self.eps,
+            maximize=False,
+        )
+
+
+RULES: dict[str, type[LionRule] | type[AdamWRule]] = {"lion": LionRule, "adamw": AdamWRule}
+
+
+def make_rule(key: str, name: str, *, betas: Sequence[float], eps: float | None) -> Rule:
+    """Build the rule called `name`; `eps` belongs to AdamW alone.
+
+    Raises:
+        ConfigError: an unknown name, or an eps that would do nothing or is missing.
+    """
+    if name not in RULES:
+        raise ConfigError(
+            f"optimizer.{key}={name}: no such rule; use one of {', '.join(RULES)}{did_you_mean(str(name), RULES)}"
+        )
+    if name == "lion":
+        if eps is not None:
+            raise ConfigError(f"optimizer.{key}_eps={eps}: Lion has no eps; set optimizer.{key}_eps=null")
+        return LionRule(betas=betas)
+    if eps is None:
+        raise ConfigError(f"optimizer.{key}_eps=null: AdamW needs one; set optimizer.{key}_eps=1e-8")
+    return AdamWRule(betas=betas, eps=eps)
+
+
+def apply_rule(
+    rule: Rule,
+    params: list[Tensor],
+    gradients: list[Tensor],
+    state: dict[str, list[Tensor]],
+    *,
+    lr: float,
+    weight_decay: float,
+    rows: bool,
+) -> None:
+    """Run `rule` over whole tensors, slab by slab; with `rows`, rows without a gradient stay where they are."""
+    for slab in slabs(params, gradients, state):
+        if rows:
+            keep_idle_rows(slab, lambda slab=slab: rule.update(slab, lr=lr, weight_decay=weight_decay))
+        else:
+            rule.update(slab, lr=lr, weight_decay=weight_decay)

@@ -1,0 +1,224 @@
+"""Tiger: Lion with one beta, rates relative to each tensor's size, and gradient accumulation for free."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm.contracts import ParamGroup
+from llm.errors import ConfigError, did_you_mean
+from llm.optim import foreach
+from llm.optim.base import (
+    GroupedOptimizer,
+    Slab,
+    active_rows,
+    descend,
+    gradients_of,
+    has_rows,
+    in_range,
+    keep_idle_rows,
+    slabs,
+)
+
+VECTOR_RATE = 0.5
+"""Gains and biases have no size of their own to be relative to: they move by half the rate (Tiger's reference code)."""
+
+ACCUMULATE = ("buffer", "momentum")
+
+
+class Tiger(GroupedOptimizer):
+    """Moves weights by the sign of one momentum, at a rate relative to the size of the tensor.
+
+        m ← β·m + (1−β)·g;  θ ← θ − η·(sign(m) + λθ)
+        η = lr·RMS(θ) for matrices and the head, lr·RMS(row) for each row of an embedding, lr/2 for vectors
+
+    With k micro-batches and `accumulate="momentum"` each gradient goes into m as the backward pass makes it
+    (m ← [β at the first, else 1]·m + (1−β)·g/k) and is freed: no accumulation buffer is held, and the step equals the
+    ordinary one to fp32 rounding. One device only, and nothing is left to clip.
+
+    Args:
+        params: groups from `build_param_groups`.
+        lr: peak relative rate, >= 0: the fraction of its size that a matrix moves in a step.
+        weight_decay: λ, >= 0.
+        beta: decay of the momentum, in [0, 1).
+        min_rms: a tensor's or row's size counts as at least this, >= 0; with 0 a matrix of zeros never moves.
+        shrink_ratio: in (0, 1): a tensor whose gradient is not finite keeps its momentum and is shrunk towards its
+            resting value (1 for gains, else 0) by this factor, and counted in its state as `shrunk`; or None: such
+            gradients are left to the run's `on_nonfinite`.
+        accumulate: where micro-batches add up: in the gradients ("buffer") or in the momentum ("momentum").
+        skip_idle_rows: leave a token's embedding, or an expert of a stack, that had no gradient where it is.
+
+    Raises:
+        ConfigError: a setting out of range, groups without kinds, or accumulate="momentum" on several devices.
+        ShapeError: a matrix that a strategy has flattened.
+
+    Source: Su, "Tiger: A Tight-fisted Optimizer", kexue.fm/archives/9512, and its reference code, bojone/tiger.
+    Differs: `min_rms` (published: 0); non-finite means NaN or infinite (published: NaN); the decay of a cycle is
+        applied with its first finite micro-batch (published: with its first, and lost if that one is NaN); lr counts
+        updates, not micro-batches; `skip_idle_rows` (published: the sign of a stale momentum moves an unused row).
+    """
+
+    def __init__(
+        self,
+        params: list[ParamGroup],
+        *,
+        lr: float,
+        weight_decay: float,
+        beta: float,
+        min_rms: float,
+        shrink_ratio: float | None,
+        accumulate: str,
+        skip_idle_rows: bool,
+    ) -> None:
+        self.beta, self.min_rms = in_range("beta", beta, 0.0, 1.0), in_range("min_rms", min_rms, 0.0, 1e6)
+        self.shrink_ratio = None if shrink_ratio is None else in_range("shrink_ratio", shrink_ratio, 1e-6, 1.0)
+        if accumulate not in ACCUMULATE:
+            raise ConfigError(
+                f"optimizer.accumulate={accumulate}: must be one of {', '.join(ACCUMULATE)}; "
+                f"choose one{did_you_mean(str(accumulate), ACCUMULATE)}"
+            )
+        self.skip_idle_rows, self.folds = skip_idle_rows, accumulate == "momentum"
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        if self.folds:
+            self._register_folding()
+
+    @property
+    def folds_gradients(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether gradients go into the momentum during the backward pass."""
+        return self.folds
+
+    def rule_of(self, group: dict[str, Any]) -> str:
+        """Tiger, with what its rate is relative to."""
+        return {"vector": "tiger (lr/2)", "embedding": "tiger (row RMS)"}.get(group["kind"], "tiger (RMS)")
+
+    def is_due(self, parameter: Tensor) -> bool:
+        """Whether `parameter` has a gradient, or has folded one since the last step."""
+        return parameter.grad is not None or self.state.get(parameter, {}).get("folded", 0) > 0
+
+    def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Advance the momenta by what gradients are there, then move the parameters by their signs."""
+        if self.folds:
+            params = [p for p in params if self._closes_cycle(group, p)]
+        elif self.shrink_ratio is not None:
+            params = [p for p in params if not self._shrink_if_broken(group, p)]
+        for rows in (False, True):
+            members = [p for p in params if has_rows(p, group["kind"]) == rows]
+            if members:
+                self._move(group, members, rows=rows and self.skip_idle_rows)
+
+    def _move(self, group: dict[str, Any], params: list[Tensor], *, rows: bool) -> None:
+        rates = self._rates(group, params)
+        gradients = [self._take_mask(p) for p in params] if self.folds else gradients_of(params)
+        for slab, rate in self._paired(params, gradients, self.buffers(group, params), rates):
+            if not self.folds:
+                foreach.lerp_(slab.state["momentum"], slab.gradients, 1 - self.beta)
+
+            def apply(slab: Slab = slab, rate: list[float] = rate) -> None:
+                move_by_sign(slab, rate, group, min_rms=self.min_rms)
+
+            if rows:
+                keep_idle_rows(slab, apply)
+            else:
+                apply()
+
+    @staticmethod
+    def _paired(
+        params: list[Tensor], gradients: list[Tensor], state: dict[str, list[Tensor]], rates: list[float]
+    ) -> Any:
+        """Slabs with the rates of the tensors that they are cut from."""
+        if params[0].device.type != "cpu":
+            yield from ((slab, rates) for slab in slabs(params, gradients, state))
+            return
+        for i, parameter in enumerate(params):
+            held = {name: buffers[i : i + 1] for name, buffers in state.items()}
+            yield from ((slab, rates[i : i + 1]) for slab in slabs([parameter], [gradients[i]], held))
+
+    def _rates(self, group: dict[str, Any], params: list[Tensor]) -> list[float]:
+        """η of each tensor; of an embedding, whose rows have their own, the factor before RMS(row)."""
+        lr = float(group["lr"])
+        if group["kind"] == "vector":
+            return [VECTOR_RATE * lr] * len(params)
+        if group["kind"] == "embedding":
+            return [lr] * len(params)
+        norms = torch.stack(foreach.norm(params)).tolist()  # one wait for the device, not one a tensor
+        return [lr * max(norm / p.numel() ** 0.5, self.min_rms) for norm, p in zip(norms, params, strict=True)]
+
+    def _shrink_if_broken(self, group: dict[str, Any], parameter: Tensor) -> bool:
+        """Shrink a tensor whose gradient is not finite; say whether that was so."""
+        gradient = parameter.grad
+        if gradient is None or bool(torch.isfinite(torch.linalg.vector_norm(gradient, ord=float("inf")))):
+            return False
+        position = next(i for i, p in enumerate(group["params"]) if p is parameter)
+        rest = group.get("resting_values", [0.0] * len(group["params"]))[position]
+        parameter.sub_(rest).mul_(self.shrink_ratio or 1.0).add_(rest)
+        state = self.state[parameter]
+        state["shrunk"] = state.get("shrunk", 0) + 1
+        return True
+
+    def _register_folding(self) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            raise ConfigError(
+                "optimizer.accumulate=momentum: works on one device, several would average momenta that already "
+                "differ; set optimizer.accumulate=buffer"
+            )
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(lambda p, group=group: self._fold(group, p))
+
+    @torch.no_grad()
+    def _fold(self, group: dict[str, Any], parameter: Tensor) -> None:
+        """Add a micro-batch's gradient to the momentum and free it; called by the backward pass."""
+        state = self.state[parameter]
+        if self.shrink_ratio is not None and self._shrink_if_broken(group, parameter):
+            state["last_broken"] = 1
+        else:
+            (gradient,), (momentum,) = gradients_of([parameter]), self.buffers(group, [parameter])["momentum"]
+            if not state.get("folded", 0):
+                momentum.mul_(self.beta)
+            momentum.add_(gradient, alpha=1 - self.beta)
+            state["folded"], state["last_broken"] = state.get("folded", 0) + 1, 0
+            if self.skip_idle_rows and has_rows(parameter, group["kind"]):
+                used = active_rows(gradient).float()
+                state["used"] = torch.maximum(used, state["used"]) if "used" in state else used
+        parameter.grad = None
+
+    def _closes_cycle(self, group: dict[str, Any], parameter: Tensor) -> bool:
+        """End the parameter's cycle of micro-batches; a last one that was not finite takes the update's place."""
+        state = self.state[parameter]
+        if parameter.grad is not None:
+            self._fold(group, parameter)
+        moves = state.get("folded", 0) > 0 and not state.get("last_broken", 0)
+        state["folded"] = state["last_broken"] = 0
+        if not moves:
+            state.pop("used", None)
+        return moves
+
+    def _take_mask(self, parameter: Tensor) -> Tensor:
+        """What stands for the gradient once it is folded: 1 in the rows that had one, at the size of a view."""
+        used = self.state[parameter].pop("used", None)
+        mask = torch.ones((), device=parameter.device) if used is None else used
+        return mask.expand(parameter.shape)
+
+
+def move_by_sign(slab: Slab, rates: list[float], group: dict[str, Any], *, min_rms: float) -> None:
+    """θ ← θ − η·(sign(m) + λθ), with η one number a tensor, or for embeddings one a row."""
+    momenta, decay = slab.state["momentum"], float(group["weight_decay"])
+    if slab.scratch is None:
+        signs = list(foreach.sign(momenta))
+    else:
+        signs = [torch.sign(m, out=room) for m, room in zip(momenta, slab.scratch, strict=True)]
+    if group["kind"] == "embedding":
+        for parameter, sign, rate in zip(slab.params, signs, rates, strict=True):
+            rms = torch.linalg.vector_norm(parameter, dim=-1, keepdim=True).div_(parameter.shape[-1] ** 0.5)
+            eta = rms.clamp_(min=min_rms).mul_(rate)
+            if decay:
+                parameter.mul_(1 - decay * eta)
+            parameter.sub_(sign.mul_(eta))
+    elif len(set(rates)) == 1:
+        descend(slab.params, signs, lr=rates[0], weight_decay=decay)
+    else:
+        if decay:
+            foreach.mul_(slab.params, [1 - rate * decay for rate in rates])
+        foreach.mul_(signs, rates)
+        foreach.sub_(slab.params, signs)
