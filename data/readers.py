@@ -7,7 +7,7 @@ import json
 import lzma
 from collections import Counter
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
 from llm.errors import DataError, did_you_mean
 
@@ -26,15 +26,15 @@ def suffixes(path: str) -> tuple[str, str]:
     return known, compression
 
 
-def open_binary(path: str) -> IO[bytes]:
+def open_binary(path: str) -> io.BufferedIOBase:
     """Open a file for reading bytes, decompressing by its ending (gz, bz2, xz, zst)."""
     compression = suffixes(path)[1]
     if compression == ".gz":
-        return gzip.open(path, "rb")  # pyright: ignore[reportReturnType]
+        return gzip.GzipFile(path)
     if compression == ".bz2":
-        return bz2.open(path, "rb")
+        return bz2.BZ2File(path)
     if compression == ".xz":
-        return lzma.open(path, "rb")
+        return lzma.LZMAFile(path)
     if compression == ".zst":
         import pyarrow  # it brings zstandard, which the standard library lacks before Python 3.14
 
@@ -53,7 +53,7 @@ def refuse_binary(path: str) -> None:
         raise DataError(f"data.files={path}: binary, not text (zero byte at offset {offset}); leave it out")
 
 
-def read_chunks(file: IO[bytes], *, size: int, first: int = 0, last: int | None = None) -> Iterator[bytes]:
+def read_chunks(file: io.BufferedIOBase, *, size: int, first: int = 0, last: int | None = None) -> Iterator[bytes]:
     """Cut a file into documents of about `size` bytes that end at line ends; yield those numbered first..last-1.
 
     Document k ends with the line that holds byte (k + 1) * size - 1, so any range of documents can be read alone.

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsInt
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class ByteTokenizer:
         """Return the ids of each text, without `bos_id`."""
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """Return the text of ids; `bos_id` becomes the empty string, broken UTF-8 the replacement character."""
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
 
@@ -150,7 +150,7 @@ class _FileTokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
         """Return the text of ids; special tokens become the empty string."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 

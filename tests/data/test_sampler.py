@@ -54,7 +54,9 @@ def test_epochs_and_seeds_differ_in_their_order():
     first = run_windows(0, 1000, num_windows=1000, seed=0)
     assert not np.array_equal(first, run_windows(1000, 2000, num_windows=1000, seed=0))
     assert not np.array_equal(first, run_windows(0, 1000, num_windows=1000, seed=1))
-    assert not np.array_equal(run_windows(1000, 2000, num_windows=1000, seed=0), run_windows(0, 1000, num_windows=1000, seed=1))
+    assert not np.array_equal(
+        run_windows(1000, 2000, num_windows=1000, seed=0), run_windows(0, 1000, num_windows=1000, seed=1)
+    )
 
 
 def test_the_order_looks_random():
