@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,6 +50,7 @@ def run_command(task: Callable[[dict[str, Any], Path], float | None], config_nam
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
             mistakes.append(error)  # raised below, past Hydra's own report of it
+            discard_empty(Path(HydraConfig.get().runtime.output_dir))
             return None
 
     try:
@@ -72,13 +74,23 @@ def _run_job(task: Callable[[dict[str, Any], Path], float | None], cfg: DictConf
     if plain.get("resume"):
         saved = load(Path(hydra_cfg.runtime.output_dir) / "config.yaml")
         plain = merge_resumed(saved, plain, OmegaConf.to_container(hydra_cfg.overrides.task))  # type: ignore[arg-type]
+    folder = Path(hydra_cfg.runtime.output_dir)
     try:
-        return task(plain, Path(hydra_cfg.runtime.output_dir))
+        answer = task(plain, folder)
+        discard_empty(folder)
+        return answer
     except SystemExit as error:  # a signal: leave the sweep too, with its status
         stopped.append(int(error.code or 0))
         if hydra_cfg.mode == RunMode.MULTIRUN:
             raise
         return None
+
+
+def discard_empty(folder: Path) -> None:
+    """Remove a run folder in which nothing but Hydra's own notes stands: no run came of it."""
+    if {path.name for path in folder.iterdir()} <= {".hydra", "train.log", "eval.log"}:
+        logging.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _resume_dir(arguments: list[str], config_name: str) -> list[str]:
@@ -120,5 +132,6 @@ def _default_config(config_name: str) -> Mapping[str, Any]:
 
 
 def _fail(message: str) -> None:
-    sys.stderr.write("".join(f"error: {line}\n" for line in message.splitlines()))
+    lines = message.splitlines()
+    sys.stderr.write("".join(f"{line}\n" if line.startswith(" ") else f"error: {line}\n" for line in lines))
     sys.exit(EXIT_MISTAKE)

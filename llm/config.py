@@ -132,6 +132,8 @@ def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
             probe()
         except CrucibleError as error:
             problems += [line for line in str(error).splitlines() if line not in problems]
+        except TypeError as error:  # a factory's argument that neither its node nor its parent gives
+            problems.append(f"{'/'.join(sorted(keys))}: {error}; compare its file under conf/ with the class it names")
     return problems
 
 

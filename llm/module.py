@@ -74,17 +74,17 @@ class LanguageModule(L.LightningModule):
         self.nonfinite_steps, self.nonfinite_in_a_row, self._refused_step = 0, 0, -1
         self.register_buffer("token_bytes", token_bytes.float(), persistent=False)
         self.flops_per_token = FORWARD_AND_BACKWARD * model.flops_per_token(context_length)
-        self.forward_model: Callable[..., TransformerOutput] = model
+        self._run_model: Callable[..., TransformerOutput] = model.__call__  # a method: the decoder is registered once
         self.step_metrics: dict[str, Tensor | float] = {}
         self._pending: dict[str, list[Tensor]] = {}
         self._statistics: dict[str, Tensor] = {}
 
     def compile_model(self, **options: Any) -> None:
         """Run the decoder through torch.compile from now on; state and names stay those of the plain decoder."""
-        self.forward_model = torch.compile(self.model, **options)
+        self._run_model = torch.compile(self.model, **options).__call__
 
     def forward(self, batch: Batch) -> TransformerOutput:
-        return self.forward_model(batch["input_ids"], positions=batch["positions"], document_ids=batch["document_ids"])
+        return self._run_model(batch["input_ids"], positions=batch["positions"], document_ids=batch["document_ids"])
 
     def configure_optimizers(self) -> Any:
         """One optimizer over tagged groups, one factor on every group's rate, set before each update."""

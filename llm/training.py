@@ -1,6 +1,7 @@
 """One training run, from a checked configuration to a finished run folder."""
 
 import logging
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,7 @@ def train(cfg: dict[str, Any], path: Path) -> float | None:
 
 
 def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> float | None:
+    quiet_lightning()
     L.seed_everything(run.seed, verbose=False)
     checkpoint = _checkpoint_to_resume(run, folder)
     if _is_complete(checkpoint, run):
@@ -83,6 +85,13 @@ def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> float | No
     ckpt_path = None if checkpoint is None else str(checkpoint.path)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return _finish(trainer, module, data, folder)
+
+
+def quiet_lightning() -> None:
+    """Silence what Lightning says about itself; its warnings about the run stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*LeafSpec.*", ".*smaller than the logging interval.*", ".*does not have many workers.*"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _checkpoint_to_resume(run: RunConfig, folder: RunFolder) -> FoundCheckpoint | None:

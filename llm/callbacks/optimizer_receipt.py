@@ -1,0 +1,32 @@
+"""optimizer.txt: what every tensor got."""
+
+import logging
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from llm.optim.receipt import receipt
+from llm.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+class OptimizerReceipt(Callback):
+    """Writes each tensor's kind, rule, lr, weight decay and state bytes to optimizer.txt, and their totals to the log.
+
+    The receipt is read off the optimizer that the trainer really steps, after a strategy has wrapped it.
+
+    Args:
+        run_folder: where optimizer.txt goes.
+    """
+
+    def __init__(self, *, run_folder: RunFolder) -> None:
+        self.run_folder = run_folder
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the receipt before the first update."""
+        text = receipt(trainer.optimizers[0])
+        self.run_folder.save_text("optimizer.txt", text + "\n")
+        if self.run_folder.is_writer:
+            totals = text.rsplit("\n\n", 1)[-1]
+            log.info("optimizer\n%s", "\n".join(f"  {line}" for line in totals.splitlines()))
