@@ -104,7 +104,8 @@ def _batches(job: Job, index: int, cleaner: Cleaner) -> Iterator[list[Document |
 
 
 def _write_batch(job: Job, batch: list[Document | ScoredText], writers: dict[str, ShardWriter]) -> np.ndarray:
-    bos = np.array([job.tokenizer.bos_id], job.dtype)
+    hidden = unscored_bit(job.dtype) if job.source.is_scored else 0  # where labels are chosen, bos is none of them
+    bos = np.array([job.tokenizer.bos_id | hidden], job.dtype)
     digests = [digest(d.data) if isinstance(d, ScoredText) else d.digest for d in batch]
     encoded = _encode(job, batch)
     is_val = [is_validation(name, job.val_fraction) for name in digests]
