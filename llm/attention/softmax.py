@@ -6,22 +6,68 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm.attention.base import Attention
-from llm.attention.kernels import causal_attention
-from llm.contracts import PositionView
+from llm.attention.views import attend_views, reference_views
 from llm.errors import ConfigError
+from llm.position.base import Position
 
 
 class SoftmaxAttention(Attention):
     """Causal attention with grouped-query heads: o_i = Σ_{j≤i} softmax_j(q_i·k_j / sqrt(head_dim)) v_j.
 
-    Runs on the best kernel at hand (see `llm.attention.kernels`) and never holds a time x time matrix.
+    Runs on the best kernel at hand (see `llm.attention.kernels`) and never holds a time x time matrix, also where the
+    position scores near and far pairs differently (see `llm.attention.views`).
 
-    Source: Vaswani et al., "Attention Is All You Need", arXiv:1706.03762, eq. 1.
+    Args:
+        window: keys that a query sees, itself included, at least 1; None for all before it.
+        d_model, num_heads, num_kv_heads, head_dim, position, layer_index, qk_norm, key_norm: see `Attention`.
+
+    Raises:
+        ConfigError: a window below 1, or one that hides the far view of the position.
+
+    Source: Vaswani et al., "Attention Is All You Need", arXiv:1706.03762, eq. 1; windows of arXiv:2004.05150.
     """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        position: Position,
+        layer_index: int,
+        qk_norm: bool,
+        key_norm: bool,
+        window: int | None,
+    ) -> None:
+        self.window = window
+        super().__init__(
+            d_model=d_model,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            position=position,
+            layer_index=layer_index,
+            qk_norm=qk_norm,
+            key_norm=key_norm,
+        )
+
+    def check_position(self, position: Position) -> None:
+        """Every position serves; one with a far view needs a window that reaches it."""
+        if self.window is None:
+            return
+        if self.window < 1:
+            raise ConfigError(f"model.attention.window={self.window}: must be at least 1, or null for all; try 256")
+        if position.far_from is not None and self.window <= position.far_from:
+            raise ConfigError(
+                f"model.position.window={position.far_from}: model.attention.window={self.window} hides all keys that "
+                "the position would treat as far; lower model.position.window or use model/position=rope"
+            )
 
     def attend(
         self,
-        views: tuple[PositionView, ...],
+        q: Float[Tensor, "batch time heads head_dim"],
+        k: Float[Tensor, "batch time kv_heads head_dim"],
         v: Float[Tensor, "batch time kv_heads head_dim"],
         *,
         positions: Int[Tensor, "batch time"],
@@ -29,14 +75,26 @@ class SoftmaxAttention(Attention):
         cache: Any,
     ) -> tuple[Float[Tensor, "batch time heads head_dim"], dict[str, Tensor], dict[str, Tensor]]:
         """Mix values by the softmax of scores."""
-        if len(views) != 1:
-            raise ConfigError(f"model.position: gives {len(views)} views; model.attention=softmax takes one")
+        views = self.position(q, k, positions)
         if cache is not None:
             views, v, document_ids = cache.append(views, v, document_ids)
-        (view,) = views
-        mixed = causal_attention(view.q, view.k, v, document_ids=document_ids, scale=self.head_dim**-0.5)
-        return mixed, {}, {}
+        return attend_views(views, v, document_ids=document_ids, scale=self.scale, window=self.window), {}, {}
+
+    def reference_attend(
+        self,
+        q: Float[Tensor, "batch time heads head_dim"],
+        k: Float[Tensor, "batch time kv_heads head_dim"],
+        v: Float[Tensor, "batch time kv_heads head_dim"],
+        *,
+        positions: Int[Tensor, "batch time"],
+        document_ids: Int[Tensor, "batch time"] | None,
+    ) -> Float[Tensor, "batch time heads head_dim"]:
+        """All scores at once; see `Attention`."""
+        views = self.position(q, k, positions)
+        return reference_views(views, v, document_ids=document_ids, scale=self.scale, window=self.window)
 
     def mixing_flops_per_token(self, context_length: int) -> float:
-        """Scores and values over the mean number of visible keys, (context_length + 1) / 2."""
-        return 4.0 * self.num_heads * self.head_dim * (context_length + 1) / 2
+        """Scores and values over the mean number of visible keys: (context_length + 1) / 2 without a window."""
+        reach = context_length if self.window is None else min(self.window, context_length)
+        visible = reach - reach * (reach - 1) / (2 * context_length)
+        return 4.0 * self.num_heads * self.head_dim * visible

@@ -1,26 +1,30 @@
 """No position signal beyond the causal order."""
 
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm.contracts import PositionView
+from llm.position.base import Position
+from llm.position.log_n import LogNMode
 
 
-class NoPosition(nn.Module):
+class NoPosition(Position):
     """Leaves queries and keys as they are; the causal mask alone tells order.
+
+    Args:
+        head_dim: size of a head; unused, any is right.
+        log_n: see `Position`.
+        train_length: see `Position`.
 
     Source: Haviv et al., "Transformer Language Models without Positional Encodings Still Learn Positional
     Information", arXiv:2203.16634.
     """
 
-    def __init__(self, *, head_dim: int) -> None:
-        super().__init__()
+    bare_keys_from = 0
+
+    def __init__(self, *, head_dim: int, log_n: LogNMode, train_length: int | None) -> None:
+        super().__init__(log_n=log_n, train_length=train_length)
         self.head_dim = head_dim
 
-    def forward(
-        self,
-        q: Float[Tensor, "batch time heads head_dim"],
-        k: Float[Tensor, "batch time kv_heads head_dim"],
-        positions: Int[Tensor, "batch time"],
-    ) -> tuple[PositionView, ...]:
+    def views(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[PositionView, ...]:
+        """One view: the vectors themselves."""
         return (PositionView(q=q, k=k, min_distance=0),)

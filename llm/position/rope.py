@@ -1,34 +1,38 @@
 """Rotary position embedding."""
 
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
 from llm.contracts import PositionView
+from llm.position.base import Position
+from llm.position.log_n import LogNMode
 from llm.position.rotary import AngleMemo, inverse_frequencies, rotate
 
 
-class RoPE(nn.Module):
+class RoPE(Position):
     """Scores depend on distance: q_i and k_j are turned by their own positions, so q_i·k_j sees only i − j.
 
         (R_i q)·(R_j k) = q · R_{j−i} k,   R_p turns the pair m by the angle p · base^(−2m/head_dim)
 
     Args:
         head_dim: size of a head; even.
-        base: wavelength base; larger for longer contexts.
+        base: wavelength base, above 1; larger for longer contexts.
+        log_n: see `Position`.
+        train_length: see `Position`.
 
     Source: Su et al., "RoFormer", arXiv:2104.09864, eq. 16 and 34; layout in halves as in GPT-NeoX and Llama.
     """
 
-    def __init__(self, *, head_dim: int, base: float) -> None:
-        super().__init__()
-        self.frequencies = inverse_frequencies(head_dim=head_dim, base=base)
+    def __init__(self, *, head_dim: int, base: float, log_n: LogNMode, train_length: int | None) -> None:
+        super().__init__(log_n=log_n, train_length=train_length)
+        self.frequencies = self.choose_frequencies(inverse_frequencies(head_dim=head_dim, base=base))
         self.angles = AngleMemo()
 
-    def forward(
-        self,
-        q: Float[Tensor, "batch time heads head_dim"],
-        k: Float[Tensor, "batch time kv_heads head_dim"],
-        positions: Int[Tensor, "batch time"],
-    ) -> tuple[PositionView, ...]:
+    def choose_frequencies(self, frequencies: Float[Tensor, " half"]) -> Float[Tensor, " half"]:
+        """Return the frequencies to turn by, given those of the base; a scaled position overrides this."""
+        return frequencies
+
+    def views(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[PositionView, ...]:
+        """One view: queries and keys turned by their positions."""
         cos, sin = self.angles(positions, self.frequencies)
         return (PositionView(q=rotate(q, cos, sin), k=rotate(k, cos, sin), min_distance=0),)

@@ -33,8 +33,8 @@ def cos_sin(
 
 def rotate(
     x: Float[Tensor, "batch time heads head_dim"],
-    cos: Float[Tensor, "batch time half"],
-    sin: Float[Tensor, "batch time half"],
+    cos: Float[Tensor, "#batch #time half"],
+    sin: Float[Tensor, "#batch #time half"],
 ) -> Float[Tensor, "batch time heads head_dim"]:
     """Turn the pair (x_m, x_{m+half}) by its angle, computing in fp32 and answering in the dtype of x."""
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]

@@ -1,0 +1,92 @@
+"""Softmax attention over several position views, each distance scored by the view that serves it."""
+
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm.attention.kernels import causal_attention
+from llm.attention.kernels.reference import visible_keys
+from llm.contracts import PositionView
+
+FEW_QUERIES = 16
+"""Up to this many queries (decoding) all scores are held at once: two products cost less than two passes."""
+
+
+def attend_views(
+    views: tuple[PositionView, ...],
+    v: Float[Tensor, "batch time_k kv_heads value_dim"],
+    *,
+    document_ids: Int[Tensor, "batch time_k"] | None,
+    scale: float,
+    window: int | None = None,
+) -> Float[Tensor, "batch time heads value_dim"]:
+    """Mix values by one softmax over all keys, without a time x time matrix and without a pair computed twice.
+
+    The near view attends in a band. The far one, distances from w on, is causal attention of sequences shifted by w:
+    query i against the keys up to i − w. Each pass reports the log-sum-exp of its scores, and the two are merged:
+
+        o = g · near + (1 − g) · far,   g = σ(lse_near − lse_far)
+
+    Args:
+        views: one or two; query i stands at key time_k − time + i.
+        v: values of all keys.
+        document_ids: of all keys, ascending along a row, or None.
+        scale: factor on the scores.
+        window: keys that a query sees, itself included, or None for all.
+
+    Source: merging by log-sum-exp as in FlashAttention, arXiv:2205.14135, algorithm 1; views of kexue.fm/archives/9708.
+    """
+    near = views[0]
+    time, time_k = near.q.shape[1], v.shape[1]
+    split = views[-1].min_distance
+    if len(views) == 1 or split >= time_k or (window is not None and window <= split):
+        mixed = causal_attention(near.q, near.k, v, document_ids=document_ids, scale=scale, window=window)
+        return cast(Tensor, mixed)
+    if time <= FEW_QUERIES:
+        return reference_views(views, v, document_ids=document_ids, scale=scale, window=window)
+    options = {"scale": scale, "return_lse": True}
+    out, lse = causal_attention(near.q, near.k, v, document_ids=document_ids, window=split, **options)
+    count = min(time, time_k - split)  # queries that are far enough from the first key
+    ids = None if document_ids is None else document_ids[:, : time_k - split]
+    far_out, far_lse = causal_attention(
+        views[-1].q[:, time - count :],
+        views[-1].k[:, : time_k - split],
+        v[:, : time_k - split],
+        document_ids=ids,
+        window=None if window is None else window - split,
+        **options,
+    )
+    share = torch.sigmoid(lse[:, time - count :] - far_lse)
+    if document_ids is not None and ids is not None:
+        # the key at distance w is of another document: so are all keys beyond it, and what was mixed there is void
+        serves = document_ids[:, time_k - count :] == ids[:, time_k - split - count :]
+        share = torch.where(serves[..., None], share, 1.0)
+    share = share[..., None]
+    merged = share * out[:, time - count :] + (1 - share) * far_out  # where share is 1, exactly the near result
+    return torch.cat((out[:, : time - count], merged.to(out.dtype)), dim=1)
+
+
+def reference_views(
+    views: tuple[PositionView, ...],
+    v: Float[Tensor, "batch time_k kv_heads value_dim"],
+    *,
+    document_ids: Int[Tensor, "batch time_k"] | None,
+    scale: float,
+    window: int | None = None,
+) -> Float[Tensor, "batch time heads value_dim"]:
+    """The definition: every view scores every pair, and each pair takes the last view that serves its distance."""
+    time, time_k = views[0].q.shape[1], v.shape[1]
+    device, groups = v.device, (v.shape[2], -1)
+    distance = torch.arange(time_k - time, time_k, device=device)[:, None] - torch.arange(time_k, device=device)
+    scores = None
+    for view in views:
+        grouped = view.q.unflatten(2, groups)
+        scored = torch.einsum("bqgnd,bkgd->bgnqk", grouped, view.k)
+        scores = scored if scores is None else torch.where(distance >= view.min_distance, scored, scores)
+    assert scores is not None
+    visible = visible_keys(time=time, time_k=time_k, device=device, document_ids=document_ids, window=window)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
+    return torch.einsum("bgnqk,bkgd->bqgnd", weights.to(v.dtype), v).flatten(2, 3)

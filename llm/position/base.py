@@ -1,0 +1,51 @@
+"""What every position states about itself, so that an attention can tell whether the pair has a meaning."""
+
+from abc import ABC, abstractmethod
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from llm.contracts import PositionView
+from llm.position.log_n import LogN, LogNMode
+
+
+class Position(nn.Module, ABC):
+    """Turns queries and keys into views of the scores; see `llm.contracts.PositionView`.
+
+    Args:
+        log_n: scale of the queries that grows with the log of the keys they see; see `llm.position.log_n.LogN`.
+        train_length: tokens a window when the model was trained, or null where log_n is none.
+    """
+
+    far_from: int | None = None
+    """The distance from which a second view serves; None where one view serves all."""
+
+    bare_keys_from: int | None = None
+    """The distance from which scores use the key as it is, whatever its position: 0 for all, None for none."""
+
+    def __init__(self, *, log_n: LogNMode, train_length: int | None) -> None:
+        super().__init__()
+        self.log_n = LogN(mode=log_n, train_length=train_length)
+
+    @property
+    def scales_queries(self) -> bool:
+        """Whether queries are also scaled by their position."""
+        return self.log_n.mode != "none"
+
+    def forward(
+        self,
+        q: Float[Tensor, "batch time heads head_dim"],
+        k: Float[Tensor, "batch time kv_heads head_dim"],
+        positions: Int[Tensor, "batch time"],
+    ) -> tuple[PositionView, ...]:
+        """Return the views, in ascending order of the distance from which they serve."""
+        return self.views(self.log_n(q, positions), k, positions)
+
+    @abstractmethod
+    def views(
+        self,
+        q: Float[Tensor, "batch time heads head_dim"],
+        k: Float[Tensor, "batch time kv_heads head_dim"],
+        positions: Int[Tensor, "batch time"],
+    ) -> tuple[PositionView, ...]:
+        """Return the views of queries that are already scaled."""

@@ -1,0 +1,93 @@
+"""Rotary positions whose frequencies are lowered, so that a trained model reads longer text."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm.errors import ConfigError
+from llm.position.log_n import LogNMode
+from llm.position.rope import RoPE
+
+
+class NTKRoPE(RoPE):
+    """RoPE with a larger base: the highest frequency stays, the lowest is divided by `factor`.
+
+        base' = base · factor^(head_dim / (head_dim − 2))
+
+    Args:
+        head_dim: size of a head; even, at least 4.
+        base: wavelength base that the model was trained with.
+        factor: target length over training length, at least 1; 1 is RoPE.
+        log_n: see `Position`.
+        train_length: see `Position`.
+
+    Raises:
+        ConfigError: a factor below 1, or head_dim=2, which has one frequency only.
+
+    Source: bloc97, "NTK-Aware Scaled RoPE" (2023); YaRN, arXiv:2309.00071, section 3.1; as mixed radix
+    kexue.fm/archives/9675.
+    Differs: Su's exponent 2/head_dim for the radix leaves the lowest frequency slightly above 1/factor of its own.
+    """
+
+    def __init__(self, *, head_dim: int, base: float, factor: float, log_n: LogNMode, train_length: int | None) -> None:
+        _check_factor(factor, head_dim)
+        self.factor = factor
+        super().__init__(head_dim=head_dim, base=base, log_n=log_n, train_length=train_length)
+
+    def choose_frequencies(self, frequencies: Float[Tensor, " half"]) -> Float[Tensor, " half"]:
+        """Divide frequency m by factor^(m / (half − 1))."""
+        half = len(frequencies)
+        return frequencies * self.factor ** -(torch.arange(half, dtype=torch.float64) / (half - 1))
+
+
+class NTKMixedRoPE(RoPE):
+    """RoPE in a mixed radix: low frequencies are stretched more than high ones, by `factor` at the last.
+
+        θ'_m = θ_m · exp(−a m^b),   a = ln(factor) / (head_dim / 2)^b,   m = 1 … head_dim / 2
+
+    b = 0 divides all frequencies alike (position interpolation, arXiv:2306.15595); b = 1 raises the base and divides.
+
+    Args:
+        head_dim: size of a head; even, at least 4.
+        base: wavelength base that the model was trained with.
+        factor: target length over training length, at least 1; 1 is RoPE.
+        exponent: b, in [0, 1].
+        log_n: see `Position`.
+        train_length: see `Position`.
+
+    Raises:
+        ConfigError: a factor below 1, or an exponent outside [0, 1].
+
+    Source: Su Jianlin, "NTK-RoPE-mixed", kexue.fm/archives/9706.
+    """
+
+    def __init__(
+        self,
+        *,
+        head_dim: int,
+        base: float,
+        factor: float,
+        exponent: float,
+        log_n: LogNMode,
+        train_length: int | None,
+    ) -> None:
+        _check_factor(factor, head_dim)
+        if not 0 <= exponent <= 1:
+            raise ConfigError(f"model.position.exponent={exponent}: must lie in [0, 1]; 0.625 is the author's")
+        self.factor, self.exponent = factor, exponent
+        super().__init__(head_dim=head_dim, base=base, log_n=log_n, train_length=train_length)
+
+    def choose_frequencies(self, frequencies: Float[Tensor, " half"]) -> Float[Tensor, " half"]:
+        """Divide frequency m by factor^((m / half)^exponent), m from 1."""
+        half = len(frequencies)
+        share = torch.arange(1, half + 1, dtype=torch.float64) / half
+        return frequencies * torch.exp(-math.log(self.factor) * share**self.exponent)
+
+
+def _check_factor(factor: float, head_dim: int) -> None:
+    if factor < 1:
+        raise ConfigError(f"model.position.factor={factor}: must be at least 1, target length over training length")
+    if head_dim < 4:
+        raise ConfigError(f"model.head_dim={head_dim}: scaled rotary positions need at least 4, two frequencies")

@@ -1,0 +1,105 @@
+"""Rotary positions that are exact inside a window and clamped, or slowed, beyond it."""
+
+from torch import Tensor
+
+from llm.contracts import PositionView
+from llm.errors import ConfigError
+from llm.position.base import Position
+from llm.position.log_n import LogNMode
+from llm.position.rotary import AngleMemo, cos_sin, inverse_frequencies, rotate
+
+
+class ReRoPE(Position):
+    """Lets a model trained with RoPE read any length: distances beyond the window all look like the window.
+
+        score_ij = q_i · R_{−min(i−j, window)} k_j
+
+    Beyond the window the rotation is constant and is applied to the query alone, (R_window q)·k, so far keys carry no
+    position. Meant for evaluation: models trained with it do not extrapolate (kexue.fm/archives/9948).
+
+    Args:
+        head_dim: size of a head; even.
+        base: wavelength base that the model was trained with.
+        window: distance, at least 1, from which all distances are alike; a quarter to a half of the training length.
+        log_n: see `Position`; clipped helps beyond the training length.
+        train_length: see `Position`.
+
+    Raises:
+        ConfigError: a window below 1.
+
+    Source: Su Jianlin, kexue.fm/archives/9708.
+    Differs: the far score there is printed with the inverse rotation; the sign that meets RoPE at the window is used.
+    """
+
+    def __init__(self, *, head_dim: int, base: float, window: int, log_n: LogNMode, train_length: int | None) -> None:
+        super().__init__(log_n=log_n, train_length=train_length)
+        self.window = check_window(window)
+        self.far_from = self.bare_keys_from = self.window
+        self.frequencies = inverse_frequencies(head_dim=head_dim, base=base)
+        self.angles = AngleMemo()
+
+    def views(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[PositionView, ...]:
+        """RoPE below the window; beyond it a constant turn of the query against bare keys."""
+        cos, sin = self.angles(positions, self.frequencies)
+        near = PositionView(q=rotate(q, cos, sin), k=rotate(k, cos, sin), min_distance=0)
+        far_cos, far_sin = cos_sin(positions.new_full((1, 1), self.window), self.frequencies)
+        return near, PositionView(q=rotate(q, far_cos, far_sin), k=k, min_distance=self.window)
+
+
+class LeakyReRoPE(Position):
+    """Slows distances beyond the window instead of clamping them, so that far tokens keep their order.
+
+        score_ij = q_i · R_{−ρ(i−j)} k_j,   ρ(r) = r if r < window else window + (r − window) / slowdown
+
+    slowdown = 1 is RoPE, slowdown → ∞ is ReRoPE. A slowdown below 1 speeds far distances up: a model trained so
+    (with log_n=full) reads beyond its training length under plain RoPE (inverse leaky, kexue.fm/archives/9728).
+
+    Args:
+        head_dim: size of a head; even.
+        base: wavelength base.
+        window: distance, at least 1, up to which positions are exact.
+        slowdown: k, above 0.
+        log_n: see `Position`.
+        train_length: see `Position`.
+
+    Raises:
+        ConfigError: a window below 1, or a slowdown that is not above 0.
+
+    Source: Su Jianlin, kexue.fm/archives/9708 and 9728.
+    """
+
+    def __init__(
+        self,
+        *,
+        head_dim: int,
+        base: float,
+        window: int,
+        slowdown: float,
+        log_n: LogNMode,
+        train_length: int | None,
+    ) -> None:
+        super().__init__(log_n=log_n, train_length=train_length)
+        if slowdown <= 0:
+            raise ConfigError(f"model.position.slowdown={slowdown}: must be above 0; 16 slows far distances 16 times")
+        self.window, self.slowdown = check_window(window), slowdown
+        self.far_from = self.window
+        self.frequencies = inverse_frequencies(head_dim=head_dim, base=base)
+        self.angles, self.slow_angles = AngleMemo(), AngleMemo()
+
+    def views(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[PositionView, ...]:
+        """RoPE below the window; beyond it RoPE of slowed positions, the query set back so that both meet."""
+        cos, sin = self.angles(positions, self.frequencies)
+        near = PositionView(q=rotate(q, cos, sin), k=rotate(k, cos, sin), min_distance=0)
+        # angles of slowed positions are those of slowed frequencies; the query's constant lead is a second turn
+        lead = positions.new_full((1, 1), self.window)
+        lead_cos, lead_sin = cos_sin(lead, self.frequencies * (1 - 1 / self.slowdown))
+        far_cos, far_sin = self.slow_angles(positions, self.frequencies / self.slowdown)
+        far_q = rotate(rotate(q, lead_cos, lead_sin), far_cos, far_sin)
+        return near, PositionView(q=far_q, k=rotate(k, far_cos, far_sin), min_distance=self.window)
+
+
+def check_window(window: int) -> int:
+    """Return the window, or raise ConfigError where it is below 1."""
+    if window < 1:
+        raise ConfigError(f"model.position.window={window}: must be at least 1; try a half of the training length")
+    return window
