@@ -90,7 +90,7 @@ class LanguageModule(L.LightningModule):
         """One optimizer over tagged groups, one factor on every group's rate, set before each update."""
         groups = build_param_groups(self.model, lr=self.lr, weight_decay=self.weight_decay)
         optimizer = self.build_optimizer(groups)
-        scheduler = LambdaLR(optimizer, self.lr_multiplier)
+        scheduler = LambdaLR(optimizer, lambda step: self.lr_multiplier(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_multiplier(self, step: int) -> float:

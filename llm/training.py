@@ -90,7 +90,12 @@ def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> float | No
 def quiet_lightning() -> None:
     """Silence what Lightning says about itself; its warnings about the run stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*LeafSpec.*", ".*smaller than the logging interval.*", ".*does not have many workers.*"):
+    for message in (
+        ".*LeafSpec.*",
+        ".*smaller than the logging interval.*",
+        ".*does not have many workers.*",
+        ".*your dataloader is not resumable.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 

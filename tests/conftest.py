@@ -1,5 +1,9 @@
 import copy
+import os
+from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side: more threads than cores only wait
 
 import pytest
 import torch
@@ -9,6 +13,27 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from llm.config import to_plain
+
+TINY = (
+    "model.d_model=32",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.num_kv_heads=1",
+    "model.ffn.d_ff=48",
+    "tokenizer=bytes",
+    "context_length=32",
+    "batch_tokens=256",
+    "micro_batch_size=4",
+    "max_steps=8",
+    "val_every=4",
+    "checkpoint_every=4",
+    "loader.val_tokens=512",
+    "loader.val_fraction=0.2",
+    "trainer=cpu",
+    "callbacks.samples.max_new_tokens=8",
+    "callbacks.curves=null",
+)
+"""Overrides of a run that takes seconds."""
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +51,23 @@ def composed():
         return copy.deepcopy(cache[overrides])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A folder of forty small text files, each a document with letters and numbers of its own."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for n in range(40):
+        lines = [f"{n} plus {i} makes {n + i}, and {n} times {i} makes {n * i}." for i in range(20)]
+        (folder / f"{n}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus, tmp_path_factory) -> list[str]:
+    """Overrides of a run on `corpus` that takes seconds, with a cache of its own."""
+    cache = tmp_path_factory.mktemp("cache")
+    return [*TINY, "data=text", f"data.files={corpus}/*.txt", f"loader.cache_dir={cache}"]
 
 
 @pytest.fixture(autouse=True)
