@@ -53,9 +53,10 @@ class Summary(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Say why the run failed."""
-        signal = _stop_signal(trainer) if isinstance(exception, KeyboardInterrupt | SystemExit) else None
-        reason = next(iter(str(exception).splitlines()), "") or type(exception).__name__
-        status = f"failed: {reason}" if signal is None else f"stopped: {signal.name} (at once)"
+        if isinstance(exception, KeyboardInterrupt):
+            status = "stopped: SIGINT (at once)"
+        else:
+            status = f"failed: {next(iter(str(exception).splitlines()), '') or type(exception).__name__}"
         self.run_folder.update(self._figures(trainer, pl_module) | {"status": status})
 
     def state_dict(self) -> dict[str, float]:

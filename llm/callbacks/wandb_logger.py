@@ -1,0 +1,172 @@
+"""Weights & Biases that neither stops nor stalls a run: without a key or a network it records offline."""
+
+import logging
+import netrc
+import os
+import threading
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import WandbLogger
+
+from llm.errors import ConfigError
+from llm.provenance import redact
+from llm.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+MODES = ("auto", "online", "offline", "disabled")
+_ID_FILE = "wandb_run_id.txt"
+
+
+class WandbRunLogger(WandbLogger):
+    """Logs to W&B; a resumed run goes on in the W&B run that its folder names, and secrets never leave.
+
+    The key comes from `wandb login` or WANDB_API_KEY, never from a configuration.
+
+    Args:
+        run_folder: holds the run's id and `wandb/`.
+        name: shown name of the run.
+        config: the resolved configuration; what looks like a secret is redacted.
+        project: W&B project.
+        entity: user or team, None for the key's own.
+        mode: `auto` is online with a key and a network, else offline with one warning; `online` raises without them.
+            The environment's WANDB_MODE goes before `auto`.
+        timeout: seconds, above 0, to wait for the server at the start.
+        finish_timeout: seconds, above 0, to wait for uploads at the end; what is left can be uploaded later.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_folder: RunFolder,
+        name: str,
+        config: Mapping[str, Any],
+        project: str,
+        entity: str | None,
+        mode: Literal["auto", "online", "offline", "disabled"],
+        timeout: float,
+        finish_timeout: float,
+    ) -> None:
+        if mode not in MODES:
+            raise ConfigError(f"logger.mode={mode}: not one of {', '.join(MODES)}; try auto")
+        for key, seconds in (("timeout", timeout), ("finish_timeout", finish_timeout)):
+            if seconds <= 0:
+                raise ConfigError(f"logger.{key}={seconds}: must be above 0 seconds; try 5")
+        self.run_folder, self.mode, self.timeout, self.finish_timeout = run_folder, mode, timeout, finish_timeout
+        try:
+            super().__init__(name=name, save_dir=run_folder.path, project=project, entity=entity, config=redact(config))
+        except ModuleNotFoundError as error:
+            raise ConfigError("logger=wandb: wandb is not installed; pip install wandb, or logger=csv") from error
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run, begun at the first use, on the first rank only."""
+        if self._experiment is None:
+            self._experiment = self._begin()
+            self._experiment.define_metric("trainer/global_step")
+            self._experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        return self._experiment
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Add to the run's configuration, redacted."""
+        super().log_hyperparams(redact(params if isinstance(params, dict) else vars(params)))
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """End the run, waiting for uploads no longer than `finish_timeout`; say how to upload what stayed here."""
+        if self._experiment is None:
+            return
+        run, self._experiment = self._experiment, None
+        offline = getattr(run, "offline", False)
+        folder = Path(run.dir).parent if offline else None
+        run.finish(exit_code=0 if status == "success" else 1)
+        if folder is not None:
+            log.info("W&B recorded offline; upload with: wandb sync %s", folder)
+
+    def _begin(self) -> Any:
+        import wandb
+
+        if wandb.run is not None:  # left by an earlier job of the same process
+            wandb.finish()
+        mode = self._resolved_mode()
+        try:
+            return self._init(mode)
+        except (wandb.Error, OSError, TimeoutError) as error:
+            if mode != "online" or self.mode == "online":
+                raise ConfigError(
+                    f"logger.mode={mode}: W&B did not start ({error}); try logger.mode=offline"
+                ) from error
+            log.warning("W&B did not start (%s): recording offline", next(iter(str(error).splitlines()), ""))
+            return self._init("offline")
+
+    def _init(self, mode: str) -> Any:
+        import wandb
+
+        id_path = self.run_folder.path / _ID_FILE
+        run_id = id_path.read_text().strip() if id_path.exists() else uuid.uuid4().hex[:8]
+        self.run_folder.save_text(_ID_FILE, run_id + "\n")
+        wanted = {"init_timeout": self.timeout, "finish_timeout": self.finish_timeout, "console": "off"}
+        known = getattr(wandb.Settings, "model_fields", wanted)
+        settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
+        resume = "allow" if mode == "online" else None  # an offline run cannot ask the server, and would warn
+        return wandb.init(**self._wandb_init | {"id": run_id, "mode": mode, "resume": resume, "settings": settings})
+
+    def _resolved_mode(self) -> str:
+        """Decide between online and offline without ever asking a question."""
+        asked = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
+        if asked not in ("auto", "online"):
+            return "offline" if asked == "dryrun" else asked
+        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+        trouble = ""
+        if not has_key(host):
+            trouble = "no key (run `wandb login`, or set WANDB_API_KEY)"
+        elif not is_reachable(host, timeout=self.timeout):
+            trouble = f"{urlsplit(host).hostname} did not answer in {self.timeout:g} s"
+        if trouble and self.mode == "online":
+            raise ConfigError(f"logger.mode=online: {trouble}; or record now and upload later with logger.mode=offline")
+        if trouble:
+            log.warning("W&B: %s; recording offline, `wandb sync` uploads it later", trouble)
+        return "offline" if trouble else "online"
+
+
+def has_key(host: str) -> bool:
+    """Tell whether W&B would find a key without asking: in the environment or in netrc."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    given = os.environ.get("NETRC")
+    for path in [Path(given)] if given else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        try:
+            return netrc.netrc(path).authenticators(urlsplit(host).hostname or "") is not None
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def is_reachable(host: str, *, timeout: float) -> bool:
+    """Tell whether a server answers at all, through a proxy where one is set, within `timeout` seconds."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(host, timeout=timeout).close()
+        except urllib.error.HTTPError:
+            pass  # an error page is an answer
+        except (OSError, ValueError):
+            return
+        answered.set()
+
+    # looking up a name has no timeout of its own, so it happens beside us
+    asker = threading.Thread(target=ask, daemon=True)
+    asker.start()
+    asker.join(timeout)
+    return answered.is_set()
