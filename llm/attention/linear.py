@@ -1,0 +1,202 @@
+"""Linear attention: a feature map in the place of the softmax, so that the past fits in one matrix a head."""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from llm.attention.base import QK_NORM_EPS, Attention
+from llm.attention.linear_chunks import chunked_linear
+from llm.attention.states import StateCache
+from llm.contracts import LayerCache
+from llm.errors import ConfigError
+from llm.norm import RMSNorm
+from llm.position.base import Position
+
+FeatureMap = Literal["elu", "softmax", "relu", "identity"]
+POSITIVE_MAPS = ("elu", "softmax")
+"""Maps whose features are above 0, so that the sum of weights is."""
+
+
+def features(x: Tensor, feature_map: FeatureMap) -> Tensor:
+    """Return φ(x) in fp32 (fp64 for fp64): elu(x) + 1, softmax over the head's axis, relu(x), or x."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if feature_map == "elu":
+        return F.elu(x) + 1
+    if feature_map == "softmax":
+        return x.softmax(-1)
+    return x.relu() if feature_map == "relu" else x
+
+
+class LinearAttention(Attention):
+    """Weighs values by φ(q)·φ(k): time and memory grow linearly, and decoding holds one state whatever the length.
+
+        S_i = γ S_{i−1} + φ(k_i) v_iᵀ,   z_i = γ z_{i−1} + φ(k_i)
+        o_i = φ(q_i)ᵀ S_i / φ(q_i)ᵀ z_i,   with output_norm: o_i = RMSNorm(φ(q_i)ᵀ S_i)
+
+    A rotary position turns φ(q) and φ(k) in the numerator alone: the sum of weights must stay positive.
+
+    Args:
+        d_model, num_heads, num_kv_heads, head_dim, position, layer_index, qk_norm, key_norm: see `Attention`.
+        feature_map: φ: elu (elu(x) + 1) | softmax | relu | identity.
+        decay: γ of each key/value head: none (1), fixed (1 − 2^(−5−h), h from 0 to 3 over the heads), or learned, which
+            starts there.
+        output_norm: normalise each head's output instead of dividing by the sum of weights; relu and identity need it.
+        chunk_size: tokens that are computed as one product in training; the result does not depend on it.
+
+    Raises:
+        ConfigError: a position with two views or a log-n scale, or weights whose sum may be 0.
+
+    Source: Katharopoulos et al., "Transformers are RNNs", arXiv:2006.16236, eq. 7-10 and 16-20; decay and output norm
+    of Sun et al., "Retentive Network", arXiv:2307.08621, eq. 8; rotary numerators of arXiv:2104.09864, eq. 19.
+    Differs: states reset where a document ends; RMSNorm in the place of RetNet's group norm, without its gate.
+    """
+
+    parameter_kinds: ClassVar = {"decay_logit": "vector"}
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        position: Position,
+        layer_index: int,
+        qk_norm: bool,
+        key_norm: bool,
+        feature_map: FeatureMap,
+        decay: Literal["none", "fixed", "learned"],
+        output_norm: bool,
+        chunk_size: int,
+    ) -> None:
+        super().__init__(
+            d_model=d_model,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            position=position,
+            layer_index=layer_index,
+            qk_norm=qk_norm,
+            key_norm=key_norm,
+        )
+        if not output_norm and feature_map not in POSITIVE_MAPS:
+            raise ConfigError(
+                f"model.attention.feature_map={feature_map}: weights may sum to 0; set "
+                f"model.attention.output_norm=true, or a map that is positive, {' or '.join(POSITIVE_MAPS)}"
+            )
+        if chunk_size < 1:
+            raise ConfigError(f"model.attention.chunk_size={chunk_size}: must be at least 1; 64 is fast")
+        self.feature_map: FeatureMap = feature_map
+        self.chunk_size = chunk_size
+        self.out_norm = RMSNorm(dim=head_dim, eps=QK_NORM_EPS) if output_norm else None
+        logits = decay_logits(num_kv_heads)
+        self.decay_logit = nn.Parameter(logits) if decay == "learned" else None
+        self.register_buffer("fixed_decay_logit", logits if decay == "fixed" else None, persistent=False)
+
+    def check_position(self, position: Position) -> None:
+        """One view, and no scale of queries."""
+        if position.far_from is not None:
+            raise ConfigError(
+                f"model.position={type(position).__name__}: its far pairs need a score of their own, pair by pair, "
+                "which model.attention=linear never forms; use model/position=rope, or model/attention=softmax"
+            )
+        if position.scales_queries:
+            raise ConfigError(
+                f"model.position.log_n={position.log_n.mode}: model.attention=linear has no softmax to sharpen, so a "
+                "scale of the query cancels; use model.position.log_n=none"
+            )
+
+    fixed_decay_logit: Tensor | None
+
+    @property
+    def log_decay(self) -> Tensor | None:
+        """log γ of each key/value head, or None without decay."""
+        logit = self.fixed_decay_logit if self.decay_logit is None else self.decay_logit
+        return None if logit is None else F.logsigmoid(logit.float())
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch time heads head_dim"],
+        k: Float[Tensor, "batch time kv_heads head_dim"],
+        v: Float[Tensor, "batch time kv_heads head_dim"],
+        *,
+        positions: Int[Tensor, "batch time"],
+        document_ids: Int[Tensor, "batch time"] | None,
+        cache: Any,
+    ) -> tuple[Float[Tensor, "batch time heads head_dim"], dict[str, Tensor], dict[str, Tensor]]:
+        """Mix values chunk by chunk, from the cache's state if there is one."""
+        ids = torch.zeros_like(positions) if document_ids is None else document_ids
+        cache = self.new_cache(batch=len(v), max_length=0, device=v.device, dtype=v.dtype) if cache is None else cache
+        with torch.autocast(v.device.type, enabled=False):
+            mixed, states = self._mix(q, k, v, positions, ids, cache)
+        cache.update(states, ids)
+        return mixed.to(v.dtype), {}, {}
+
+    def _mix(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, ids: Tensor, cache: StateCache
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        phi_q, phi_k = features(q, self.feature_map), features(k, self.feature_map)
+        (view,) = self.position(phi_q, phi_k, positions)
+        options: dict[str, Any] = {
+            "document_ids": ids,
+            "log_decay": self.log_decay,
+            "chunk_size": self.chunk_size,
+            "before": cache.document,
+        }
+        mixed, values = chunked_linear(view.q, view.k, v.to(phi_q.dtype), initial=cache.states["values"], **options)
+        if self.out_norm is not None:
+            return self.out_norm(mixed), {"values": values}
+        ones = torch.ones_like(v[..., :1], dtype=phi_q.dtype)
+        total, weights = chunked_linear(phi_q, phi_k, ones, initial=cache.states["weights"], **options)
+        return mixed / total, {"values": values, "weights": weights}
+
+    def reference_attend(
+        self,
+        q: Float[Tensor, "batch time heads head_dim"],
+        k: Float[Tensor, "batch time kv_heads head_dim"],
+        v: Float[Tensor, "batch time kv_heads head_dim"],
+        *,
+        positions: Int[Tensor, "batch time"],
+        document_ids: Int[Tensor, "batch time"] | None,
+    ) -> Float[Tensor, "batch time heads head_dim"]:
+        """All weights at once; see `Attention`."""
+        phi_q, phi_k = features(q, self.feature_map), features(k, self.feature_map)
+        (view,) = self.position(phi_q, phi_k, positions)
+        group = self.num_heads // self.num_kv_heads
+        time = q.shape[1]
+        distance = torch.arange(time, device=q.device)[:, None] - torch.arange(time, device=q.device)
+        log_decay = torch.zeros(self.num_kv_heads) if self.log_decay is None else self.log_decay
+        factor = torch.exp(log_decay.repeat_interleave(group)[:, None, None] * distance.clamp_min(0)).tril()
+        if document_ids is not None:
+            factor = factor * (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+        weights = torch.einsum("bihd,bjhd->bhij", view.q, view.k.repeat_interleave(group, dim=2)) * factor
+        mixed = torch.einsum("bhij,bjhd->bihd", weights, v.to(weights.dtype).repeat_interleave(group, dim=2))
+        if self.out_norm is not None:
+            return self.out_norm(mixed).to(v.dtype)
+        plain = torch.einsum("bihd,bjhd->bhij", phi_q, phi_k.repeat_interleave(group, dim=2)) * factor
+        return (mixed / plain.sum(-1).transpose(1, 2)[..., None]).to(v.dtype)
+
+    def new_cache(self, *, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
+        """Return empty states: one matrix a key/value head, kept in fp32, whatever max_length is."""
+        state_dtype = torch.promote_types(dtype, torch.float32)
+        shapes = {"values": self.head_dim} | ({} if self.out_norm is not None else {"weights": 1})
+        states = {
+            name: torch.zeros(batch, self.num_kv_heads, self.head_dim, width, dtype=state_dtype, device=device)
+            for name, width in shapes.items()
+        }
+        return StateCache(batch=batch, states=states, device=device)
+
+    def mixing_flops_per_token(self, context_length: int) -> float:
+        """Products inside a chunk, half of them masked, and those with the state."""
+        chunk = min(self.chunk_size, context_length)
+        inside = 2.0 * self.num_heads * chunk * 2 * self.head_dim
+        return inside + 4.0 * self.num_heads * self.head_dim * self.head_dim
+
+
+def decay_logits(num_kv_heads: int) -> Float[Tensor, " kv_heads"]:
+    """Return the logits of decays 1 − 2^(−5−h), h spread from 0 to 3 over the heads."""
+    exponents = 5 + torch.linspace(0, 3, num_kv_heads, dtype=torch.float64, device="cpu")
+    return torch.logit(1 - 2.0**-exponents).float()
