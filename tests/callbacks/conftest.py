@@ -104,13 +104,14 @@ def make_trainer(
     val_every: int = 4,
     checkpoint_every: int = 5,
     accumulation: int = 2,
+    log_every: int = 1,
     extra: list[Callback] | None = None,
     **options: Any,
 ) -> L.Trainer:
     callbacks: list[Callback] = [
         Summary(run_folder=folder),
         Throughput(peak_flops=1e9, window=20),
-        Recorder(run_folder=folder, log_every=1),
+        Recorder(run_folder=folder, log_every=log_every),
         *(extra or []),
         RngState(),
         FinalValidation(),

@@ -1,0 +1,44 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from llm.callbacks.rng_state import RngState, get_rng_state, set_rng_state
+from llm.checkpoint import load_training, save_checkpoint
+
+
+def draw():
+    generators = (random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn())
+    return (*generators, torch.rand(3).tolist(), torch.nn.functional.dropout(torch.ones(64), 0.5).tolist())
+
+
+def test_every_generator_goes_on_where_it_was_also_through_a_checkpoint_file(tmp_path):
+    random.gauss(0, 1), np.random.randn()  # both keep a second Gaussian back
+    folder = tmp_path / "step-00000001"
+    save_checkpoint(folder, model_state={}, training_state={"rng": get_rng_state()}, manifest={})
+    expected = draw()
+    draw()
+    set_rng_state(load_training(folder)["rng"])
+    assert draw() == expected
+
+
+def test_a_rank_that_the_checkpoint_does_not_know_keeps_its_own_state(caplog):
+    torch.manual_seed(5)
+    callback = RngState()
+    before = torch.get_rng_state()
+    callback.load_state_dict({"ranks": []})
+    callback.on_train_batch_start()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert "0 ranks" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpus_generator_goes_on_where_it_was():
+    torch.rand(1, device="cuda")
+    state = get_rng_state()
+    expected = torch.rand(8, device="cuda")
+    torch.rand(8, device="cuda")
+    set_rng_state(state)
+    assert torch.equal(torch.rand(8, device="cuda"), expected)
