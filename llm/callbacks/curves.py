@@ -46,6 +46,8 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
     _panel(rate, lines, rates, "learning rate")
     _panel(norm, lines, ["grad_norm"], "gradient norm")
     _panel(speed, lines, ["tokens_per_second"], "throughput (tokens a second)")
+    for axes in (norm, speed):
+        axes.set_ylim(bottom=0)  # else noise fills the panel
     speed.yaxis.set_major_formatter(EngFormatter())
     figure.savefig(path, dpi=110)
 
