@@ -46,6 +46,8 @@ class Transformer(nn.Module):
         norm: factory, called with dim.
         position: factory, called once with head_dim.
         init: called once as `init(model, num_layers=…)`.
+        first_ffn: factory of the feed-forward of the first layers, where they differ from the rest.
+        first_ffn_layers: how many first layers use it, in [0, num_layers].
 
     Raises:
         ConfigError: dimensions that do not fit one another.
@@ -68,6 +70,8 @@ class Transformer(nn.Module):
         norm: Callable[..., nn.Module],
         position: Callable[..., nn.Module],
         init: Callable[..., None],
+        first_ffn: Callable[..., nn.Module] | None = None,
+        first_ffn_layers: int = 0,
     ) -> None:
         super().__init__()
         head_dim = resolve_head_dim(d_model=d_model, num_heads=num_heads, head_dim=head_dim)
@@ -84,9 +88,12 @@ class Transformer(nn.Module):
             position=self.position,
         )
         build_norm = partial(norm, dim=d_model)
+        ffns = choose_ffns(ffn, first_ffn, first_ffn_layers=first_ffn_layers, num_layers=num_layers)
         self.layers = nn.ModuleList(
-            Block(attention=build_attention(layer_index=i), ffn=ffn(d_model=d_model), norm=build_norm, dropout=dropout)
-            for i in range(num_layers)
+            Block(
+                attention=build_attention(layer_index=i), ffn=build(d_model=d_model), norm=build_norm, dropout=dropout
+            )
+            for i, build in enumerate(ffns)
         )
         self.final_norm = build_norm()
         self.lm_head = Head(d_model, vocab_size, bias=False)
@@ -160,6 +167,23 @@ def resolve_head_dim(*, d_model: int, num_heads: int, head_dim: int | None) -> i
             f"model.num_heads={num_heads}: must divide model.d_model={d_model}; try {' or '.join(map(str, near))}"
         )
     return d_model // num_heads
+
+
+def choose_ffns(
+    ffn: Callable[..., nn.Module], first_ffn: Callable[..., nn.Module] | None, *, first_ffn_layers: int, num_layers: int
+) -> list[Callable[..., nn.Module]]:
+    """Return the feed-forward factory of each layer.
+
+    Raises:
+        ConfigError: more first layers than layers, or first layers without their factory.
+    """
+    if not 0 <= first_ffn_layers <= num_layers:
+        raise ConfigError(
+            f"model.first_ffn_layers={first_ffn_layers}: must lie in [0, model.num_layers={num_layers}]; 0 for none"
+        )
+    if first_ffn_layers and first_ffn is None:
+        raise ConfigError(f"model.first_ffn_layers={first_ffn_layers}: model.first_ffn is missing; use model=moe")
+    return [first_ffn or ffn] * first_ffn_layers + [ffn] * (num_layers - first_ffn_layers)
 
 
 def check_geometry(*, vocab_size: int, d_model: int, num_layers: int, dropout: float) -> None:

@@ -1,0 +1,100 @@
+"""The experts of a layer: stacks of projections, and the slow form that defines what they compute."""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llm.ffn.grouped import expert_ffn
+from llm.ffn.routing import ExpertOrder, Routing, sort_by_expert
+from llm.ffn.rows import GatherRows, SumRows
+
+RMS_EPSILON = 1e-6
+"""Added to the mean square of an expert's output where outputs are normalised."""
+
+
+class ExpertStack(nn.Module):
+    """One projection of every expert, [experts, d_out, d_in]: Muon sees a batch of matrices.
+
+    Args:
+        num_experts: length of the stack.
+        d_in: input width.
+        d_out: output width.
+        active_fraction: share of the stack that a token uses, to count active parameters.
+    """
+
+    parameter_kinds: ClassVar = {"weight": "matrix"}
+
+    def __init__(self, *, num_experts: int, d_in: int, d_out: int, active_fraction: float) -> None:
+        super().__init__()
+        self.active_fraction = active_fraction
+        self.weight = nn.Parameter(torch.empty(num_experts, d_out, d_in).normal_(0.0, d_in**-0.5))
+
+
+class Experts(nn.Module):
+    """Applies to each token the SwiGLU feed-forwards that its router chose, dropping none, and sums what they return.
+
+        y_t = Σ_e g_te E_e(x_t),   E_e(x) = W_down,e (silu(W_gate,e x) ⊙ W_up,e x)
+
+    Args:
+        d_model: width of the residual stream.
+        d_expert: hidden width of an expert.
+        num_experts: experts to choose from.
+        top_k: experts that a token uses, on average where the router decides how many.
+        normalize_outputs: scale each E_e(x) to unit root-mean-square, so that the gate weight alone is the size of its
+            contribution and the router ranks experts by it.
+
+    Source: normalised outputs after Su, "MoE tour, part 1: from geometry", kexue.fm/archives/10699.
+    """
+
+    def __init__(self, *, d_model: int, d_expert: int, num_experts: int, top_k: int, normalize_outputs: bool) -> None:
+        super().__init__()
+        self.num_experts, self.normalize_outputs = num_experts, normalize_outputs
+        active = top_k / num_experts
+        self.gate_proj = ExpertStack(num_experts=num_experts, d_in=d_model, d_out=d_expert, active_fraction=active)
+        self.up_proj = ExpertStack(num_experts=num_experts, d_in=d_model, d_out=d_expert, active_fraction=active)
+        self.down_proj = ExpertStack(num_experts=num_experts, d_in=d_expert, d_out=d_model, active_fraction=active)
+        self.active_flops_per_token = 6.0 * d_model * d_expert * top_k
+
+    def forward(
+        self, x: Float[Tensor, "tokens d_model"], routing: Routing, *, has_empty_slots: bool
+    ) -> Float[Tensor, "tokens d_model"]:
+        order = sort_by_expert(routing.expert_ids, self.num_experts)
+        x = x.to(product_dtype(x))
+        weights = routing.gate_weights.flatten()[order.slot_ids].to(x.dtype)
+        stacks = {"gate": self.gate_proj.weight, "up": self.up_proj.weight, "down": self.down_proj.weight}
+        if not self.normalize_outputs:
+            return expert_ffn(x, weights, order, **stacks, has_empty_slots=has_empty_slots)
+        each_row = torch.arange(order.rows.numel(), device=x.device)
+        alone = ExpertOrder(token_ids=each_row, slot_ids=each_row, rows=each_row, offsets=order.offsets)
+        tokens = GatherRows.apply(x, order.token_ids, order.rows)
+        y = expert_ffn(tokens, torch.ones_like(weights), alone, **stacks, has_empty_slots=has_empty_slots)
+        y = F.rms_norm(y, y.shape[-1:], eps=RMS_EPSILON) * weights[:, None]
+        return SumRows.apply(y, order.token_ids, order.rows, x.shape[0])
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The precision that matrix products of x are taken in, here and now."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def loop_over_tokens(
+    x: Float[Tensor, "tokens d_model"], routing: Routing, experts: Experts
+) -> Float[Tensor, "tokens d_model"]:
+    """The definition of `Experts`, a token and a slot at a time: for tests."""
+    outputs = []
+    for token, ids, weights in zip(x, routing.expert_ids.tolist(), routing.gate_weights, strict=True):
+        total = torch.zeros_like(token)
+        for expert, weight in zip(ids, weights, strict=True):
+            if expert == experts.num_experts:
+                continue
+            hidden = F.silu(experts.gate_proj.weight[expert] @ token) * (experts.up_proj.weight[expert] @ token)
+            y = experts.down_proj.weight[expert] @ hidden
+            if experts.normalize_outputs:
+                y = F.rms_norm(y, y.shape, eps=RMS_EPSILON)
+            total = total + weight.to(y.dtype) * y
+        outputs.append(total)
+    return torch.stack(outputs)

@@ -1,0 +1,65 @@
+"""The feed-forwards of all experts at once: grouped products on a GPU, a lean loop over experts elsewhere."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from llm.ffn.expert_loop import expert_loop
+from llm.ffn.routing import ExpertOrder
+from llm.ffn.rows import GatherRows, SumRows
+
+ALIGNMENT = 8
+"""Widths that grouped products take in bf16 are multiples of it: 16 bytes."""
+
+
+def expert_ffn(
+    x: Float[Tensor, "tokens d_model"],
+    row_weights: Float[Tensor, " rows"],
+    order: ExpertOrder,
+    *,
+    gate: Float[Tensor, "experts d_expert d_model"],
+    up: Float[Tensor, "experts d_expert d_model"],
+    down: Float[Tensor, "experts d_model d_expert"],
+    has_empty_slots: bool,
+) -> Float[Tensor, "tokens d_model"]:
+    """Sum for each token the weighted outputs of its experts: y_t = Σ_e w_te W_down,e (silu(W_gate,e x) ⊙ W_up,e x).
+
+    The weight multiplies the hidden vector, which is narrower than the output and needed by the backward pass anyway.
+
+    Args:
+        x: tokens, in the precision of the products.
+        row_weights: weight of each row, in the precision of the products.
+        order: rows sorted by expert.
+        gate: stacked projections, in x's precision or a wider one.
+        up: likewise.
+        down: likewise.
+        has_empty_slots: whether there may be rows behind those of the last expert.
+    """
+    if can_group(x, gate):
+        return grouped_products(x, row_weights, order, gate, up, down, has_empty_slots)
+    return expert_loop(x, row_weights, order.token_ids, order.rows, order.offsets, gate, up, down)[0]
+
+
+def can_group(x: Tensor, gate: Tensor) -> bool:
+    """Whether `F.grouped_mm` has a fast kernel for these tensors."""
+    aligned = x.shape[1] % ALIGNMENT == 0 and gate.shape[1] % ALIGNMENT == 0
+    return x.is_cuda and x.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm")
+
+
+def grouped_products(
+    x: Tensor, row_weights: Tensor, order: ExpertOrder, gate: Tensor, up: Tensor, down: Tensor, has_empty_slots: bool
+) -> Tensor:
+    """Apply all experts in three grouped products, without asking the device how many tokens each has."""
+    gate, up, down = (weight.to(x.dtype).transpose(1, 2) for weight in (gate, up, down))
+    filled = (torch.arange(order.rows.numel(), device=x.device) < order.offsets[-1])[:, None]
+    rows = GatherRows.apply(x, order.token_ids, order.rows)
+    if has_empty_slots:  # grouped products leave rows of no group unwritten, in either direction
+        rows = torch.where(filled, rows, 0)
+    hidden = F.silu(F.grouped_mm(rows, gate, offs=order.offsets)) * F.grouped_mm(rows, up, offs=order.offsets)
+    if has_empty_slots:
+        hidden = torch.where(filled, hidden, 0)
+    out = F.grouped_mm(hidden * row_weights[:, None], down, offs=order.offsets)
+    if has_empty_slots:
+        out = torch.where(filled, out, 0)
+    return SumRows.apply(out, order.token_ids, order.rows, x.shape[0])

@@ -1,0 +1,129 @@
+"""The mixture-of-experts feed-forward: a router, its experts, and a rule that keeps them evenly used."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llm.contracts import SublayerOutput
+from llm.errors import ConfigError
+from llm.ffn.balance.base import Balance
+from llm.ffn.experts import Experts
+from llm.ffn.load import load_metrics
+from llm.ffn.routing import Router, Routing
+from llm.ffn.sizing import Match, expert_width
+from llm.ffn.swiglu import SwiGLU
+
+
+class MoE(nn.Module):
+    """Feeds each token through a few of many experts; none is dropped, and there is no capacity.
+
+        y_t = Σ_{e chosen for t} g_te E_e(x_t)  +  Σ_{shared} S(x_t)
+
+    Args:
+        d_model: width of the residual stream.
+        d_ff: hidden width of the dense layer that `match` compares with.
+        num_experts: experts to choose from.
+        top_k: experts a token uses, on average where the router decides how many.
+        num_shared_experts: experts that every token uses beside; they are one SwiGLU of their joint width.
+        match: how experts are sized from d_ff; see `llm.ffn.sizing.expert_width`.
+        normalize_outputs: scale every routed expert's output to unit root-mean-square, so that experts are ranked by
+            the size of their contribution.
+        z_loss: weight of mean (log Σ exp logits)², which keeps router logits small; 0 for none, 1e-3 is usual.
+        router: factory, called with d_model, num_experts, top_k and num_shared_experts.
+        balance: factory, called with num_experts and top_k.
+
+    Raises:
+        ConfigError: a top_k outside [1, num_experts], experts of no whole width, a negative weight, or a balancing rule
+            that does not go with the router.
+
+    Source: Shazeer et al., arXiv:1701.06538; shared experts of DeepSeekMoE, arXiv:2401.06066, eq. 9; z-loss of ST-MoE,
+    arXiv:2202.08906, eq. 5; dropless after MegaBlocks, arXiv:2211.15841.
+    """
+
+    update_counts: Tensor
+    shared: SwiGLU | None
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        d_ff: int,
+        num_experts: int,
+        top_k: int,
+        num_shared_experts: int,
+        match: Match,
+        normalize_outputs: bool,
+        z_loss: float,
+        router: Callable[..., Router],
+        balance: Callable[..., Balance],
+    ) -> None:
+        super().__init__()
+        check_counts(d_ff=d_ff, num_experts=num_experts, top_k=top_k, num_shared=num_shared_experts, z_loss=z_loss)
+        counts = {"num_experts": num_experts, "top_k": top_k}
+        shared = {"num_shared_experts": num_shared_experts}
+        width = expert_width(match=match, d_model=d_model, d_ff=d_ff, **counts, **shared)
+        self.num_experts, self.d_expert, self.z_loss = num_experts, width, z_loss
+        self.router: Router = router(d_model=d_model, **counts, **shared)
+        self.balance: Balance = balance(**counts)
+        if self.router.selection not in self.balance.selections:
+            raise ConfigError(
+                f"model.ffn.balance={type(self.balance).__name__}: does not go with {type(self.router).__name__}; "
+                "use model/ffn/balance=budget with model/ffn/router=threshold, and only there"
+            )
+        self.experts = Experts(d_model=d_model, d_expert=width, normalize_outputs=normalize_outputs, **counts)
+        self.shared = SwiGLU(d_model=d_model, d_ff=num_shared_experts * width) if num_shared_experts else None
+        self.register_buffer("update_counts", torch.zeros(num_experts, dtype=torch.long), persistent=False)
+
+    def forward(self, x: Float[Tensor, "batch time d_model"]) -> SublayerOutput:
+        tokens = x.flatten(0, 1)
+        routing = self.router(tokens, self.balance.selection_bias())
+        hidden = self.experts(tokens, routing, has_empty_slots=self.router.has_empty_slots).view_as(x)
+        if self.shared is not None:
+            hidden = hidden + self.shared(x).hidden
+        if not self.training:
+            return SublayerOutput(hidden=hidden, losses={}, metrics={})
+        return SublayerOutput(hidden=hidden, losses=self._losses(routing, x.shape[0]), metrics=self._metrics(routing))
+
+    def _losses(self, routing: Routing, num_sequences: int) -> dict[str, Tensor]:
+        losses = self.balance.losses(routing, num_sequences=num_sequences)
+        if self.z_loss:
+            losses["z_loss"] = self.z_loss * routing.logits.logsumexp(-1).square().mean()
+        return losses
+
+    @torch.no_grad()
+    def _metrics(self, routing: Routing) -> dict[str, Tensor]:
+        metrics = load_metrics(routing, self.num_experts)
+        bias = self.balance.selection_bias()
+        if bias is not None:
+            metrics["selection_bias_range"] = bias.max() - bias.min()
+        statistics = {"num_tokens": torch.tensor(routing.logits.shape[0], device=routing.logits.device)}
+        statistics |= self.balance.statistics(routing)
+        return metrics | {f"stat/{name}": value for name, value in statistics.items()}
+
+    def after_optimizer_step(self, statistics: dict[str, Tensor]) -> None:
+        """Remember how many tokens of the update, over all micro-batches and ranks, each expert had."""
+        self.update_counts.copy_(statistics["expert_counts"])
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Forward FLOPs a token: the router, the shared experts and top_k of the others."""
+        shared = 0.0 if self.shared is None else self.shared.flops_per_token(context_length)
+        return 2.0 * self.router.proj.weight.numel() + self.experts.active_flops_per_token + shared
+
+
+def check_counts(*, d_ff: int, num_experts: int, top_k: int, num_shared: int, z_loss: float) -> None:
+    """Raise ConfigError for a count below its least, top_k above num_experts, or a negative z_loss."""
+    if d_ff < 1:
+        raise ConfigError(f"model.ffn.d_ff={d_ff}: must be at least 1; choose a size with model/size=tiny")
+    if num_experts < 1:
+        raise ConfigError(f"model.ffn.num_experts={num_experts}: must be at least 1; try 8")
+    if not 1 <= top_k <= num_experts:
+        raise ConfigError(
+            f"model.ffn.top_k={top_k}: must lie in [1, model.ffn.num_experts={num_experts}]; "
+            f"try {min(max(top_k, 1), num_experts)}"
+        )
+    if num_shared < 0:
+        raise ConfigError(f"model.ffn.num_shared_experts={num_shared}: must be at least 0; 0 for none")
+    if not z_loss >= 0:
+        raise ConfigError(f"model.ffn.z_loss={z_loss}: must be at least 0; 0 turns it off")

@@ -1,0 +1,57 @@
+"""What a router decides, and the order in which experts work through it."""
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Routing(NamedTuple):
+    """Which experts each token goes to, and with what weight."""
+
+    expert_ids: Int[Tensor, "tokens slots"]
+    """`num_experts` marks a slot that is left empty."""
+    gate_weights: Float[Tensor, "tokens slots"]
+    """What an expert's output is multiplied by; 0 in an empty slot. The router's gradient comes through here."""
+    logits: Float[Tensor, "tokens experts"]
+    probabilities: Float[Tensor, "tokens experts"]
+    """Scores of a token over their sum."""
+
+
+class Router(nn.Module):
+    """What routers have in common; called as `(tokens, selection_bias) -> Routing`."""
+
+    selection: ClassVar[str]
+    """How experts are chosen, `top_k` or `threshold`: balancing rules are made for one of them."""
+    has_empty_slots: ClassVar[bool]
+    """Whether a token may leave slots empty."""
+    proj: nn.Linear
+    """From a token to the logits of its experts."""
+
+
+class ExpertOrder(NamedTuple):
+    """The slots of all tokens sorted by expert: the rows of expert e are offsets[e-1] ... offsets[e] - 1."""
+
+    token_ids: Int[Tensor, " rows"]
+    """The token of a row."""
+    slot_ids: Int[Tensor, " rows"]
+    """The place of a row among the flattened [tokens, slots]."""
+    rows: Int[Tensor, " rows"]
+    """The inverse of slot_ids: where a slot went."""
+    offsets: Int[Tensor, " experts"]
+    """End of each expert's rows, in int32; empty slots stand behind the last."""
+
+    def counts(self) -> Int[Tensor, " experts"]:
+        """Tokens of each expert."""
+        return torch.diff(self.offsets, prepend=self.offsets.new_zeros(1)).long()
+
+
+def sort_by_expert(expert_ids: Int[Tensor, "tokens slots"], num_experts: int) -> ExpertOrder:
+    """Sort slots by expert, tokens of an expert in their order; no token is dropped and nothing waits for a GPU."""
+    sorted_ids, slot_ids = expert_ids.flatten().sort(stable=True)
+    experts = torch.arange(num_experts, device=expert_ids.device)
+    offsets = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
+    places = torch.arange(slot_ids.numel(), device=slot_ids.device)
+    rows = torch.empty_like(slot_ids).scatter_(0, slot_ids, places)
+    return ExpertOrder(token_ids=slot_ids // expert_ids.shape[1], slot_ids=slot_ids, rows=rows, offsets=offsets)

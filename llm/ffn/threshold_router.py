@@ -1,0 +1,77 @@
+"""The router that gives a token as many experts as it asks for."""
+
+from typing import Any, ClassVar, Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llm.errors import ConfigError
+from llm.ffn.router import router_logits
+from llm.ffn.routing import Router, Routing
+from llm.ffn.scores import SCORE_FUNCTIONS, TINY, normalized, resolve_routed_scale
+
+
+class ThresholdRouter(Router):
+    """Chooses every expert whose score is above its threshold, so that hard tokens may use more experts than easy ones.
+
+        chosen = {i : σ(W x)_i + b_i > 0},   g = λ · σ(W x)[chosen]  (over its sum, if normalised)
+
+    The bias b is the balancing rule's: it keeps the average at top_k and the experts even. Of more than max_experts
+    the best are kept. A token may choose none: shared experts or the residual stream carry it.
+
+    Args:
+        d_model: width of the residual stream.
+        num_experts: experts to choose from.
+        top_k: experts a token on average.
+        num_shared_experts: those that every token uses beside, for routed_scale=auto.
+        max_experts: most experts a token, in [top_k, num_experts], or null for num_experts; memory grows with it.
+        normalize: whether a token's weights are divided by their sum.
+        routed_scale: λ > 0, or auto for `auto_routed_scale`.
+
+    Raises:
+        ConfigError: a max_experts out of range, or a scale that is not above 0.
+
+    Source: Su, "MoE tour, part 4: the harder, the more", kexue.fm/archives/10815. Differs: the cap max_experts.
+    """
+
+    selection: ClassVar = "threshold"
+    has_empty_slots: ClassVar = True
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        num_shared_experts: int,
+        max_experts: int | None,
+        normalize: bool,
+        routed_scale: float | Literal["auto"],
+    ) -> None:
+        super().__init__()
+        self.max_experts = num_experts if max_experts is None else max_experts
+        if not top_k <= self.max_experts <= num_experts:
+            raise ConfigError(
+                f"model.ffn.router.max_experts={max_experts}: must lie between model.ffn.top_k={top_k} and "
+                f"model.ffn.num_experts={num_experts}; try {min(4 * top_k, num_experts)}"
+            )
+        self.num_experts, self.normalize = num_experts, normalize
+        geometry: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "normalize": normalize}
+        geometry |= {"num_shared_experts": num_shared_experts, "scores": "sigmoid"}
+        self.routed_scale = resolve_routed_scale(routed_scale, **geometry)
+        self.proj = nn.Linear(d_model, num_experts, bias=False)
+
+    def forward(self, x: Float[Tensor, "tokens d_model"], selection_bias: Float[Tensor, " experts"]) -> Routing:
+        logits = router_logits(x, self.proj)
+        scores = SCORE_FUNCTIONS["sigmoid"](logits)
+        margins, best = (scores + selection_bias).detach().topk(self.max_experts, dim=-1)
+        is_chosen = margins > 0
+        weights = scores.gather(-1, best) * is_chosen
+        if self.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + TINY)
+        return Routing(
+            expert_ids=best.masked_fill(~is_chosen, self.num_experts),
+            gate_weights=weights * self.routed_scale,
+            logits=logits,
+            probabilities=normalized(scores),
+        )
