@@ -51,7 +51,7 @@ def _run_workers(job: Job, num_processes: int, advance: Callable[[int], None]) -
         todo.put(index)
     payload = pickle.dumps(job)
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": _python_path()}
-    command = [sys.executable, "-m", "data.worker"]
+    command = [sys.executable, "-P", "-m", "data.worker"]  # -P: a folder named data may be here
     workers = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         for _ in range(num_processes)
@@ -124,4 +124,4 @@ def _pipes(worker: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
 
 def _python_path() -> str:
     root = str(Path(__file__).resolve().parent.parent)
-    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return os.pathsep.join([root, *filter(None, sys.path)])

@@ -67,6 +67,17 @@ def test_the_tokens_do_not_depend_on_the_number_of_processes(make_text, write_li
 
 
 @pytest.mark.usefixtures("cut_small")
+@pytest.mark.usefixtures("cut_small")
+def test_a_package_named_data_in_the_current_folder_is_not_mistaken_for_ours(
+    make_text, write_lines, texts, tmp_path, monkeypatch
+):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    monkeypatch.chdir(tmp_path)
+    cache = open_or_build(make_text(write_lines(texts)), ByteTokenizer(), options(tmp_path / "c", num_processes=2))
+    assert cache.report["documents"] == len(texts)
+
+
 def test_copies_are_removed_and_counted_and_the_first_in_order_stays(make_text, write_lines, texts, tmp_path):
     doubled = [*texts, *texts[::-1], texts[0]]
     cache = open_or_build(make_text(write_lines(doubled)), ByteTokenizer(), options(tmp_path, val_fraction=1e-9))

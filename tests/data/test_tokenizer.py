@@ -149,6 +149,12 @@ def test_an_unreadable_tokenizer_file_is_named(tmp_path, content):
         PretrainedTokenizer(path=str(tmp_path), bos_token=None)
 
 
+def test_training_again_gives_the_same_tokenizer(bpe):
+    again = BpeTokenizer(vocab_size=400, sample_bytes=1 << 20)
+    again.train(iter([inspect.getsource(argparse), "中文字 ελληνικά naïve we'll don't\r\n" * 9]))
+    assert again.fingerprint() == bpe.fingerprint()
+
+
 def test_too_little_text_for_the_vocabulary_is_refused():
     with pytest.raises(DataError, match=r"tokenizer\.vocab_size=5000: the text gives only \d+ tokens"):
         BpeTokenizer(vocab_size=5000, sample_bytes=1 << 20).train(iter(["too little"]))
