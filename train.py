@@ -1,7 +1,8 @@
 """Train a language model: `python train.py optimizer=adamw model=dense`; `--help` lists what can be chosen."""
 
 from llm.cli import run_command
+from llm.config import check
 from llm.training import train
 
 if __name__ == "__main__":
-    run_command(train, config_name="train")
+    run_command(train, config_name="train", check=check)

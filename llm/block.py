@@ -1,6 +1,7 @@
 """One layer of the decoder."""
 
 from collections.abc import Callable
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ class Block(nn.Module):
 
     Source: Xiong et al., "On Layer Normalization in the Transformer Architecture", arXiv:2002.04745, figure 1b.
     """
+
+    attention: Any  # the attention and feed-forward contracts ask for more than nn.Module knows
+    ffn: Any
 
     def __init__(self, *, attention: nn.Module, ffn: nn.Module, norm: Callable[[], nn.Module], dropout: float) -> None:
         super().__init__()

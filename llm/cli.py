@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llm.config import load, to_plain
+from llm.config import check_name, load, to_plain
 from llm.errors import ConfigError, CrucibleError
 from llm.help import help_page
 from llm.overrides import diagnose, not_overrides
@@ -30,8 +30,15 @@ EXIT_MISTAKE = 2
 log = logging.getLogger(__name__)
 
 
-def run_command(task: Callable[[dict[str, Any], Path], float | None], config_name: str) -> None:
+def run_command(
+    task: Callable[[dict[str, Any], Path], float | None],
+    *,
+    config_name: str,
+    check: Callable[[dict[str, Any]], Any],
+) -> None:
     """Compose the configuration from sys.argv and call `task(plain configuration, run folder)`.
+
+    `check` sees the configuration first, before any folder is made.
 
     Exit status: 0 finished, 2 a mistake to mend, 128 + n stopped by signal n, 1 anything else.
     """
@@ -42,8 +49,10 @@ def run_command(task: Callable[[dict[str, Any], Path], float | None], config_nam
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing its own page
     stopped: list[int] = []
     mistakes: list[CrucibleError] = []
+    started: list[bool] = []
 
     def job(cfg: DictConfig) -> float | None:
+        started.append(True)
         try:
             return _run_job(task, cfg, stopped)
         except CrucibleError as error:
@@ -56,7 +65,11 @@ def run_command(task: Callable[[dict[str, Any], Path], float | None], config_nam
     try:
         if complaints := not_overrides(arguments):
             raise ConfigError("\n".join(complaints))
-        sys.argv[1:] = [*arguments, *_resume_dir(arguments, config_name)]
+        _check_names(arguments)
+        resume_dir = _resume_dir(arguments, config_name)
+        if not resume_dir and not {"-m", "--multirun"} & set(arguments):
+            check(_compose(config_name, [a for a in arguments if not a.startswith("-")]))
+        sys.argv[1:] = [*arguments, *resume_dir]
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
         if mistakes:
             raise mistakes[0]
@@ -64,6 +77,10 @@ def run_command(task: Callable[[dict[str, Any], Path], float | None], config_nam
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _fail(diagnose(error, _default_config(config_name), CONFIG_DIR))
+    except OSError as error:
+        if started:
+            raise
+        _fail(f"hydra.run.dir: {error.strerror}: {error.filename}; choose a folder that you may write to")
     if stopped:
         sys.exit(stopped[0])
 
@@ -87,10 +104,17 @@ def _run_job(task: Callable[[dict[str, Any], Path], float | None], cfg: DictConf
 
 
 def discard_empty(folder: Path) -> None:
-    """Remove a run folder in which nothing but Hydra's own notes stands: no run came of it."""
-    if {path.name for path in folder.iterdir()} <= {".hydra", "train.log", "eval.log"}:
+    """Remove a run folder in which nothing but Hydra's own notes and a log stands: no run came of it."""
+    files = [path for path in folder.rglob("*") if not path.is_dir()]
+    if all(path.parent.name == ".hydra" or path.suffix == ".log" for path in files):
         logging.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_names(arguments: list[str]) -> None:
+    """Refuse run names that could leave the folder of runs, also in a sweep."""
+    for name in [n for a in arguments if a.startswith("name=") for n in a.removeprefix("name=").split(",")]:
+        check_name(name)
 
 
 def _resume_dir(arguments: list[str], config_name: str) -> list[str]:
@@ -113,7 +137,7 @@ def _newest_run(arguments: list[str], config_name: str) -> Path:
     return max(folders, key=lambda folder: folder.name)
 
 
-def _compose(config_name: str, overrides: list[str]) -> Mapping[str, Any]:
+def _compose(config_name: str, overrides: list[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         cfg = compose(config_name, overrides=overrides, return_hydra_config=True)

@@ -18,6 +18,7 @@ from llm.batching import BatchPlan, micro_batch_candidates, plan_batch, total_st
 from llm.errors import ConfigError, CrucibleError
 from llm.precision import resolve_precision
 from llm.signatures import check_node, fits, suggest, target_nodes, type_name
+from llm.transformer import Transformer
 
 GROUPS = ("model", "optimizer", "schedule", "scaling", "data", "tokenizer", "trainer", "logger", "callbacks", "loader")
 SUPPLIED_TO = {"data.module.TokenDataModule": frozenset({"source"})}
@@ -92,9 +93,17 @@ def _check_run_keys(cfg: Mapping[str, Any]) -> list[str]:
     for key in ("val_every", "checkpoint_every"):
         if isinstance(cfg.get(key), int) and cfg[key] < 1:
             problems.append(f"{key}={cfg[key]}: must be at least 1 update; try 100")
-    if not NAME_PATTERN.fullmatch(str(cfg.get("name"))) or ".." in str(cfg.get("name")):
-        problems.append(f"name={cfg.get('name')}: letters, digits, dot, dash and underscore only; try name=my-run")
+    try:
+        check_name(str(cfg.get("name")))
+    except ConfigError as error:
+        problems.append(str(error))
     return problems
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError for a run name that is not plain letters, digits, dot, dash and underscore."""
+    if not NAME_PATTERN.fullmatch(name) or ".." in name:
+        raise ConfigError(f"name={name}: letters, digits, dot, dash and underscore only; try name=my-run")
 
 
 def _check_secrets(node: Any, path: str = "") -> list[str]:
@@ -157,7 +166,7 @@ def _check_optimizer(node: Mapping[str, Any]) -> None:
         raise ConfigError(f"optimizer: {error}; see the docstring of {node['_target_']}") from error
 
 
-def build_meta_model(cfg: Mapping[str, Any], vocab_size: int = CHECK_VOCABULARY) -> torch.nn.Module:
+def build_meta_model(cfg: Mapping[str, Any], vocab_size: int = CHECK_VOCABULARY) -> Transformer:
     """Build the model without storage: its shapes and its rules, at no cost."""
     with torch.device("meta"):
         return instantiate(cfg["model"], _convert_="all")(vocab_size=vocab_size)
@@ -218,7 +227,7 @@ def build_data(cfg: Mapping[str, Any], micro_batch_size: int) -> Any:
     )
 
 
-def build_model(cfg: Mapping[str, Any], vocab_size: int) -> torch.nn.Module:
+def build_model(cfg: Mapping[str, Any], vocab_size: int) -> Transformer:
     """Build the model with weights drawn from the run's seed."""
     torch.manual_seed(run_config(cfg).seed)
     return instantiate(cfg["model"], _convert_="all")(vocab_size=vocab_size)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from llm.errors import ConfigError
 
@@ -72,7 +72,7 @@ def check_sampling(*, max_new_tokens: int, temperature: float, top_k: int | None
 
 @torch.inference_mode()
 def stream_tokens(
-    model: nn.Module,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -136,7 +136,7 @@ def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     return ids.to(device), positions.to(device), documents.to(device)
 
 
-def generate_text(model: nn.Module, prompts: Sequence[str], *, tokenizer: Any, **sampling: Any) -> list[str]:
+def generate_text(model: Any, prompts: Sequence[str], *, tokenizer: Any, **sampling: Any) -> list[str]:
     """Continue each prompt until the tokenizer's bos token, which ends a document, or max_new_tokens.
 
     Args:

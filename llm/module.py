@@ -14,7 +14,7 @@ from llm.contracts import Batch, ParamGroup
 from llm.errors import NonFiniteError
 from llm.loss import linear_cross_entropy
 from llm.optim.param_groups import build_param_groups
-from llm.transformer import TransformerOutput
+from llm.transformer import Transformer, TransformerOutput
 
 FORWARD_AND_BACKWARD = 3
 """FLOPs of a training step over those of its forward pass: the backward pass multiplies by each weight twice."""
@@ -48,10 +48,13 @@ class LanguageModule(L.LightningModule):
         generate: `f(model, prompts, …) -> texts`, for samples along the way; see `llm.generate`.
     """
 
+    model: Transformer
+    token_bytes: Tensor
+
     def __init__(
         self,
         *,
-        model: nn.Module,
+        model: Transformer,
         optimizer: Callable[[list[ParamGroup]], torch.optim.Optimizer],
         lr: float,
         weight_decay: float,
@@ -120,12 +123,13 @@ class LanguageModule(L.LightningModule):
         statistics, self._statistics = self._statistics, {}
         if self._refused_step == self.global_step - 1:  # the step was left out: nothing may change
             return
-        for index, layer in enumerate(self.model.layers):
+        for index, layer in enumerate(self.model.blocks()):
             prefix = f"train/layer{index}/{STATISTIC}"
             own = {n.removeprefix(prefix): self._reduced(v) for n, v in statistics.items() if n.startswith(prefix)}
             for piece in layer.modules() if own else ():
-                if hasattr(piece, "after_optimizer_step"):
-                    piece.after_optimizer_step(own)
+                receive = getattr(piece, "after_optimizer_step", None)
+                if callable(receive):
+                    receive(own)
 
     def _reduced(self, value: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(value, reduce_op="sum") if self.trainer.world_size > 1 else value
@@ -186,7 +190,7 @@ class LanguageModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, bits per byte and perplexity over the whole validation set, of all ranks."""
-        sums = self.all_gather(self._validation).reshape(-1, 3).sum(0)
+        sums = torch.as_tensor(self.all_gather(self._validation)).reshape(-1, 3).sum(0)
         for name, value in validation_metrics(*sums.tolist()).items():
             self.log(name, value, rank_zero_only=False, sync_dist=False)
 

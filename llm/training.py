@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from llm.batching import BatchPlan, micro_batch_candidates
 from llm.callbacks.stop_signals import StopSignals
@@ -39,6 +39,7 @@ from llm.plan import describe_plan
 from llm.precision import resolve_precision
 from llm.provenance import config_hash, versions
 from llm.run_folder import RunFolder
+from llm.transformer import Transformer
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def _is_complete(checkpoint: FoundCheckpoint | None, run: RunConfig) -> bool:
     return True
 
 
-def _load_initial_weights(run: RunConfig, model: torch.nn.Module) -> None:
+def _load_initial_weights(run: RunConfig, model: Transformer) -> None:
     if run.init_from is None:
         return
     source = Path(run.init_from)
@@ -133,7 +134,7 @@ def model_state(folder: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in load_model(folder).items()}
 
 
-def _micro_batch_size(cfg: dict[str, Any], run: RunConfig, model: torch.nn.Module) -> int:
+def _micro_batch_size(cfg: dict[str, Any], run: RunConfig, model: Transformer) -> int:
     """Return micro_batch_size; where it is auto, the largest that fits, tried with the run's own precision."""
     if run.micro_batch_size != "auto":
         return run.micro_batch_size
@@ -146,9 +147,7 @@ def _micro_batch_size(cfg: dict[str, Any], run: RunConfig, model: torch.nn.Modul
     return find_micro_batch_size(trial, candidates=candidates, device=device, context_length=run.context_length)
 
 
-def trial_step(
-    model: torch.nn.Module, windows: int, *, device: torch.device, precision: str, context_length: int
-) -> int:
+def trial_step(model: Transformer, windows: int, *, device: torch.device, precision: str, context_length: int) -> int:
     """Run forward and backward on `windows` windows of zeros; return the bytes kept for the backward pass."""
     ids = torch.zeros(windows, context_length, dtype=torch.long, device=device)
     positions = torch.arange(context_length, device=device).expand(windows, -1)
@@ -163,7 +162,7 @@ def trial_step(
     return saved.total
 
 
-def build_module(cfg: Mapping[str, Any], run: RunConfig, model: torch.nn.Module, tokenizer: Any) -> LanguageModule:
+def build_module(cfg: Mapping[str, Any], run: RunConfig, model: Transformer, tokenizer: Any) -> LanguageModule:
     """Put a decoder, the optimizer's factory, and the rules for its rate into the Lightning module."""
     module = LanguageModule(
         model=model,
@@ -224,7 +223,8 @@ def _announce(cfg: Mapping[str, Any], folder: RunFolder, module: LanguageModule,
 
 def _finish(trainer: L.Trainer, module: LanguageModule, data: Any, folder: RunFolder) -> float | None:
     """Say how the run ended; leave with 128 + n where signal n stopped it."""
-    stop = next((c.signal for c in trainer.callbacks if isinstance(c, StopSignals) and c.signal), None)
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    stop = next((c.signal for c in callbacks if isinstance(c, StopSignals) and c.signal), None)
     if stop is not None:
         log.warning("stopped by %s at step %d; go on with resume=%s", stop.name, trainer.global_step, folder.path)
         raise SystemExit(128 + stop)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -101,6 +101,10 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.token_embedding.weight
         init(self, num_layers=num_layers)
 
+    def blocks(self) -> list[Block]:
+        """The layers, in order."""
+        return [cast(Block, layer) for layer in self.layers]
+
     def forward(
         self,
         input_ids: Int[Tensor, "batch time"],
@@ -137,7 +141,7 @@ class Transformer(nn.Module):
         device = self.token_embedding.weight.device
         return [
             layer.attention.new_cache(batch=batch, max_length=max_length, device=device, dtype=dtype)
-            for layer in self.layers
+            for layer in self.blocks()
         ]
 
     def flops_per_token(self, context_length: int) -> float:
@@ -146,7 +150,7 @@ class Transformer(nn.Module):
         Norms, activations and the embedding lookup are left out, as is usual (Kaplan et al., arXiv:2001.08361,
         table 1). Training takes three times as many.
         """
-        layers = sum(layer.flops_per_token(context_length) for layer in self.layers)
+        layers = sum(layer.flops_per_token(context_length) for layer in self.blocks())
         return layers + 2.0 * self.lm_head.weight.numel()
 
 

@@ -1,0 +1,192 @@
+"""train.py and eval.py as a user calls them, each in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm.checkpoint import load_model
+from llm.cli import run_command
+from llm.config import check
+from llm.training import train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(script, *arguments):
+    return [sys.executable, str(ROOT / script), *arguments]
+
+
+def call(script, *arguments, cwd, **options):
+    return subprocess.run(command(script, *arguments), cwd=cwd, capture_output=True, text=True, timeout=240, **options)
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["train/loss"].hex() for row in rows}
+
+
+def wait_for_steps(process, folder, steps):
+    """Wait until metrics.jsonl has that many lines; the run must still be going."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = folder / "metrics.jsonl"
+        if path.exists() and path.read_text().count("\n") >= steps:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("the run took no steps")
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch, capsys):
+    """Call train.py's command line in this process: (exit status, standard error)."""
+
+    def make(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        try:
+            run_command(train, config_name="train", check=check)
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        return status, capsys.readouterr().err
+
+    return make
+
+
+LONG = ("max_steps=60", "checkpoint_every=7", "val_every=11", "micro_batch_size=2", "model.dropout=0.1")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    result = call("train.py", *tiny, *LONG, f"hydra.run.dir={folder}", cwd=folder.parent)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_a_run_killed_twice_goes_on_to_the_very_same_losses_and_weights(uninterrupted, tiny, tmp_path):
+    folder = tmp_path / "run"
+    start = command("train.py", *tiny, *LONG, f"hydra.run.dir={folder}")
+    for steps in (10, 29):  # neither a checkpoint nor a validation; the second kill hits the resumed run
+        process = subprocess.Popen(start, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        wait_for_steps(process, folder, steps)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        start = command("train.py", f"resume={folder}")
+    result = call("train.py", f"resume={folder}", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert losses(folder) == losses(uninterrupted)
+    states = [load_model((f / "checkpoints/last").resolve()) for f in (folder, uninterrupted)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_at_a_step_saves_and_tells(uninterrupted, tiny, tmp_path, number, status):
+    folder = tmp_path / "run"
+    start = command("train.py", *tiny, *LONG, f"hydra.run.dir={folder}")
+    process = subprocess.Popen(start, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(process, folder, 10)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == status, err
+    assert f"resume={folder}" in out + err
+    assert json.loads((folder / "summary.json").read_text())["status"] == f"stopped: {number.name}"
+    assert call("train.py", f"resume={folder}", cwd=tmp_path).returncode == 0
+    assert losses(folder) == losses(uninterrupted)
+
+
+def test_the_end_of_a_run_tells_loss_bits_text_and_folder(tiny, tmp_path):
+    result = call("train.py", *tiny, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    for part in ("nats a token", "bits per byte", str(folder), "parameters", "--- step 8 ---"):
+        assert part in result.stdout, part
+    judged = call("eval.py", f"run_dir={folder}", "max_new_tokens=8", cwd=tmp_path)
+    assert judged.returncode == 0, judged.stderr
+    shown = json.loads((folder / "eval/loss.json").read_text())["val/loss"]
+    assert shown == pytest.approx(json.loads((folder / "summary.json").read_text())["val/loss"], abs=1e-6)
+
+
+def test_a_sweep_gives_each_job_a_folder(tiny, tmp_path):
+    result = call("train.py", "-m", *tiny, "max_steps=2", "seed=1,2", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (sweep,) = (tmp_path / "multirun").iterdir()
+    seeds = {json.loads((job / "summary.json").read_text())["val/loss"] for job in sweep.iterdir() if job.is_dir()}
+    assert len(seeds) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["optimizer=adamv"], "optimizer=adamv: no such option; did you mean adamw?"),
+        (["optimiser=adamw"], "optimiser: unknown key; did you mean optimizer?"),
+        (["--max_steps", "5"], "settings take no dashes; write max_steps=5"),
+        (["model.num_heads=6"], "model.num_heads=6: must divide model.d_model=128; try 4 or 8"),
+        (["batch_tokens=1000"], "batch_tokens=1000: must be a multiple of"),
+        (["seed=one"], "seed='one': must be int; got str"),
+        (["trainer=gpu"], "trainer.accelerator=gpu: no CUDA device is visible"),
+        (["+optimizer.foo=3"], "optimizer.foo=3: unknown key"),
+        (["name=../escape"], "name=../escape: letters, digits"),
+        (["+wandb_api_key=x"], "secrets do not belong in a configuration"),
+        (["model.norm._target_=os.system"], "not on the allow-list"),
+        (["data=text"], "data.files=???: a value is needed"),
+        (["data=text", "data.files=nowhere/*.txt"], "nowhere"),
+        (["resume=nowhere"], "resume=nowhere: holds no config.yaml"),
+        (["init_from=nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_leaves_nothing_behind(inside, tmp_path, arguments, answer):
+    status, err = inside(*arguments)
+    assert status == 2, err
+    assert answer in err
+    assert all(line.startswith("error: ") for line in err.splitlines())
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_all_mistakes_are_reported_together(tmp_path):
+    result = call("train.py", "optimizer.lr=-1", "model.num_heads=6", "batch_tokens=1000", "val_every=0", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    for part in ("optimizer.lr=-1", "model.num_heads=6", "batch_tokens=1000", "val_every=0"):
+        assert f"error: {part}" in result.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_refused(inside, tmp_path, tiny):
+    (tmp_path / "file").write_text("")
+    status, err = inside(*tiny, f"hydra.run.dir={tmp_path}/file/run")
+    assert status == 2
+    assert "file/run" in err
+
+
+def test_help_lists_every_group_and_option(tmp_path):
+    result = call("train.py", "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    for path in (ROOT / "conf").rglob("*/*.yaml"):
+        assert path.stem in result.stdout
+    assert result.stdout.count("python train.py") >= 4
+
+
+def test_a_plan_counts_and_trains_nothing(tmp_path):
+    result = call("train.py", "plan=true", "model/size=124m", "tokenizer.vocab_size=50304", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for part in ("123_587_328", "optimizer state", "training FLOPs a token", "token_embedding.weight"):
+        assert part in result.stdout, part
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_wandb_without_a_key_goes_on_offline(tiny, tmp_path):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
+    arguments = [*tiny, "logger=wandb", "max_steps=2"]
+    result = call("train.py", *arguments, cwd=tmp_path, env=clean, stdin=subprocess.DEVNULL)
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert list(folder.rglob("offline-run-*"))
+    assert "wandb sync" in result.stdout + result.stderr
