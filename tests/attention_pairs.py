@@ -6,7 +6,7 @@ from llm.errors import ConfigError
 
 GEOMETRY = {"d_model": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 SMALL = {
-    "model/attention/vq": {"block_size": 16, "codebook_size": 24},
+    "model/attention/vq": {"block_size": 20},
     "model/attention/linear": {"chunk_size": 16},
     "model/attention/performer": {"chunk_size": 16, "num_features": 64},
     "model/position/rerope": {"window": 11},

@@ -3,7 +3,7 @@
 from typing import cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llm.attention.kernels import causal_attention
@@ -76,17 +76,31 @@ def reference_views(
     scale: float,
     window: int | None = None,
 ) -> Float[Tensor, "batch time heads value_dim"]:
-    """The definition: every view scores every pair, and each pair takes the last view that serves its distance."""
+    """The definition: one softmax over `pair_scores`."""
     time, time_k = views[0].q.shape[1], v.shape[1]
-    device, groups = v.device, (v.shape[2], -1)
-    distance = torch.arange(time_k - time, time_k, device=device)[:, None] - torch.arange(time_k, device=device)
+    visible = visible_keys(time=time, time_k=time_k, device=v.device, document_ids=document_ids, window=window)
+    return mix_by_scores(pair_scores(views) * scale, v, visible)
+
+
+def pair_scores(views: tuple[PositionView, ...]) -> Float[Tensor, "batch kv_heads group time time_k"]:
+    """Score every pair under every view and take the last that serves its distance, in fp32 (fp64 for fp64)."""
     scores = None
     for view in views:
-        grouped = view.q.unflatten(2, groups)
-        scored = torch.einsum("bqgnd,bkgd->bgnqk", grouped, view.k)
+        time, (time_k, kv_heads) = view.q.shape[1], view.k.shape[1:3]
+        scored = torch.einsum("bqgnd,bkgd->bgnqk", view.q.unflatten(2, (kv_heads, -1)), view.k)
+        scored = scored.to(torch.promote_types(scored.dtype, torch.float32))
+        places = torch.arange(time_k, device=scored.device)
+        distance = places[time_k - time :, None] - places
         scores = scored if scores is None else torch.where(distance >= view.min_distance, scored, scores)
-    assert scores is not None
-    visible = visible_keys(time=time, time_k=time_k, device=device, document_ids=document_ids, window=window)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    assert scores is not None, "a position gives at least one view"
+    return scores
+
+
+def mix_by_scores(
+    scores: Float[Tensor, "batch kv_heads group time time_k"],
+    v: Float[Tensor, "batch time_k kv_heads value_dim"],
+    visible: Bool[Tensor, "rows time time_k"],
+) -> Float[Tensor, "batch time heads value_dim"]:
+    """Mix values by the softmax of scores over the visible keys."""
     weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
     return torch.einsum("bgnqk,bkgd->bqgnd", weights.to(v.dtype), v).flatten(2, 3)

@@ -1,0 +1,246 @@
+"""The codebook that keys are quantised with, and the ways to learn it."""
+
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from llm.errors import ConfigError
+
+Estimator = Literal["ema", "straight_through", "rotation", "simvq"]
+
+ASSIGN_TOKENS = 4096
+"""Keys whose distances to all codes are held at a time."""
+
+DEAD_SHARE = 0.05
+"""A code is dead when keys choose it less often than this share of the mean."""
+
+
+class Quantized(NamedTuple):
+    """Keys replaced by their nearest codes."""
+
+    keys: Float[Tensor, "batch time kv_heads head_dim"]
+    """The codes in value; gradients pass to the keys as the estimator says."""
+    code_ids: Int[Tensor, "batch time kv_heads"]
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+
+class Codebook(nn.Module):
+    """Replaces each key by the nearest of `codebook_size` codes of its head, and learns the codes.
+
+        z = argmin_s ‖k − C_s‖²,   loss: commitment_weight · ‖k − sg(C_z)‖²/head_dim  [+ ‖sg(k) − C_z‖²/head_dim]
+
+    How keys get their gradient, and how codes are learned:
+
+    - ema: straight through; C_s is the moving average of its keys, updated once an optimizer step.
+    - straight_through: k̂ = k + sg(C_z − k), dk̂/dk = 1; codes follow the loss in brackets.
+    - rotation: dk̂/dk is the rotation and stretch that take k to C_z; codes as before.
+    - simvq: straight through; C = B M with frozen B and one learned matrix M a head, so every code moves.
+
+    Codes start from random keys of the first training batch (except that M starts as the identity). With revival, every
+    `revive_every` optimizer steps the codes that hardly any key chooses are put on random keys of the next batch.
+
+    Args:
+        num_heads: key/value heads, each with codes of its own.
+        head_dim: size of a code.
+        codebook_size: codes a head, at least 2.
+        estimator: ema | straight_through | rotation | simvq.
+        commitment_weight: how strongly keys are drawn to their codes; of the mean over tokens and heads.
+        ema_decay: of the moving averages of counts and keys, in [0, 1).
+        revive_every: optimizer steps between revivals of dead codes, or None for never.
+        seed: of the choice of keys.
+
+    Raises:
+        ConfigError: a setting out of its range.
+
+    Source: van den Oord et al., "Neural Discrete Representation Learning", arXiv:1711.00937, eq. 3 and appendix A.1;
+    Fifty et al., "Restructuring Vector Quantization with the Rotation Trick", arXiv:2410.06424, section 4; Zhu et al.,
+    "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer" (SimVQ), arXiv:2411.02038.
+    Differs: means over head_dim in the losses; codes start from keys for every estimator.
+    """
+
+    parameter_kinds: ClassVar = {"codes": "embedding", "mixing": "embedding"}
+    base: Tensor
+    counts: Tensor
+    pending: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        head_dim: int,
+        codebook_size: int,
+        estimator: Estimator,
+        commitment_weight: float,
+        ema_decay: float,
+        revive_every: int | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        check_codebook(codebook_size, commitment_weight, ema_decay, revive_every)
+        self.estimator: Estimator = estimator
+        self.codebook_size, self.commitment_weight, self.ema_decay = codebook_size, commitment_weight, ema_decay
+        self.revive_every, self.seed = revive_every, seed
+        shape = (num_heads, codebook_size, head_dim)
+        generator = torch.Generator().manual_seed(seed)
+        # parameters are never written but by the optimizer: what is set from keys is a buffer that is added to them
+        self.codes = nn.Parameter(torch.zeros(shape)) if estimator in ("straight_through", "rotation") else None
+        self.mixing = nn.Parameter(torch.zeros(num_heads, head_dim, head_dim)) if estimator == "simvq" else None
+        self.register_buffer("base", torch.randn(shape, generator=generator, device="cpu"))
+        self.register_buffer(
+            "mixing_base", torch.eye(head_dim).repeat(num_heads, 1, 1) if estimator == "simvq" else None
+        )
+        self.register_buffer("counts", torch.zeros(shape[:2]))
+        self.register_buffer("key_sums", torch.zeros(shape) if estimator == "ema" else None)
+        self.register_buffer("pending", torch.ones(shape[:2], dtype=torch.bool))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.may_be_pending = True
+        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "may_be_pending", True))
+
+    def all_codes(self) -> Float[Tensor, "kv_heads codes head_dim"]:
+        """Return the codes in fp32."""
+        if self.codes is not None:
+            return self.base + self.codes
+        return self.base if self.mixing is None else self.base @ (self.get_buffer("mixing_base") + self.mixing)
+
+    def forward(self, keys: Float[Tensor, "batch time kv_heads head_dim"]) -> Quantized:
+        with torch.autocast(keys.device.type, enabled=False):
+            exact = keys.to(torch.promote_types(keys.dtype, torch.float32))
+            if self.training and self.may_be_pending:
+                self.place_pending(exact.detach())
+            codes = self.all_codes()
+            code_ids = self.nearest(exact.detach())
+            chosen = codes[torch.arange(codes.shape[0], device=codes.device), code_ids].to(exact.dtype)
+            passed = _rotated(exact, chosen.detach()) if self.estimator == "rotation" else exact
+            losses = self._losses(exact, chosen) if self.training else {}
+            metrics = self._metrics(exact.detach(), chosen.detach(), code_ids)
+            return Quantized((passed + (chosen - passed).detach()).to(keys.dtype), code_ids, losses, metrics)
+
+    @torch.no_grad()
+    def nearest(self, keys: Float[Tensor, "batch time kv_heads head_dim"]) -> Int[Tensor, "batch time kv_heads"]:
+        """Return which code is nearest to each key: the largest k·C − ‖C‖²/2, the first where several are."""
+        codes = self.all_codes().to(keys.dtype)
+        half_norms = codes.square().sum(-1) / 2
+        flat = keys.flatten(0, 1)
+        nearest = [
+            (torch.einsum("ngd,gsd->ngs", part, codes) - half_norms).argmax(-1) for part in flat.split(ASSIGN_TOKENS)
+        ]
+        return torch.cat(nearest).view(keys.shape[:3])
+
+    def _losses(self, keys: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+        losses = {"commitment_loss": self.commitment_weight * (keys - chosen.detach()).square().mean()}
+        if self.estimator != "ema":
+            losses["codebook_loss"] = (keys.detach() - chosen).square().mean()
+        return losses
+
+    @torch.no_grad()
+    def _metrics(self, keys: Tensor, chosen: Tensor, code_ids: Tensor) -> dict[str, Tensor]:
+        """Share and perplexity of the codes in use, relative error, and in training the sums that updates need."""
+        counts = torch.zeros_like(self.counts)
+        by_head = code_ids.flatten(0, 1).T
+        counts.scatter_add_(1, by_head, torch.ones_like(by_head, dtype=counts.dtype))
+        shares = counts / counts.sum(-1, keepdim=True)
+        metrics = {
+            "codebook_usage": (counts > 0).float().mean(),
+            "codebook_perplexity": torch.special.entr(shares).sum(-1).exp().mean(),
+            "quantization_error": (keys - chosen).square().sum() / keys.square().sum().clamp_min(1e-30),
+        }
+        if self.training:
+            metrics["stat/code_counts"] = counts
+            if self.estimator == "ema":
+                index = by_head[..., None].expand(-1, -1, keys.shape[-1])
+                flat = keys.flatten(0, 1).transpose(0, 1).float()
+                metrics["stat/key_sums"] = torch.zeros_like(self.base).scatter_add_(1, index, flat)
+        return metrics
+
+    @torch.no_grad()
+    def after_optimizer_step(self, statistics: dict[str, Tensor]) -> None:
+        """Average counts and keys, move EMA codes, and mark dead codes, given sums over the whole update."""
+        if "code_counts" not in statistics:
+            return
+        self.counts.lerp_(statistics["code_counts"].to(self.counts), 1 - self.ema_decay)
+        if self.estimator == "ema":
+            key_sums = self.get_buffer("key_sums")
+            key_sums.lerp_(statistics["key_sums"].to(key_sums), 1 - self.ema_decay)
+            means = key_sums / self.counts.clamp_min(1e-20)[..., None]
+            self.base.copy_(torch.where(self.counts[..., None] > 1e-20, means, self.base))
+        self.steps += 1
+        if self.revive_every is not None and int(self.steps) % self.revive_every == 0:
+            self.pending |= self.counts < DEAD_SHARE * self.counts.mean(-1, keepdim=True)
+            self.may_be_pending = bool(self.pending.any())
+
+    @torch.no_grad()
+    def place_pending(self, keys: Float[Tensor, "batch time kv_heads head_dim"]) -> None:
+        """Put the codes that wait for it on random keys of this batch; on every rank those of the first."""
+        self.may_be_pending = False
+        if not self.pending.any():
+            return
+        codes = _draw(keys.flatten(0, 1).float(), self.codebook_size, seed=self.seed + 1_000_003 * int(self.steps))
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(codes, 0)
+        self._put(codes, self.pending)
+        mean = self.counts.mean(-1, keepdim=True)
+        self.counts.copy_(torch.where(self.pending, mean, self.counts))
+        if self.estimator == "ema":
+            key_sums = self.get_buffer("key_sums")
+            key_sums.copy_(torch.where(self.pending[..., None], mean[..., None] * codes, key_sums))
+        self.pending.zero_()
+
+    def _put(self, codes: Float[Tensor, "kv_heads codes head_dim"], where: Bool[Tensor, "kv_heads codes"]) -> None:
+        """Change the buffers so that `all_codes` returns these codes where asked."""
+        if self.codes is not None:
+            codes = codes - self.codes
+        elif self.mixing is not None:
+            mixing_base = self.get_buffer("mixing_base")
+            if where.all():
+                mixing_base.copy_(torch.eye(codes.shape[-1], device=codes.device) - self.mixing)
+            codes = torch.linalg.solve(mixing_base + self.mixing, codes, left=False)
+        self.base.copy_(torch.where(where[..., None], codes, self.base))
+
+
+def _draw(keys: Float[Tensor, "tokens kv_heads head_dim"], count: int, *, seed: int) -> Tensor:
+    """Return `count` random keys a head, [kv_heads count head_dim], no key twice before each was drawn once."""
+    generator = torch.Generator().manual_seed(seed)  # of its own: a recomputed forward must not shift dropout's
+    rounds = -(-count // keys.shape[0])
+    draws = []
+    for head in range(keys.shape[1]):
+        order = [torch.randperm(keys.shape[0], generator=generator, device="cpu") for _ in range(rounds)]
+        draws.append(keys[torch.cat(order)[:count].to(keys.device), head])
+    return torch.stack(draws)
+
+
+def _rotated(
+    keys: Float[Tensor, "batch time kv_heads head_dim"], codes: Float[Tensor, "batch time kv_heads head_dim"]
+) -> Float[Tensor, "batch time kv_heads head_dim"]:
+    """Return λ R k, with R the rotation from k to its code and λ the ratio of their lengths, both held constant.
+
+        R = I − 2 ŵ ŵᵀ + 2 ĉ k̂ᵀ,   w = k̂ + ĉ,   hats: of length 1
+
+    Source: Fifty et al., arXiv:2410.06424, eq. 4.
+    """
+    tiny = torch.finfo(keys.dtype).tiny ** 0.5
+    with torch.no_grad():
+        key_norm, code_norm = (x.norm(dim=-1, keepdim=True).clamp_min(tiny) for x in (keys, codes))
+        key_unit, code_unit = keys / key_norm, codes / code_norm
+        middle = key_unit + code_unit
+        middle = middle / middle.norm(dim=-1, keepdim=True).clamp_min(tiny)
+    turned = keys - 2 * (keys * middle).sum(-1, keepdim=True) * middle
+    turned = turned + 2 * (keys * key_unit).sum(-1, keepdim=True) * code_unit
+    return turned * (code_norm / key_norm)
+
+
+def check_codebook(codebook_size: int, commitment_weight: float, ema_decay: float, revive_every: int | None) -> None:
+    """Raise ConfigError for a setting out of its range."""
+    key = "model.attention.codebook"
+    if codebook_size < 2:
+        raise ConfigError(f"{key}.codebook_size={codebook_size}: must be at least 2; 512 is usual")
+    if commitment_weight < 0:
+        raise ConfigError(f"{key}.commitment_weight={commitment_weight}: must be at least 0; try 0.02")
+    if not 0 <= ema_decay < 1:
+        raise ConfigError(f"{key}.ema_decay={ema_decay}: must lie in [0, 1); 0.99 is usual")
+    if revive_every is not None and revive_every < 1:
+        raise ConfigError(f"{key}.revive_every={revive_every}: must be at least 1 step, or null for never")

@@ -1,0 +1,138 @@
+"""Transformer-VQ: softmax attention over quantised keys, in linear time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm.attention.base import Attention
+from llm.attention.codebook import Codebook
+from llm.attention.kernels.reference import visible_keys
+from llm.attention.views import mix_by_scores, pair_scores
+from llm.attention.vq_blocks import attend_blocks
+from llm.attention.vq_cache import VQCache
+from llm.contracts import LayerCache
+from llm.errors import ConfigError
+from llm.position.base import Position
+
+
+class VQAttention(Attention):
+    """Attends to all quantised keys exactly, at a cost that grows linearly: far keys are counted, not kept.
+
+    Keys are replaced by the nearest codes. A block of queries attends to the keys of its own and the previous block
+    one by one. All keys before are known by how often each code occurred and by the mean of the values that came with
+    it: a code that n_s keys share is one key with ln n_s added to its score. This equals quadratic attention over
+    quantised keys. In the backward pass, far keys get no gradient, their values do.
+
+    Args:
+        d_model, num_heads, num_kv_heads, head_dim, position, layer_index, qk_norm, key_norm: see `Attention`.
+        block_size: tokens a block.
+        codebook: factory, called with num_heads (of keys), head_dim and seed.
+
+    Raises:
+        ConfigError: a position under which far keys are not bare, so that a code would not stand for them.
+
+    Source: Lingle, "Transformer-VQ", arXiv:2309.16354, section 3.
+    Differs: keys are split into heads; positions as `model.position` says (none, or ReRoPE, whose far queries turn and
+    whose far keys do not) in the place of XL biases; counts reset where a document ends, so windows may be packed.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        position: Position,
+        layer_index: int,
+        qk_norm: bool,
+        key_norm: bool,
+        block_size: int,
+        codebook: Callable[..., Codebook],
+    ) -> None:
+        if block_size < 1:
+            raise ConfigError(f"model.attention.block_size={block_size}: must be at least 1; 512 is usual")
+        self.block_size = block_size
+        super().__init__(
+            d_model=d_model,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            position=position,
+            layer_index=layer_index,
+            qk_norm=qk_norm,
+            key_norm=key_norm,
+        )
+        self.codebook = codebook(num_heads=num_kv_heads, head_dim=head_dim, seed=layer_index)
+
+    def check_position(self, position: Position) -> None:
+        """Keys beyond the previous block must score the same whatever their position."""
+        name, bare = type(position).__name__, position.bare_keys_from
+        if bare is None:
+            raise ConfigError(
+                f"model.position={name}: turns far keys by their positions, and model.attention=vq keeps only how "
+                "often each code occurred; use model/position=rerope (bare keys beyond its window) or none"
+            )
+        if bare > self.block_size + 1:
+            raise ConfigError(
+                f"model.position.window={bare}: model.attention=vq forgets the positions of keys that are "
+                f"model.attention.block_size={self.block_size} tokens and more behind; use a window of at most "
+                f"{self.block_size + 1}, or longer blocks"
+            )
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch time heads head_dim"],
+        k: Float[Tensor, "batch time kv_heads head_dim"],
+        v: Float[Tensor, "batch time kv_heads head_dim"],
+        *,
+        positions: Int[Tensor, "batch time"],
+        document_ids: Int[Tensor, "batch time"] | None,
+        cache: Any,
+    ) -> tuple[Float[Tensor, "batch time heads head_dim"], dict[str, Tensor], dict[str, Tensor]]:
+        """Quantise keys and mix values block by block."""
+        quantized = self.codebook(k)
+        views = self.position(q, quantized.keys, positions)
+        ids = torch.zeros_like(positions) if document_ids is None else document_ids
+        codes = self.codebook.all_codes().detach().to(k.dtype)
+        if cache is None:
+            mixed = attend_blocks(
+                views, v, code_ids=quantized.code_ids, codes=codes, document_ids=ids, block_size=self.block_size,
+                scale=self.scale,
+            )  # fmt: skip
+        else:
+            mixed = cache.attend(views, v, quantized.code_ids, ids, codes=codes, scale=self.scale)
+        return mixed, quantized.losses, quantized.metrics
+
+    def reference_attend(
+        self,
+        q: Float[Tensor, "batch time heads head_dim"],
+        k: Float[Tensor, "batch time kv_heads head_dim"],
+        v: Float[Tensor, "batch time kv_heads head_dim"],
+        *,
+        positions: Int[Tensor, "batch time"],
+        document_ids: Int[Tensor, "batch time"] | None,
+    ) -> Float[Tensor, "batch time heads head_dim"]:
+        """Quadratic attention over quantised keys; those before the previous block are constants. See `Attention`."""
+        time, keys = q.shape[1], self.codebook(k).keys
+        live = pair_scores(self.position(q, keys, positions))
+        constant = pair_scores(self.position(q, keys.detach(), positions))
+        block = torch.arange(time, device=q.device) // self.block_size
+        scores = torch.where(block[:, None] - block <= 1, live, constant) * self.scale
+        visible = visible_keys(time=time, time_k=time, device=q.device, document_ids=document_ids, window=None)
+        return mix_by_scores(scores, v, visible)
+
+    def new_cache(self, *, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
+        """Return an empty cache: means and counts of the codes and at most three blocks, whatever max_length is."""
+        return VQCache(
+            batch=batch, block_size=self.block_size, codebook_size=self.codebook.codebook_size, device=device
+        )
+
+    def mixing_flops_per_token(self, context_length: int) -> float:
+        """Scores and values over the codes and one and a half blocks, the choice of a code, and the sums of values."""
+        seen = min((context_length + 1) / 2, 1.5 * self.block_size + self.codebook.codebook_size)
+        choice = 2.0 * self.num_kv_heads * self.codebook.codebook_size * self.head_dim
+        return 4.0 * self.num_heads * self.head_dim * seen + choice + self.num_kv_heads * self.head_dim

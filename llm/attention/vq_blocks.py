@@ -1,0 +1,144 @@
+"""Attention over quantised keys in blocks: near keys one by one, far keys as counted codes."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm.attention.states import Documents, carry_states
+from llm.attention.views import attend_views
+from llm.contracts import PositionView
+
+NEVER = -30000.0
+"""Score of a code that no key chose: its weight is 0 in every dtype, and fp16 still holds it."""
+
+
+def attend_blocks(
+    views: tuple[PositionView, ...],
+    v: Float[Tensor, "batch time kv_heads value_dim"],
+    *,
+    code_ids: Int[Tensor, "batch time kv_heads"],
+    codes: Float[Tensor, "kv_heads codes head_dim"],
+    document_ids: Int[Tensor, "batch time"],
+    block_size: int,
+    scale: float,
+) -> Float[Tensor, "batch time heads value_dim"]:
+    """Mix values by the softmax over quantised keys, each document apart, in time linear in the length.
+
+    Each block becomes a row of its own whose keys are the codes, the previous block and the block itself.
+
+    Args:
+        views: of queries and quantised keys; the last view's keys are the codes themselves.
+        v: values.
+        code_ids: which code each key is.
+        codes: all codes.
+        document_ids: ascending along a row.
+        block_size: tokens a block.
+        scale: factor on the scores.
+
+    Source: Lingle, "Transformer-VQ", arXiv:2309.16354, theorem 3.7 and appendix E (the reduction by blocks).
+    """
+    time = v.shape[1]
+    if time <= 2 * block_size:  # every key is near
+        return attend_views(views, v, document_ids=document_ids, scale=scale)
+    missing = -time % block_size
+    far = _far_values(v, code_ids, document_ids, num_codes=codes.shape[1], block_size=block_size)
+    ids = F.pad(document_ids, (0, missing), value=torch.iinfo(document_ids.dtype).max).unflatten(1, (-1, block_size))
+    nobody = torch.full_like(ids[:, :1], torch.iinfo(ids.dtype).min)
+    previous = torch.cat((nobody, ids[:, :-1]), dim=1)
+    of_state = torch.cat((nobody, nobody, ids[:, :-2]), dim=1)[..., -1]
+    value_rows = _with_previous(v, missing, block_size)
+    rows = []
+    for view in views:
+        queries = _blocks(view.q, missing, block_size).flatten(0, 1)
+        keys = _with_previous(view.k, missing, block_size).flatten(0, 1)
+        rows.append(view._replace(q=queries, k=keys))
+    mixed = attend_codes(
+        tuple(rows), value_rows.flatten(0, 1), torch.cat((previous, ids), dim=2).flatten(0, 1), codes=codes,
+        counts=far[..., -1].flatten(0, 1), means=far[..., :-1].flatten(0, 1), state_ids=of_state.flatten(), scale=scale,
+    )  # fmt: skip
+    return mixed.unflatten(0, (v.shape[0], -1)).flatten(1, 2)[:, :time]
+
+
+def attend_codes(
+    views: tuple[PositionView, ...],
+    v: Float[Tensor, "batch time_k kv_heads value_dim"],
+    document_ids: Int[Tensor, "batch time_k"],
+    *,
+    codes: Float[Tensor, "kv_heads codes head_dim"],
+    counts: Float[Tensor, "batch kv_heads codes"],
+    means: Float[Tensor, "batch kv_heads codes value_dim"],
+    state_ids: Int[Tensor, " batch"],
+    scale: float,
+) -> Float[Tensor, "batch time heads value_dim"]:
+    """Attend to keys, and to codes that stand before them, each with ln(count) added to its score.
+
+    The logarithm travels as two more components of the key, a rounded one and what rounding left, against two ones in
+    the query: so any attention kernel serves, and bf16 loses nothing.
+
+    Args:
+        views: as in `attend_views`; queries stand at the end of the keys.
+        v: values of the keys.
+        document_ids: of the keys.
+        codes: all codes.
+        counts: how many far keys chose each code.
+        means: mean value of those keys.
+        state_ids: the document that counts and means are of; queries of another one do not see them.
+        scale: factor on the scores.
+    """
+    bias = torch.where(counts > 0, counts.clamp_min(1).log() / scale, NEVER)
+    rounded = bias.to(codes.dtype)
+    rest = torch.where(counts > 0, bias - rounded, 0.0).to(codes.dtype)
+    far = torch.cat((codes.expand(len(v), -1, -1, -1), rounded[..., None], rest[..., None]), dim=-1).transpose(1, 2)
+    extended = tuple(
+        view._replace(q=F.pad(view.q, (0, 2), value=1.0), k=torch.cat((far, F.pad(view.k, (0, 2))), dim=1))
+        for view in views
+    )
+    values = torch.cat((means.transpose(1, 2).to(v.dtype), v), dim=1)
+    ids = torch.cat((state_ids[:, None].expand(-1, codes.shape[1]), document_ids), dim=1)
+    return attend_views(extended, values, document_ids=ids, scale=scale)
+
+
+def _far_values(
+    v: Tensor, code_ids: Tensor, document_ids: Tensor, *, num_codes: int, block_size: int
+) -> Float[Tensor, "batch blocks kv_heads codes value_dim_and_count"]:
+    """Return, for every block, the mean value of each code and its count over all tokens before the previous block.
+
+    Only the document that ends the block before the previous one counts: no other reaches over a whole block.
+    """
+    whole = v.shape[1] // block_size * block_size
+    first = document_ids.new_zeros(len(v))
+    documents = Documents.cut(document_ids[:, :whole], size=block_size, before=first)
+    values = F.pad(v[:, :whole].to(torch.promote_types(v.dtype, torch.float32)), (0, 1), value=1.0)
+    values = values.unflatten(1, (-1, block_size))
+    values = torch.where(documents.is_carried[..., None, None], values, 0.0)
+    sums = sum_by_code(
+        values.flatten(0, 1), code_ids[:, :whole].unflatten(1, (-1, block_size)).flatten(0, 1), num_codes
+    )
+    sums = sums.unflatten(0, (len(v), -1)).transpose(0, 1)
+    keep = documents.continues.transpose(0, 1)[..., None, None, None].to(sums.dtype)
+    states = carry_states(keep, sums, torch.zeros_like(sums[0]))
+    num_blocks = -(-v.shape[1] // block_size)
+    after = (torch.arange(num_blocks, device=v.device) - 1).clamp_min(0)  # block r reads what r − 2 blocks left
+    totals = states[after].transpose(0, 1)
+    return torch.cat((totals[..., :-1] / totals[..., -1:].clamp_min(1.0), totals[..., -1:]), dim=-1)
+
+
+def sum_by_code(
+    values: Float[Tensor, "rows time kv_heads dim"], code_ids: Int[Tensor, "rows time kv_heads"], num_codes: int
+) -> Float[Tensor, "rows kv_heads codes dim"]:
+    """Add up the values that came with each code."""
+    index = code_ids.transpose(1, 2)[..., None].expand(-1, -1, -1, values.shape[-1])
+    zeros = values.new_zeros(len(values), values.shape[2], num_codes, values.shape[-1])
+    return zeros.scatter_add(2, index, values.transpose(1, 2))
+
+
+def _blocks(x: Tensor, missing: int, block_size: int) -> Tensor:
+    """Cut [batch time heads dim] into [batch blocks block_size heads dim], the end filled with zeros."""
+    return F.pad(x, (0, 0, 0, 0, 0, missing)).unflatten(1, (-1, block_size))
+
+
+def _with_previous(x: Tensor, missing: int, block_size: int) -> Tensor:
+    """Return each block behind the previous one, [batch blocks 2·block_size heads dim]; zeros before the first."""
+    blocks = _blocks(x, missing, block_size)
+    return torch.cat((F.pad(blocks[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), blocks), dim=2)
