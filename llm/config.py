@@ -50,7 +50,7 @@ class RunConfig:
     @property
     def total_steps(self) -> int:
         """Optimizer updates of the run."""
-        return total_steps(max_steps=self.max_steps, max_tokens=self.max_tokens, batch_tokens=self.batch_tokens)
+        return planned_steps(vars(self))
 
 
 def to_plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
     """
     run_keys = {"max_steps", "max_tokens", "batch_tokens", "context_length", "micro_batch_size"}
     probes: list[tuple[set[str], Callable[[], Any]]] = [
-        (run_keys, lambda: run_config(cfg).total_steps),
+        (run_keys, lambda: planned_steps(cfg)),
         (run_keys | {"trainer"}, lambda: batch_plan(cfg)),
         ({"optimizer"}, lambda: _check_optimizer(cfg["optimizer"])),
         (run_keys | {"scaling"}, lambda: instantiate(cfg["scaling"])(cfg["batch_tokens"])),
@@ -147,7 +147,7 @@ def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
 
 
 def _check_schedule(cfg: Mapping[str, Any]) -> None:
-    steps = run_config(cfg).total_steps
+    steps = planned_steps(cfg)
     schedule = instantiate(cfg["schedule"], _convert_="all")
     for step in (0, steps - 1):
         schedule(step, total_steps=steps)
@@ -201,11 +201,15 @@ def world_size(trainer: Mapping[str, Any]) -> int:
     return int(count) * int(trainer.get("num_nodes", 1))
 
 
+def planned_steps(cfg: Mapping[str, Any]) -> int:
+    """Return the optimizer updates of the run."""
+    return total_steps(**{key: cfg[key] for key in ("max_steps", "max_tokens", "batch_tokens")})
+
+
 def batch_plan(cfg: Mapping[str, Any]) -> BatchPlan:
     """Return the plan of an update; `micro_batch_size=auto` is taken as its largest candidate."""
-    run, world = run_config(cfg), world_size(cfg["trainer"])
-    sizes = {"batch_tokens": run.batch_tokens, "context_length": run.context_length, "world_size": world}
-    micro = run.micro_batch_size
+    sizes = {key: cfg[key] for key in ("batch_tokens", "context_length")}
+    sizes["world_size"], micro = world_size(cfg["trainer"]), cfg["micro_batch_size"]
     return plan_batch(**sizes, micro_batch_size=micro_batch_candidates(**sizes)[0] if micro == "auto" else micro)
 
 
