@@ -1,30 +1,41 @@
 """Every pair of an attention and a position, found by listing conf/: which are legal, and why the others are not."""
 
-from catalogue import build_piece, options
+from typing import Any
+
+from catalogue import CONF, options
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from llm.errors import ConfigError
 
 GEOMETRY = {"d_model": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 SMALL = {
-    "model/attention/vq": {"block_size": 20},
-    "model/attention/linear": {"chunk_size": 16},
-    "model/attention/performer": {"chunk_size": 16, "num_features": 64},
-    "model/position/rerope": {"window": 11},
-    "model/position/leaky_rerope": {"window": 11},
-    "model/position/inv_leaky": {"window": 11},
+    "attention/vq": {"block_size": 20},
+    "attention/linear": {"chunk_size": 16},
+    "attention/performer": {"chunk_size": 16, "num_features": 64},
+    "position/rerope": {"window": 11},
+    "position/leaky_rerope": {"window": 11},
+    "position/inv_leaky": {"window": 11},
 }
 """Settings under which a short text already goes through every part of a method."""
 
 
-def build_pair(attention, position, **settings):
-    built = build_piece(
-        "model/position", position, head_dim=GEOMETRY["head_dim"], **SMALL.get(f"model/position/{position}", {})
-    )
-    small = SMALL.get(f"model/attention/{attention}", {})
-    return build_piece("model/attention", attention, position=built, layer_index=0, **GEOMETRY, **small, **settings)
+def build_small(option: str, settings: dict[str, Any], **supplied: Any) -> Any:
+    """Build `attention/vq` and the like with settings by dotted key."""
+    node = OmegaConf.load(CONF / "model" / f"{option}.yaml")
+    for key, value in (SMALL.get(option, {}) | settings).items():
+        OmegaConf.update(node, key, value, force_add=False)
+    return instantiate(node, _convert_="all")(**supplied)
 
 
-def reason_against(attention, position):
+def build_pair(attention: str, position: str, **settings: Any) -> Any:
+    """Build an attention over a position; settings are the attention's."""
+    built = build_small(f"position/{position}", {}, head_dim=GEOMETRY["head_dim"])
+    return build_small(f"attention/{attention}", settings, position=built, layer_index=0, **GEOMETRY)
+
+
+def reason_against(attention: str, position: str) -> str | None:
+    """Return why a pair has no meaning, or None."""
     try:
         build_pair(attention, position)
     except ConfigError as error:

@@ -24,7 +24,8 @@ def chunked_performer(
 
     Pairs inside a chunk are scored by log w_ij, each under the maxima of its own query and key. What lies before is a
     state of sums, each feature under the largest key seen so far. Both parts are merged by their log-sum-exp. No shift
-    depends on a later token.
+    depends on a later token. Inside a chunk a pair whose weight is below e^−87 of the product of its largest query and
+    its largest key feature is held at that: fp32 ends there, and attention under qk_norm stays far above it.
 
     Args:
         log_q: logarithms of query features; consecutive heads share a key/value head.
