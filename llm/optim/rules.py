@@ -66,8 +66,9 @@ class AdamWRule:
 
     def update(self, slab: Slab, *, lr: float, weight_decay: float) -> None:
         """Move `slab.params` and its moments; `slab.state["step"]` counts from 1."""
+        exact = [parameter.float() for parameter in slab.params]  # the same tensors, where they are fp32 already
         adamw(
-            slab.params,
+            exact,
             slab.gradients,
             slab.state["exp_avg"],
             slab.state["exp_avg_sq"],
@@ -82,6 +83,9 @@ class AdamWRule:
             eps=self.eps,
             maximize=False,
         )
+        for parameter, updated in zip(slab.params, exact, strict=True):
+            if updated is not parameter:
+                parameter.copy_(updated)
 
 
 RULES: dict[str, type[LionRule] | type[AdamWRule]] = {"lion": LionRule, "adamw": AdamWRule}

@@ -1,0 +1,208 @@
+"""Muon: hidden matrices step along their orthogonalised momentum, all else by AdamW or Lion, in one optimizer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm.contracts import ParamGroup
+from llm.errors import ConfigError, did_you_mean
+from llm.optim import foreach
+from llm.optim.base import GroupedOptimizer, gradients_of, has_rows, in_range
+from llm.optim.newton_schulz import fast_dtype, find_iteration, orthogonalize
+from llm.optim.row_normalization import balance_rows
+from llm.optim.rules import apply_rule, make_rule
+
+UPDATE_SCALES: dict[str, Callable[[int, int], float]] = {
+    # Liu et al., "Muon is Scalable for LLM Training", arXiv:2502.16982, eq. 4: AdamW's lr and decay carry over
+    "match_adamw": lambda rows, columns: 0.2 * max(rows, columns) ** 0.5,
+    # Jordan et al. 2024, "Muon": an lr that carries over from width to width
+    "spectral": lambda rows, columns: max(1.0, rows / columns) ** 0.5,
+}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+STACK_ELEMENTS = 2**26
+"""Elements orthogonalised at once on a GPU: enough to fill it, 128 MB in bfloat16. A CPU takes matrices singly."""
+
+
+class Muon(GroupedOptimizer):
+    """Moves each hidden matrix by an orthogonal one, so that all its directions learn at one rate.
+
+        M ← μ·M + (1−μ)·G;  O = NewtonSchulz((1−μ)·G + μ·M);  W ← W − lr·(scale·O + λ·W)
+
+    Embeddings, head and vectors get the rule `aux`. Orthogonalised as they are: each expert of a stack; each head, if
+    asked. State: 4 bytes a parameter for matrices, the rule's own for the rest.
+
+    Args:
+        params: groups from `build_param_groups`; the kind `matrix` is orthogonalised.
+        lr: peak learning rate, >= 0.
+        weight_decay: decoupled decay, times lr and not `update_scale`; >= 0.
+        momentum: μ, in [0, 1).
+        nesterov: look one step ahead, or orthogonalise M itself.
+        iteration: Newton-Schulz coefficients, "quintic" or "polar_express".
+        update_scale: "match_adamw", 0.2·√max(d_out, d_in), or "spectral", √max(1, d_out/d_in), of the true matrix.
+        matmul_dtype: of the products: "float32", "bfloat16", or "auto": bfloat16 where that is native.
+        by_head: orthogonalise each attention head apart, where a module says how many its projection stacks.
+        row_beta: decay of the rows' second moments in NorMuon's normalisation, in (0, 1); None: without.
+        cautious_decay: decay only the weights that the update pulls towards 0 as well.
+        aux: rule of the other kinds, "adamw" or "lion".
+        aux_lr_scale: factor on their lr, > 0.
+        aux_betas: the rule's betas, each in [0, 1).
+        aux_eps: AdamW's eps; None for Lion.
+        skip_idle_rows: leave an expert, or a token's embedding, that had no gradient in this step where it is.
+
+    Raises:
+        ConfigError: a setting out of range, an unknown name, or no matrix to orthogonalise.
+        ShapeError: a matrix that a strategy has flattened.
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", kellerjordan.github.io/posts/muon,
+        2024; Liu et al., arXiv:2502.16982, Algorithm 1 without its distribution; Chen et al., "Cautious Weight Decay",
+        arXiv:2510.12402, Algorithm 1, for `cautious_decay`.
+    Differs: `skip_idle_rows`: orthogonalisation is blind to scale, so a stale momentum would keep moving an unused
+        expert at full size; `aux` rules share the object.
+    """
+
+    def __init__(
+        self,
+        params: list[ParamGroup],
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        nesterov: bool,
+        iteration: str,
+        update_scale: str,
+        matmul_dtype: str,
+        by_head: bool,
+        row_beta: float | None,
+        cautious_decay: bool,
+        aux: str,
+        aux_lr_scale: float,
+        aux_betas: Sequence[float],
+        aux_eps: float | None,
+        skip_idle_rows: bool,
+    ) -> None:
+        self.momentum, self.nesterov = in_range("momentum", momentum, 0.0, 1.0), nesterov
+        find_iteration(iteration)
+        for key, value, legal in (
+            ("update_scale", update_scale, UPDATE_SCALES),
+            ("matmul_dtype", matmul_dtype, ("auto", *DTYPES)),
+        ):
+            if value not in legal:
+                raise ConfigError(
+                    f"optimizer.{key}={value}: must be one of {', '.join(legal)}; choose one"
+                    f"{did_you_mean(value, legal)}"
+                )
+        self.iteration, self.update_scale, self.matmul_dtype = iteration, UPDATE_SCALES[update_scale], matmul_dtype
+        self.row_beta = None if row_beta is None else in_range("row_beta", row_beta, 1e-6, 1.0)
+        self.by_head, self.cautious_decay, self.skip_idle_rows = by_head, cautious_decay, skip_idle_rows
+        self.aux = make_rule("aux", aux, betas=aux_betas, eps=aux_eps)
+        in_range("aux_lr_scale", aux_lr_scale, 1e-12, 1e12)
+        if not any(isinstance(group, dict) and group.get("kind") == "matrix" for group in params):
+            raise ConfigError("optimizer=muon: the model has no hidden matrix to orthogonalise; use optimizer=adamw")
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        for group in self.param_groups:
+            if group["kind"] != "matrix":
+                group["lr"] *= aux_lr_scale
+
+    def rule_of(self, group: dict[str, Any]) -> str:
+        """Muon for matrices, the name of `aux` for the rest."""
+        return "muon" if group["kind"] == "matrix" else self.aux.name
+
+    def buffers_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """One momentum for matrices, what `aux` keeps for the rest."""
+        return ("momentum",) if group["kind"] == "matrix" else self.aux.buffers
+
+    def state_bytes(self, group: dict[str, Any], parameter: Tensor) -> int:
+        """Bytes of state, with the rows' second moments where they are kept."""
+        rows = parameter.numel() // parameter.shape[-1] if self.row_beta and group["kind"] == "matrix" else 0
+        return super().state_bytes(group, parameter) + 4 * rows
+
+    def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Orthogonalise the matrices, equal shapes together; apply `aux` to other kinds."""
+        if group["kind"] != "matrix":
+            self._update_aux(group, params)
+            return
+        for members, heads in self._stacks(group, params):
+            self._update_stack(group, members, heads)
+
+    def _update_aux(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        state = self.buffers(group, params)
+        if self.aux.name == "adamw":
+            for parameter in params:
+                held = self.state[parameter]
+                held.setdefault("step", torch.zeros((), dtype=torch.float32, device=parameter.device))
+            state["step"] = [self.state[parameter]["step"] for parameter in params]
+            foreach.add_(state["step"], 1.0)
+        apply_rule(
+            self.aux,
+            params,
+            gradients_of(params),
+            state,
+            lr=float(group["lr"]),
+            weight_decay=float(group["weight_decay"]),
+            rows=self.skip_idle_rows and has_rows(params[0], group["kind"]),
+        )
+
+    def _stacks(self, group: dict[str, Any], params: list[Tensor]) -> Iterator[tuple[list[Tensor], int]]:
+        """Matrices of one shape and number of heads, as many together as the device works on well."""
+        counts = dict(zip(map(id, group["params"]), group.get("heads", [1] * len(group["params"])), strict=True))
+        buckets: dict[tuple[torch.Size, int], list[Tensor]] = {}
+        for parameter in params:
+            heads = counts[id(parameter)] if self.by_head else 1
+            buckets.setdefault((parameter.shape, heads), []).append(parameter)
+        for (shape, heads), members in buckets.items():
+            limit = 1 if members[0].device.type == "cpu" else max(1, STACK_ELEMENTS // shape.numel())
+            for i in range(0, len(members), limit):
+                yield members[i : i + limit], heads
+
+    def _update_stack(self, group: dict[str, Any], params: list[Tensor], heads: int) -> None:
+        gradients, momenta = gradients_of(params), self.buffers(group, params)["momentum"]
+        foreach.lerp_(momenta, gradients, 1 - self.momentum)
+        ahead = foreach.lerp(gradients, momenta, self.momentum) if self.nesterov else momenta
+        blocks = torch.stack([as_blocks(x, heads) for x in ahead])
+        dtype = fast_dtype(blocks.device.type) if self.matmul_dtype == "auto" else DTYPES[self.matmul_dtype]
+        directions = orthogonalize(blocks, iteration=self.iteration, dtype=dtype).float()
+        if self.row_beta is not None:
+            directions = balance_rows(directions, self._row_moments(params, blocks), beta=self.row_beta)
+        lr = float(group["lr"]) * self.update_scale(*blocks.shape[-2:])
+        for parameter, gradient, direction in zip(params, gradients, directions, strict=True):
+            used = used_blocks(as_blocks(gradient, heads))
+            self._decay(group, as_blocks(parameter, heads), direction, used)
+            as_blocks(parameter, heads).add_(direction * used if self.skip_idle_rows else direction, alpha=-lr)
+
+    def _row_moments(self, params: list[Tensor], blocks: Tensor) -> list[Tensor]:
+        """The running mean square of each row of each parameter's blocks."""
+        for parameter in params:
+            if "row_moment" not in self.state[parameter]:
+                self.state[parameter]["row_moment"] = blocks.new_zeros(*blocks.shape[1:-1], 1)
+        return [self.state[parameter]["row_moment"] for parameter in params]
+
+    def _decay(self, group: dict[str, Any], weight: Tensor, direction: Tensor, used: Tensor) -> None:
+        """W ← W − lr·λ·W on the blocks of one parameter that the loss depended on, before the update."""
+        amount = float(group["lr"]) * float(group["weight_decay"])
+        if amount:
+            share = used if self.skip_idle_rows else torch.ones_like(used)
+            if self.cautious_decay:
+                share = share * (direction * weight > 0)
+            weight.mul_(1 - amount * share)
+
+
+def as_blocks(matrix: Tensor, heads: int) -> Tensor:
+    """View a parameter as [blocks, rows, columns]: experts, heads along the rows, or (heads < 0) the columns."""
+    if matrix.ndim == 3:
+        return matrix
+    if heads < 0:
+        return matrix.unflatten(1, (-heads, -1)).transpose(0, 1)
+    return matrix.unflatten(0, (heads, -1))
+
+
+def used_blocks(gradient: Tensor) -> Tensor:
+    """1 for each block with any gradient, 0 for those that the loss did not depend on, as [blocks, 1, 1]."""
+    if gradient.device.type == "cpu":
+        norms = torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True)
+        if bool((norms != 0).all()):  # the fast look; squares of tiny gradients may underflow, so 0 proves nothing
+            return torch.ones_like(norms)
+    return (gradient != 0).flatten(1).any(1).float().view(-1, 1, 1)

@@ -1,0 +1,35 @@
+"""NorMuon's balancing of rows: every neuron's update gets the same size over time."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+EPS = 1e-10
+"""Under the root of a row's mean square, which for an orthogonal matrix is about 1 / columns."""
+
+
+def balance_rows(
+    directions: Float[Tensor, "stack blocks rows columns"],
+    moments: list[Float[Tensor, "blocks rows 1"]],
+    *,
+    beta: float,
+) -> Float[Tensor, "stack blocks rows columns"]:
+    """Divide each row by the root of its running mean square, and keep each matrix's norm.
+
+        v ← β·v + (1−β)·mean(O², columns);  O' = O / √v;  O' ← O'·‖O‖/‖O'‖
+
+    Args:
+        directions: orthogonalised updates.
+        moments: v of each, updated in place.
+        beta: decay of v, in (0, 1).
+
+    Source: Li et al., "NorMuon: Making Muon more efficient and scalable", arXiv:2510.05491, Algorithm 1.
+    Differs: the norm kept is the update's own, so that `update_scale` means the same with and without.
+    """
+    out = []
+    for direction, moment in zip(directions, moments, strict=True):
+        moment.lerp_(direction.square().mean(-1, keepdim=True), 1 - beta)
+        balanced = direction * torch.rsqrt(moment + EPS * EPS)
+        old, new = (torch.linalg.matrix_norm(x, keepdim=True) for x in (direction, balanced))
+        out.append(balanced * torch.where(new > 0, old / new, 0.0))
+    return torch.stack(out)

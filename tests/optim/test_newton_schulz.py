@@ -1,0 +1,185 @@
+import pytest
+import torch
+
+from llm.errors import ConfigError
+from llm.optim.newton_schulz import (
+    ITERATIONS,
+    fast_dtype,
+    iterate,
+    newton_schulz_reference,
+    orthogonalize,
+    sections,
+    symmetric_product,
+)
+
+FP32, BF16 = torch.float32, torch.bfloat16
+QUINTIC = ITERATIONS["quintic"]
+
+
+def singular_values(x):
+    return torch.linalg.svdvals(x.float())
+
+
+def quintic(x, dtype=FP32):
+    return orthogonalize(x, iteration="quintic", dtype=dtype)
+
+
+def power_law(rows, columns):
+    """A matrix whose singular values fall from 1 to 1e-4, as gradients' do."""
+    u, _, vh = torch.linalg.svd(torch.randn(rows, columns), full_matrices=False)
+    return (u * torch.logspace(0, -4, min(rows, columns))) @ vh
+
+
+def test_the_scalar_map_of_the_quintic_has_the_bounds_that_are_true_of_it():
+    """Not the often quoted [0.68, 1.13]: that holds neither above 0.01 exactly nor below it at all."""
+    x = torch.logspace(-6, 0, 200_001, dtype=torch.float64)
+    y = x.clone()
+    for a, b, c in QUINTIC.coefficients:
+        y = a * y + b * y**3 + c * y**5
+    inside = y[x >= 0.01]
+    assert inside.min() >= 0.6818
+    assert inside.max() <= 1.1345
+    assert y[x >= 0.0015].min() >= 0.679
+    assert 1.20 < y.max() <= 1.2025
+    assert inside.max() > 1.13
+
+
+def test_the_scalar_map_of_polar_express_has_its_bounds():
+    x = torch.logspace(-6, 0, 200_001, dtype=torch.float64) / ITERATIONS["polar_express"].margin
+    y = x.clone()
+    for a, b, c in ITERATIONS["polar_express"].coefficients:
+        y = a * y + b * y**3 + c * y**5
+    assert y[x >= 0.01].min() >= 0.858
+    assert y.max() <= 1.1412
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("shape", [(16, 64), (256, 1024), (1024, 256), (768, 3072), (2048, 512), (4096, 1024)])
+def test_singular_values_of_long_gaussian_matrices_keep_the_bounds(shape, dtype):
+    values = singular_values(quintic(torch.randn(shape), dtype))
+    # bf16 rounds each product to 2^-9: measured [0.680, 1.140], published loops likewise up to 1.147
+    low, high = (0.68, 1.14) if dtype == FP32 else (0.675, 1.147)
+    assert low <= values.min()
+    assert values.max() <= high
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("make", [torch.randn, power_law])
+@pytest.mark.parametrize("shape", [(16, 16), (64, 64), (768, 768), (640, 1664)])
+def test_no_singular_value_exceeds_the_global_maximum(shape, make, dtype):
+    values = singular_values(quintic(make(*shape), dtype))
+    # 1.2024 is the map's maximum; bf16 rounds the last product by up to 2^-8
+    assert values.max() <= (1.2026 if dtype == FP32 else 1.2026 * (1 + 2**-8))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (768, 768), (512, 2048), (256, 768)])
+def test_the_size_of_an_update_is_a_little_below_that_of_an_orthogonal_matrix(shape):
+    x = torch.randn(shape)
+    fast, exact = (
+        (o.float().square().mean().sqrt() * max(shape) ** 0.5).item()
+        for o in (quintic(x, BF16), newton_schulz_reference(x.double(), iteration="quintic"))
+    )
+    assert fast == pytest.approx(exact, rel=0.01)  # bf16 leaves 2^-9 in each element, less in their mean
+    assert 0.84 <= fast <= 1.05  # 1 for an orthogonal one; near-zero directions of a square one stay small
+
+
+@pytest.mark.parametrize("iteration", list(ITERATIONS))
+@pytest.mark.parametrize("shape", [(1, 1), (1, 63), (63, 1), (63, 63), (64, 200), (300, 800), (800, 300), (768, 2048)])
+def test_the_fast_form_equals_the_published_loop_in_fp32(shape, iteration):
+    x = torch.randn(shape)
+    fast = orthogonalize(x, iteration=iteration, dtype=FP32)
+    slow = newton_schulz_reference(x.double().mT if shape[0] > shape[1] else x.double(), iteration=iteration)
+    slow = slow.mT if shape[0] > shape[1] else slow
+    # five steps amplify fp32's 6e-8 by up to the slope at 0, 485 (quintic) or 990, in directions of size 1/√rows
+    torch.testing.assert_close(fast, slow.float(), atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("iteration", list(ITERATIONS))
+@pytest.mark.parametrize("make", [torch.randn, power_law])
+@pytest.mark.parametrize("shape", [(48, 96), (128, 256), (256, 768), (512, 512), (768, 2048)])
+def test_in_bf16_the_error_of_the_fast_form_is_that_of_the_published_loop(shape, make, iteration):
+    x = make(*shape)
+    exact = newton_schulz_reference(x.double(), iteration=iteration)
+    fast = orthogonalize(x, iteration=iteration, dtype=BF16).double()
+    loop = newton_schulz_reference(x.to(BF16), iteration=iteration).double()
+    fast_error, loop_error = ((o - exact).norm() / exact.norm() for o in (fast, loop))
+    # 1.0 to 1.6 measured for Gaussian matrices, below 1 for the power law
+    assert fast_error <= 1.8 * loop_error
+
+
+@pytest.mark.parametrize("plan", [(1, 1, 1, 1, 1), (4, 1), (3, 1, 1), (2, 3), (5,)])
+def test_steps_on_the_gram_matrix_equal_steps_on_the_matrix(plan, monkeypatch):
+    monkeypatch.setattr("llm.optim.newton_schulz.sections", lambda *_, **__: plan)
+    x = torch.randn(40, 90, dtype=torch.float64)
+    exact = newton_schulz_reference(x, iteration="quintic")
+    # fp64 rounding, amplified by the slopes' product
+    torch.testing.assert_close(iterate(x / torch.linalg.matrix_norm(x), QUINTIC), exact, atol=1e-11, rtol=0)
+
+
+def test_long_matrices_go_by_the_gram_matrix_and_square_ones_do_not():
+    assert sections(QUINTIC, ratio=1.0, share=0.67) == (1, 1, 1, 1, 1)
+    assert sections(QUINTIC, ratio=2.7, share=0.67) == (3, 1, 1)
+    assert sections(QUINTIC, ratio=2.7, share=1.0) == (3, 1, 1)
+    assert sections(ITERATIONS["polar_express"], ratio=2.7, share=0.67) == (1, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("size", [5, 63, 96, 97])
+@pytest.mark.parametrize("panels", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_a_symmetric_product_by_panels_equals_the_whole_one(size, panels, dtype):
+    left = torch.randn(size, 2 * size).to(dtype)
+    add = torch.randn(size, size)
+    add = (add + add.mT).to(dtype)
+    fast = symmetric_product(left, left, add=add, beta=0.5, alpha=-2.0, panels=panels)
+    whole = 0.5 * add.double() - 2.0 * left.double() @ left.double().mT
+    tolerance = {FP32: 1e-5, BF16: 2**-8}[dtype]  # one rounding of the result, and fp32 sums
+    torch.testing.assert_close(fast.double(), whole, atol=tolerance * 10, rtol=tolerance)
+
+
+def test_it_commutes_with_rotations_transposition_scaling_and_stacking():
+    x = torch.randn(3, 48, 80)
+    q1, q2 = (torch.linalg.qr(torch.randn(n, n)).Q for n in (48, 80))
+    reference = quintic(x)
+    close = {"atol": 3e-5, "rtol": 0}  # the input's rounding, 6e-8, times the map's slope at 0, 485
+    torch.testing.assert_close(quintic(q1 @ x @ q2), q1 @ reference @ q2, **close)
+    torch.testing.assert_close(quintic(x.mT), reference.mT, **close)
+    torch.testing.assert_close(quintic(x * 7.3), reference, **close)
+    torch.testing.assert_close(torch.stack([quintic(m) for m in x]), reference, **close)
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-20, 1e-9, 1e9, 1e18, 1e30])
+def test_the_size_of_the_input_does_not_matter_however_small(scale):
+    x = torch.randn(32, 48)
+    torch.testing.assert_close(quintic(x * scale), quintic(x), atol=1e-4, rtol=0)
+
+
+def test_zero_stays_zero_also_beside_others_in_a_stack():
+    x = torch.randn(3, 8, 12)
+    x[1] = 0
+    out = quintic(x)
+    assert not out[1].any()
+    assert out[0].any()
+    assert out.isfinite().all()
+
+
+def test_a_matrix_of_low_rank_gets_an_update_of_that_rank():
+    x = torch.randn(256, 8) @ torch.randn(8, 256)
+    rms = quintic(x).square().mean().sqrt()
+    # √(rank / elements) = 0.01105, times singular values between 0.68 and 1.2
+    assert 0.68 * 0.01105 <= rms <= 1.2 * 0.01105
+
+
+def test_what_is_not_finite_stays_visible():
+    x = torch.randn(8, 8)
+    x[0, 0] = float("nan")
+    assert not quintic(x).isfinite().any()
+
+
+def test_an_unknown_iteration_is_an_error_with_a_suggestion():
+    with pytest.raises(ConfigError, match="did you mean polar_express"):
+        orthogonalize(torch.eye(2), iteration="polar_expres", dtype=FP32)
+
+
+def test_the_fast_dtype_is_one_of_the_two_that_are_tested():
+    assert fast_dtype("cuda") == BF16
+    assert fast_dtype("cpu") in (FP32, BF16)
