@@ -90,7 +90,7 @@ def main() -> None:
     """Print the seconds of both and the share."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--context-length", type=int, default=512)
     parser.add_argument("--micro-batch-size", type=int, default=8)
     parser.add_argument("--d-model", type=int, default=384)
