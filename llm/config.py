@@ -11,7 +11,8 @@ from typing import Any, Literal, get_type_hints
 
 import torch
 import yaml
-from hydra.utils import instantiate
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from llm.batching import BatchPlan, micro_batch_candidates, plan_batch, total_steps
@@ -51,6 +52,16 @@ class RunConfig:
     def total_steps(self) -> int:
         """Optimizer updates of the run."""
         return planned_steps(vars(self))
+
+
+def instantiate(node: Any, **arguments: Any) -> Any:
+    """Build a node as Hydra does, with plain dicts and lists; a piece's own complaint comes out unwrapped."""
+    try:
+        return hydra_instantiate(node, _convert_="all", **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, CrucibleError):
+            raise error.__cause__ from None
+        raise
 
 
 def to_plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -132,6 +143,8 @@ def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
         (run_keys | {"schedule"}, lambda: _check_schedule(cfg)),
         ({"trainer"}, lambda: resolve_precision(cfg["trainer"]["precision"], accelerator=accelerator(cfg["trainer"]))),
         ({"model"}, lambda: build_meta_model(cfg)),
+        ({"data"}, lambda: instantiate(cfg["data"])),
+        ({"tokenizer"}, lambda: build_tokenizer(cfg)),
     ]
     problems = []
     for keys, probe in probes:
@@ -148,7 +161,7 @@ def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
 
 def _check_schedule(cfg: Mapping[str, Any]) -> None:
     steps = planned_steps(cfg)
-    schedule = instantiate(cfg["schedule"], _convert_="all")
+    schedule = instantiate(cfg["schedule"])
     for step in (0, steps - 1):
         schedule(step, total_steps=steps)
 
@@ -161,7 +174,7 @@ def _check_optimizer(node: Mapping[str, Any]) -> None:
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
     group = {"params": [parameter], "names": ["probe"], "kind": "matrix", "lr": node["lr"], "weight_decay": 0.0}
     try:
-        instantiate(node, _convert_="all")([group])
+        instantiate(node)([group])
     except ValueError as error:
         raise ConfigError(f"optimizer: {error}; see the docstring of {node['_target_']}") from error
 
@@ -169,7 +182,7 @@ def _check_optimizer(node: Mapping[str, Any]) -> None:
 def build_meta_model(cfg: Mapping[str, Any], vocab_size: int = CHECK_VOCABULARY) -> Transformer:
     """Build the model without storage: its shapes and its rules, at no cost."""
     with torch.device("meta"):
-        return instantiate(cfg["model"], _convert_="all")(vocab_size=vocab_size)
+        return instantiate(cfg["model"])(vocab_size=vocab_size)
 
 
 def accelerator(trainer: Mapping[str, Any]) -> str:
@@ -215,14 +228,14 @@ def batch_plan(cfg: Mapping[str, Any]) -> BatchPlan:
 
 def build_tokenizer(cfg: Mapping[str, Any]) -> Any:
     """Build the tokenizer of the chosen node; one that is trained on the corpus has no ids yet."""
-    return instantiate(cfg["tokenizer"], _convert_="all")
+    return instantiate(cfg["tokenizer"])
 
 
 def build_data(cfg: Mapping[str, Any], micro_batch_size: int) -> Any:
     """Build the data module: a source, a tokenizer, and the loader that turns them into windows."""
     run = run_config(cfg)
-    return instantiate(cfg["loader"], _convert_="all")(
-        source=instantiate(cfg["data"], _convert_="all"),
+    return instantiate(cfg["loader"])(
+        source=instantiate(cfg["data"]),
         tokenizer=build_tokenizer(cfg),
         context_length=run.context_length,
         batch_tokens=run.batch_tokens,
@@ -234,24 +247,24 @@ def build_data(cfg: Mapping[str, Any], micro_batch_size: int) -> Any:
 def build_model(cfg: Mapping[str, Any], vocab_size: int) -> Transformer:
     """Build the model with weights drawn from the run's seed."""
     torch.manual_seed(run_config(cfg).seed)
-    return instantiate(cfg["model"], _convert_="all")(vocab_size=vocab_size)
+    return instantiate(cfg["model"])(vocab_size=vocab_size)
 
 
 def module_factories(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return the optimizer, schedule and scaling factories with the rates that the optimizer's node states."""
     optimizer = cfg["optimizer"]
     return {
-        "optimizer": instantiate(optimizer, _convert_="all"),
+        "optimizer": instantiate(optimizer),
         "lr": float(optimizer["lr"]),
         "weight_decay": float(optimizer["weight_decay"]),
-        "schedule": instantiate(cfg["schedule"], _convert_="all"),
-        "scaling": instantiate(cfg["scaling"], _convert_="all"),
+        "schedule": instantiate(cfg["schedule"]),
+        "scaling": instantiate(cfg["scaling"]),
     }
 
 
 def build_callbacks(cfg: Mapping[str, Any], **supplied: Any) -> list[Any]:
     """Build the callbacks, finishing each factory with those of `supplied` that its signature asks for."""
-    nodes = instantiate(cfg["callbacks"] or {}, _convert_="all")
+    nodes = instantiate(cfg["callbacks"] or {})
     return [finish(node, **supplied) for node in nodes.values() if node is not None]
 
 
@@ -261,7 +274,7 @@ def build_loggers(cfg: Mapping[str, Any], **supplied: Any) -> list[Any]:
     if not node:
         return []
     nodes = [node] if "_target_" in node else list(node.values())
-    return [finish(instantiate(n, _convert_="all"), **supplied) for n in nodes]
+    return [finish(instantiate(n), **supplied) for n in nodes]
 
 
 def finish(piece: Any, **supplied: Any) -> Any:
@@ -276,7 +289,7 @@ def build_trainer(cfg: Mapping[str, Any], **arguments: Any) -> Any:
     """Build the Lightning trainer of the chosen node; `arguments` are what the run decides."""
     node = dict(cfg["trainer"])
     node["precision"] = resolve_precision(node["precision"], accelerator=accelerator(node))
-    return instantiate(node, _convert_="all", **arguments)
+    return instantiate(node, **arguments)
 
 
 def save(cfg: Mapping[str, Any], path: Path) -> None:
