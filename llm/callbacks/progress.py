@@ -56,7 +56,7 @@ class ProgressLine(ProgressBar):
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
-                BarColumn(),
+                BarColumn(bar_width=16),  # leaves room for the rest on 80 columns
                 TextColumn("{task.fields[loss]}  {task.fields[speed]}  {task.fields[left]}"),
                 console=Console(file=sys.stdout),
                 auto_refresh=False,
