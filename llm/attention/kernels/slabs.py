@@ -11,8 +11,8 @@ from llm.attention.kernels.plan import QueryBlock, plan_batch
 QUERY_BLOCK = 128
 """Queries in a block: shorter blocks waste fewer products above the diagonal, longer ones multiply faster."""
 
-SCORE_ELEMENTS = 1 << 22
-"""Scores held at a time, over the rows and heads of a slab: about what a shared cache holds."""
+SCORE_ELEMENTS = 1 << 20
+"""Scores held at a time, over the rows and heads of a slab: about what a core's own cache holds."""
 
 
 class Slab(NamedTuple):

@@ -1,0 +1,180 @@
+"""Elementwise pieces of a layer in one pass over the cache, each beside the plain form that defines it.
+
+On a CPU, a chain of elementwise operations is bound by memory: run over pieces that fit a core's cache, and with a
+hand-written backward pass that keeps only its inputs, the same arithmetic takes a fraction of the time and memory.
+Elsewhere, for small tensors, and under torch.compile, which fuses by itself, the plain form runs.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+CHUNK = 1 << 18
+"""Elements worked on at a time: a mebibyte of fp32."""
+
+WORTHWHILE = 1 << 16
+"""Elements below which the plain form is as fast."""
+
+
+def pays(x: Tensor) -> bool:
+    """Whether the fused form serves a tensor: on a CPU, large, not under the compiler or a function transform."""
+    transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
+    is_eager = not torch.compiler.is_compiling() and not transform
+    return x.device.type == "cpu" and x.numel() >= WORTHWHILE and is_eager
+
+
+def rms_norm(x: Float[Tensor, "*shape dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "*shape dim"]:
+    """Scale to unit root-mean-square, then by a gain: y = g · x / sqrt(mean(x²) + eps), computed in at least fp32.
+
+    Under autocast y has its dtype, since what follows a norm is a product; else that of x.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if not pays(x):
+        return plain_rms_norm(x, weight, eps, dtype)
+    return FusedRMSNorm.apply(x, weight, eps, dtype)
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """The definition."""
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.rms_norm(precise, weight.shape, weight.to(precise.dtype), eps).to(dtype)
+
+
+def rotate(
+    x: Float[Tensor, "batch time heads head_dim"],
+    cos: Float[Tensor, "#batch #time half"],
+    sin: Float[Tensor, "#batch #time half"],
+) -> Float[Tensor, "batch time heads head_dim"]:
+    """Turn the pair (x_m, x_{m+half}) by its angle, computing in fp32 and answering in the dtype of x.
+
+    The gradient is the turn backwards. The fused result lies head by head in memory, as attention reads it.
+    """
+    if not pays(x):
+        return plain_rotate(x, cos, sin)
+    return FusedRotation.apply(x, cos, sin)
+
+
+def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The definition."""
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def swiglu(gate: Float[Tensor, "*shape d_ff"], up: Float[Tensor, "*shape d_ff"]) -> Float[Tensor, "*shape d_ff"]:
+    """Return silu(gate) ⊙ up; the backward pass keeps gate and up alone and computes silu again."""
+    if not pays(gate):
+        return plain_swiglu(gate, up)
+    return FusedSwiGLU.apply(gate, up)
+
+
+def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """The definition."""
+    return F.silu(gate) * up
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    """Cut the first axis into pieces of about CHUNK elements."""
+    rows = max(1, CHUNK * len(x) // max(1, x.numel()))
+    return (slice(start, start + rows) for start in range(0, len(x), rows))
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """With r = 1 / sqrt(mean(x²) + eps):  dx = r g dy − x r³ mean(g dy x),  dg = Σ r x dy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        """Normalise rows; r is kept for the backward pass."""
+        precise = torch.promote_types(x.dtype, torch.float32)
+        rows, gain = x.reshape(-1, x.shape[-1]), weight.to(precise)
+        out = torch.empty(x.shape, dtype=dtype)
+        inverse = torch.empty(len(rows), 1, dtype=precise)
+        flat = out.view(rows.shape)
+        for span in _chunks(rows):
+            part = rows[span].to(precise)
+            length = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
+            inverse[span] = (length.square_().div_(x.shape[-1]).add_(eps)).rsqrt_()
+            flat[span] = (part * inverse[span]).mul_(gain)
+        ctx.save_for_backward(x, weight, inverse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return dx and dg."""
+        x, weight, inverse = ctx.saved_tensors
+        precise = inverse.dtype
+        rows, slopes, gain = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1]), weight.to(precise)
+        grad_x = torch.empty(x.shape, dtype=x.dtype)
+        flat, grad_gain = grad_x.view(rows.shape), torch.zeros_like(gain)
+        for span in _chunks(rows):
+            part, slope, r = rows[span].to(precise), slopes[span].to(precise), inverse[span]
+            product = slope * part
+            grad_gain += r[:, 0] @ product
+            along = (product @ gain)[:, None].mul_(r).mul_(r).mul_(r).div_(x.shape[-1])
+            flat[span] = (slope * gain).mul_(r).addcmul_(part, along, value=-1)
+        return grad_x, grad_gain.to(weight.dtype), None, None
+
+
+class FusedRotation(torch.autograd.Function):
+    """The turn by an angle; its gradient is the turn by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn x."""
+        ctx.save_for_backward(cos, sin)
+        batch, time, heads, head_dim = x.shape
+        out = x.new_empty(batch, heads, time, head_dim).transpose(1, 2)
+        return _turn(x, cos, sin, out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Turn the gradient back; positions carry none."""
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin, grad.new_empty(grad.shape)), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    precise = torch.promote_types(x.dtype, cos.dtype)
+    cos, sin = (y.expand(*x.shape[:2], half)[:, :, None] for y in (cos, sin))
+    for row in range(len(x)):
+        for span in _chunks(x[row]):
+            part, cosine, sine = x[row, span].to(precise), cos[row, span], sin[row, span]
+            first, second = part[..., :half], part[..., half:]
+            turned = torch.cat((first * cosine, second * cosine), dim=-1)
+            turned[..., :half].addcmul_(second, sine, value=-1)
+            turned[..., half:].addcmul_(first, sine)
+            out[row, span] = turned
+    return out
+
+
+class FusedSwiGLU(torch.autograd.Function):
+    """With s = silu(gate):  d up = s dy,  d gate = silu'(gate) up dy."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        """Multiply."""
+        ctx.save_for_backward(gate, up)
+        out = torch.empty(gate.shape, dtype=gate.dtype)
+        gates, ups, outs = (x.reshape(-1, x.shape[-1]) for x in (gate, up, out))
+        for span in _chunks(gates):
+            torch.ops.aten.silu.out(gates[span], out=outs[span]).mul_(ups[span])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return d gate and d up."""
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = torch.empty(gate.shape, dtype=gate.dtype), torch.empty(up.shape, dtype=up.dtype)
+        rows = (x.reshape(-1, x.shape[-1]) for x in (grad, gate, up, grad_gate, grad_up))
+        slopes, gates, ups, grad_gates, grad_ups = rows
+        for span in _chunks(gates):
+            torch.ops.aten.silu.out(gates[span], out=grad_ups[span]).mul_(slopes[span])
+            slope = slopes[span] * ups[span]
+            torch.ops.aten.silu_backward.grad_input(slope, gates[span], grad_input=grad_gates[span])
+        return grad_gate, grad_up

@@ -1,0 +1,65 @@
+"""The linear layer whose fp32 products on a CPU go through oneDNN."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from llm.products import pays, product_nn, product_nt, product_tn
+
+
+class Linear(nn.Linear):
+    """y = W x + b, as `torch.nn.Linear`; large fp32 products on a CPU take `llm.products`, forward and backward."""
+
+    def forward(self, input: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
+        """Project the last axis."""
+        multiplications = input.numel() * self.out_features
+        is_plain = self.bias is not None or torch.is_autocast_enabled(input.device.type)
+        if is_plain or not pays(input, self.weight, multiplications=multiplications):
+            return F.linear(input, self.weight, self.bias)
+        return onednn_linear(input, self.weight)
+
+
+@torch.library.custom_op("crucible::linear", mutates_args=(), schema="(Tensor x, Tensor weight) -> Tensor")
+def onednn_linear(x: Float[Tensor, "*shape d_in"], weight: Float[Tensor, "d_out d_in"]) -> Tensor:
+    """Return x Wᵀ."""
+    return product_nt(x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[0])
+
+
+@onednn_linear.register_fake
+def _empty(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op(
+    "crucible::linear_grad",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight) -> (Tensor grad_x, Tensor grad_weight)",
+)
+def onednn_linear_grad(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return dx = dy W and dW = dyᵀ x."""
+    grad_rows = grad.flatten(0, -2)
+    return product_nn(grad_rows, weight).view(x.shape), product_tn(grad_rows, x.flatten(0, -2))
+
+
+@onednn_linear_grad.register_fake
+def _empty_grads(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return onednn_linear_grad(grad, *ctx.saved_tensors)
+
+
+onednn_linear.register_autograd(_backward, setup_context=_save)
+
+
+def plain_linear(x: Float[Tensor, "*shape d_in"], weight: Float[Tensor, "d_out d_in"]) -> Tensor:
+    """The definition."""
+    return F.linear(x, weight)
