@@ -50,6 +50,20 @@ class CacheOptions(NamedTuple):
     num_processes: int | None
 
 
+def describe_report(report: dict[str, Any]) -> str:
+    """Return what the cleaning kept and left out, in a line."""
+    left_out = {
+        "duplicates": "duplicates",
+        "empty": "empty",
+        "invalid_utf8": "not UTF-8",
+        "long_lines": "with over-long lines",
+        "broken_lines": "broken lines",
+    }
+    dropped = [f"{report[key]:_} {words}" for key, words in left_out.items() if report.get(key)]
+    kept = f"{report['documents']:_} documents, {report['bytes'] / 1e6:.1f} MB, tokenised in {report['seconds']:.1f} s"
+    return f"{kept}; left out: {', '.join(dropped) or 'nothing'}"
+
+
 def default_cache_dir() -> Path:
     """Return `$CRUCIBLE_CACHE`, or the `crucible` folder of the user's cache."""
     if folder := os.environ.get("CRUCIBLE_CACHE"):
@@ -144,7 +158,7 @@ def _build(source: Source, tokenizer: Any, options: CacheOptions, final: Path, t
         os.rename(folder, final)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    _logger.info("tokens: %s", manifest["report"])
+    _logger.info("corpus       %s", describe_report(manifest["report"]))
 
 
 def _prepare_tokenizer(job: Job, options: CacheOptions, key: str) -> None:
