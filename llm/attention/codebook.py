@@ -98,8 +98,12 @@ class Codebook(nn.Module):
         self.register_buffer("key_sums", torch.zeros(shape) if estimator == "ema" else None)
         self.register_buffer("pending", torch.ones(shape[:2], dtype=torch.bool))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self.may_be_pending = True
-        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "may_be_pending", True))
+        self.may_be_pending, self.num_steps = True, 0  # plain copies, so that a forward waits for no device
+        self.register_load_state_dict_post_hook(lambda module, _: module.read_state())
+
+    def read_state(self) -> None:
+        """Take over what buffers say after they were loaded."""
+        self.may_be_pending, self.num_steps = bool(self.pending.any()), int(self.steps)
 
     def all_codes(self) -> Float[Tensor, "kv_heads codes head_dim"]:
         """Return the codes in fp32."""
@@ -169,7 +173,8 @@ class Codebook(nn.Module):
             means = key_sums / self.counts.clamp_min(1e-20)[..., None]
             self.base.copy_(torch.where(self.counts[..., None] > 1e-20, means, self.base))
         self.steps += 1
-        if self.revive_every is not None and int(self.steps) % self.revive_every == 0:
+        self.num_steps += 1
+        if self.revive_every is not None and self.num_steps % self.revive_every == 0:
             self.pending |= self.counts < DEAD_SHARE * self.counts.mean(-1, keepdim=True)
             self.may_be_pending = bool(self.pending.any())
 
@@ -177,9 +182,7 @@ class Codebook(nn.Module):
     def place_pending(self, keys: Float[Tensor, "batch time kv_heads head_dim"]) -> None:
         """Put the codes that wait for it on random keys of this batch; on every rank those of the first."""
         self.may_be_pending = False
-        if not self.pending.any():
-            return
-        codes = _draw(keys.flatten(0, 1).float(), self.codebook_size, seed=self.seed + 1_000_003 * int(self.steps))
+        codes = _draw(keys.flatten(0, 1).float(), self.codebook_size, seed=self.seed + 1_000_003 * self.num_steps)
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(codes, 0)
         self._put(codes, self.pending)
@@ -196,8 +199,8 @@ class Codebook(nn.Module):
             codes = codes - self.codes
         elif self.mixing is not None:
             mixing_base = self.get_buffer("mixing_base")
-            if where.all():
-                mixing_base.copy_(torch.eye(codes.shape[-1], device=codes.device) - self.mixing)
+            from_identity = torch.eye(codes.shape[-1], device=codes.device) - self.mixing
+            mixing_base.copy_(torch.where(where.all(), from_identity, mixing_base))
             codes = torch.linalg.solve(mixing_base + self.mixing, codes, left=False)
         self.base.copy_(torch.where(where[..., None], codes, self.base))
 
