@@ -115,7 +115,7 @@ def compare_state(model_state: Mapping[str, Tensor], expected: Mapping[str, Tens
     Args:
         model_state: the checkpoint's weights.
         expected: the model's own `state_dict()`.
-        source: the checkpoint's path, for the message.
+        source: the setting that named the checkpoint, as `key=path`, for the message.
 
     Raises:
         CheckpointError: a key is missing, unexpected, or of another shape.
@@ -130,7 +130,7 @@ def compare_state(model_state: Mapping[str, Tensor], expected: Mapping[str, Tens
         listed = "\n  ".join(sorted(lines)[:_SEVERAL])
         more = f"\n  and {len(lines) - _SEVERAL} more" if len(lines) > _SEVERAL else ""
         raise CheckpointError(
-            f"resume={source}: made by another architecture, {len(lines)} weights differ; "
+            f"{source}: made by another architecture, {len(lines)} weights differ; "
             f"use the model settings of that run's config.yaml:\n  {listed}{more}"
         )
 

@@ -42,7 +42,7 @@ class RunConfig:
     micro_batch_size: int | Literal["auto"]
     val_every: int
     checkpoint_every: int
-    on_nonfinite: Literal["raise", "skip"]
+    on_nonfinite: Literal["raise", "skip", "tiger"]
     compile: bool | Literal["auto"]
     resume: str | None
     init_from: str | None
@@ -138,7 +138,7 @@ def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
     probes: list[tuple[set[str], Callable[[], Any]]] = [
         (run_keys, lambda: planned_steps(cfg)),
         (run_keys | {"trainer"}, lambda: batch_plan(cfg)),
-        ({"optimizer"}, lambda: _check_optimizer(cfg["optimizer"])),
+        ({"optimizer", "on_nonfinite", "trainer"}, lambda: _check_optimizer(cfg)),
         (run_keys | {"scaling"}, lambda: instantiate(cfg["scaling"])(cfg["batch_tokens"])),
         (run_keys | {"schedule"}, lambda: _check_schedule(cfg)),
         ({"trainer"}, lambda: resolve_precision(cfg["trainer"]["precision"], accelerator=accelerator(cfg["trainer"]))),
@@ -166,7 +166,8 @@ def _check_schedule(cfg: Mapping[str, Any]) -> None:
         schedule(step, total_steps=steps)
 
 
-def _check_optimizer(node: Mapping[str, Any]) -> None:
+def _check_optimizer(cfg: Mapping[str, Any]) -> None:
+    node, policy = cfg["optimizer"], cfg["on_nonfinite"]
     if not (isinstance(node["lr"], (int, float)) and 0 < node["lr"] < math.inf):
         raise ConfigError(f"optimizer.lr={node['lr']}: must be above 0; 1e-3 is usual for adamw")
     if not 0 <= node["weight_decay"] < math.inf:
@@ -174,9 +175,23 @@ def _check_optimizer(node: Mapping[str, Any]) -> None:
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
     group = {"params": [parameter], "names": ["probe"], "kind": "matrix", "lr": node["lr"], "weight_decay": 0.0}
     try:
-        instantiate(node)([group])
+        optimizer = instantiate(node)([group])
     except ValueError as error:
         raise ConfigError(f"optimizer: {error}; see the docstring of {node['_target_']}") from error
+    shrinks = getattr(optimizer, "shrink_ratio", None) is not None
+    if shrinks != (policy == "tiger"):
+        raise ConfigError(
+            f"on_nonfinite={policy}: goes with a shrink_ratio and only with it; "
+            "set optimizer=tiger optimizer.shrink_ratio=0.99 on_nonfinite=tiger together, or none"
+        )
+    if getattr(optimizer, "folds_gradients", False):
+        clip = cfg["trainer"].get("gradient_clip_val")
+        if clip or policy == "skip":
+            key = f"trainer.gradient_clip_val={clip}" if clip else "on_nonfinite=skip"
+            raise ConfigError(
+                f"{key}: optimizer.accumulate=momentum leaves no gradient to act on; set "
+                "trainer.gradient_clip_val=null and on_nonfinite=raise or tiger, or optimizer.accumulate=buffer"
+            )
 
 
 def build_meta_model(cfg: Mapping[str, Any], vocab_size: int = CHECK_VOCABULARY) -> Transformer:

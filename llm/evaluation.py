@@ -110,7 +110,7 @@ def _load(
     cfg: Mapping[str, Any], run: RunConfig, data: Any, state: dict[str, torch.Tensor], weights: Path
 ) -> LanguageModule:
     model = build_model(cfg, data.tokenizer.vocab_size)
-    compare_state(state, model.state_dict(), source=str(weights))
+    compare_state(state, model.state_dict(), source=f"checkpoint={weights}")
     model.load_state_dict(state)
     return build_module(cfg, run, model, data.tokenizer)
 

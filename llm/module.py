@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from llm.checkpoint import compare_state
 from llm.contracts import Batch, ParamGroup
 from llm.errors import NonFiniteError
 from llm.loss import linear_cross_entropy
@@ -44,7 +45,8 @@ class LanguageModule(L.LightningModule):
         context_length: tokens a window.
         token_bytes: bytes that each token id stands for, to give bits per byte.
         on_nonfinite: what to do with a loss or gradient that is not finite: stop (`raise`), or leave the step out
-            (`skip`) and stop after MAX_NONFINITE_IN_A_ROW such steps.
+            (`skip`), or hand it to Tiger, which shrinks the tensors concerned (`tiger`); the last two stop after
+            MAX_NONFINITE_IN_A_ROW such steps.
         generate: `f(model, prompts, …) -> texts`, for samples along the way; see `llm.generate`.
     """
 
@@ -64,7 +66,7 @@ class LanguageModule(L.LightningModule):
         batch_tokens: int,
         context_length: int,
         token_bytes: Int[Tensor, " vocab"],
-        on_nonfinite: Literal["raise", "skip"],
+        on_nonfinite: Literal["raise", "skip", "tiger"],
         generate: Callable[..., list[str]],
     ) -> None:
         super().__init__()
@@ -121,7 +123,7 @@ class LanguageModule(L.LightningModule):
         """Run the micro-batch and the update, then hand statistics to the layers that gathered them."""
         super().optimizer_step(*arguments, **options)
         statistics, self._statistics = self._statistics, {}
-        if self._refused_step == self.global_step - 1:  # the step was left out: nothing may change
+        if self._refused_step == self.global_step - 1 and self.on_nonfinite == "skip":  # nothing may change
             return
         for index, layer in enumerate(self.model.blocks()):
             prefix = f"train/layer{index}/{STATISTIC}"
@@ -140,20 +142,23 @@ class LanguageModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Measure the raw gradient's norm, refuse one that is not finite, and clip: always before the update rule."""
+        """Measure the raw gradient's norm, refuse one that is not finite, and clip: always before the update rule.
+
+        An optimizer that folds gradients into its momentum during the backward pass leaves none to measure here.
+        """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         means = {name: torch.stack(values).mean(0) for name, values in self._pending.items()}
         self._pending.clear()
         rates = {f"lr/{group['kind']}": float(group["lr"]) for group in optimizer.param_groups}
-        self.step_metrics = {**means, "grad_norm": norm, **rates}
+        self.step_metrics = {**means, **({"grad_norm": norm} if parameters else {}), **rates}
         if not bool(torch.isfinite(norm + means["train/loss"])):
             self._refuse_update(parameters, loss=float(means["train/loss"]), norm=float(norm))
         elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def _refuse_update(self, parameters: list[nn.Parameter], *, loss: float, norm: float) -> None:
-        """Stop, or drop the gradients so that no optimizer state changes; several in a row always stop."""
+        """Stop, drop the gradients so that no state changes, or leave them to Tiger; many in a row always stop."""
         self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if self._refused_step == self.global_step - 1 else 1
         self._refused_step = self.global_step
         self.nonfinite_steps += 1
@@ -168,9 +173,14 @@ class LanguageModule(L.LightningModule):
                 f"{where}: the {MAX_NONFINITE_IN_A_ROW}th step in a row that is not finite; lower optimizer.lr, or go "
                 "back with resume"
             )
-        for parameter in parameters:
-            parameter.grad = None
+        if self.on_nonfinite == "skip":
+            for parameter in parameters:
+                parameter.grad = None
         self.step_metrics["nonfinite_steps"] = float(self.nonfinite_steps)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that another architecture made, before Lightning copies any."""
+        compare_state(checkpoint["state_dict"], self.state_dict(), source=f"resume=step {checkpoint['global_step']}")
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums of loss, tokens and bytes."""

@@ -84,8 +84,13 @@ def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> float | No
     trainer = _build_trainer(cfg, run, folder, plan)
     _announce(cfg, folder, module, data, plan)
     ckpt_path = None if checkpoint is None else str(checkpoint.path)
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    return _finish(trainer, module, data, folder)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except SystemExit:  # a second Ctrl-C, for which Lightning leaves with 1
+        _leave_if_stopped(trainer, folder)
+        raise
+    _leave_if_stopped(trainer, folder)
+    return _tell_result(folder)
 
 
 def quiet_lightning() -> None:
@@ -221,13 +226,16 @@ def _announce(cfg: Mapping[str, Any], folder: RunFolder, module: LanguageModule,
     log.info("lr           %.3g x %.3g (scaling) x schedule", module.lr, module.lr_scale)
 
 
-def _finish(trainer: L.Trainer, module: LanguageModule, data: Any, folder: RunFolder) -> float | None:
-    """Say how the run ended; leave with 128 + n where signal n stopped it."""
+def _leave_if_stopped(trainer: L.Trainer, folder: RunFolder) -> None:
+    """Leave with 128 + n where signal n stopped the run."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     stop = next((c.signal for c in callbacks if isinstance(c, StopSignals) and c.signal), None)
     if stop is not None:
         log.warning("stopped by %s at step %d; go on with resume=%s", stop.name, trainer.global_step, folder.path)
         raise SystemExit(128 + stop)
+
+
+def _tell_result(folder: RunFolder) -> float:
     summary = folder.read_summary()
     log.info("val/loss     %.4f nats a token", summary["val/loss"])
     if summary.get("bits_per_byte") is not None:
