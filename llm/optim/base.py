@@ -215,8 +215,8 @@ def descend(params: list[Tensor], directions: list[Tensor], *, lr: float, weight
 
 def active_rows(gradient: Tensor) -> Tensor:
     """Which rows of an embedding, or experts of a stack, the loss depended on: those with a gradient that is not 0."""
-    used = (gradient != 0).flatten(1).any(1)
-    return used.view(-1, *(1 for _ in gradient.shape[1:]))
+    dims = tuple(range(1, gradient.ndim))
+    return (gradient.amax(dims, keepdim=True) != 0) | (gradient.amin(dims, keepdim=True) != 0)  # any() is 8 x slower
 
 
 def keep_idle_rows(slab: Slab, apply: Callable[[], None]) -> None:

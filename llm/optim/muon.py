@@ -9,7 +9,7 @@ from torch import Tensor
 from llm.contracts import ParamGroup
 from llm.errors import ConfigError, did_you_mean
 from llm.optim import foreach
-from llm.optim.base import GroupedOptimizer, gradients_of, has_rows, in_range
+from llm.optim.base import GroupedOptimizer, active_rows, gradients_of, has_rows, in_range
 from llm.optim.newton_schulz import fast_dtype, find_iteration, orthogonalize
 from llm.optim.row_normalization import balance_rows
 from llm.optim.rules import apply_rule, make_rule
@@ -169,7 +169,7 @@ class Muon(GroupedOptimizer):
             directions = balance_rows(directions, self._row_moments(params, blocks), beta=self.row_beta)
         lr = float(group["lr"]) * self.update_scale(*blocks.shape[-2:])
         for parameter, gradient, direction in zip(params, gradients, directions, strict=True):
-            used = used_blocks(as_blocks(gradient, heads))
+            used = active_rows(as_blocks(gradient, heads)).float()
             self._decay(group, as_blocks(parameter, heads), direction, used)
             as_blocks(parameter, heads).add_(direction * used if self.skip_idle_rows else direction, alpha=-lr)
 
@@ -197,12 +197,3 @@ def as_blocks(matrix: Tensor, heads: int) -> Tensor:
     if heads < 0:
         return matrix.unflatten(1, (-heads, -1)).transpose(0, 1)
     return matrix.unflatten(0, (heads, -1))
-
-
-def used_blocks(gradient: Tensor) -> Tensor:
-    """1 for each block with any gradient, 0 for those that the loss did not depend on, as [blocks, 1, 1]."""
-    if gradient.device.type == "cpu":
-        norms = torch.linalg.vector_norm(gradient, dim=(-2, -1), keepdim=True)
-        if bool((norms != 0).all()):  # the fast look; squares of tiny gradients may underflow, so 0 proves nothing
-            return torch.ones_like(norms)
-    return (gradient != 0).flatten(1).any(1).float().view(-1, 1, 1)
