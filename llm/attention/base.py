@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llm.attention.cache import KeyValueCache
 from llm.contracts import LayerCache, SublayerOutput
 from llm.errors import ConfigError
+from llm.linear import Linear
 from llm.norm import RMSNorm
 from llm.position.base import Position
 
@@ -60,10 +61,10 @@ class Attention(nn.Module, ABC):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.check_position(position)
         self.position, self.layer_index = position, layer_index
-        self.q_proj = nn.Linear(d_model, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(d_model, num_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(d_model, num_kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * head_dim, d_model, bias=False)
+        self.q_proj = Linear(d_model, num_heads * head_dim, bias=False)
+        self.k_proj = Linear(d_model, num_kv_heads * head_dim, bias=False)
+        self.v_proj = Linear(d_model, num_kv_heads * head_dim, bias=False)
+        self.o_proj = Linear(num_heads * head_dim, d_model, bias=False)
         self.q_norm = RMSNorm(dim=head_dim, eps=QK_NORM_EPS) if qk_norm else None
         self.k_norm = RMSNorm(dim=head_dim, eps=QK_NORM_EPS) if qk_norm else None
         self.key_norm = key_norm

@@ -1,11 +1,12 @@
 """The dense feed-forward."""
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm.contracts import SublayerOutput
 from llm.errors import ConfigError
+from llm.functional import swiglu
+from llm.linear import Linear
 
 
 class SwiGLU(nn.Module):
@@ -25,12 +26,12 @@ class SwiGLU(nn.Module):
         super().__init__()
         if d_ff < 1:
             raise ConfigError(f"model.ffn.d_ff={d_ff}: must be at least 1; 8/3 x d_model={8 * d_model // 3} is usual")
-        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+        self.gate_proj = Linear(d_model, d_ff, bias=False)
+        self.up_proj = Linear(d_model, d_ff, bias=False)
+        self.down_proj = Linear(d_ff, d_model, bias=False)
 
     def forward(self, x: Float[Tensor, "batch time d_model"]) -> SublayerOutput:
-        hidden = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        hidden = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return SublayerOutput(hidden=hidden, losses={}, metrics={})
 
     def flops_per_token(self, context_length: int) -> float:

@@ -4,9 +4,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm.contracts import PositionView
+from llm.functional import rotate
 from llm.position.base import Position
 from llm.position.log_n import LogNMode
-from llm.position.rotary import AngleMemo, inverse_frequencies, rotate
+from llm.position.rotary import AngleMemo, inverse_frequencies
 
 
 class RoPE(Position):

@@ -31,17 +31,6 @@ def cos_sin(
     return angles.cos(), angles.sin()
 
 
-def rotate(
-    x: Float[Tensor, "batch time heads head_dim"],
-    cos: Float[Tensor, "#batch #time half"],
-    sin: Float[Tensor, "#batch #time half"],
-) -> Float[Tensor, "batch time heads head_dim"]:
-    """Turn the pair (x_m, x_{m+half}) by its angle, computing in fp32 and answering in the dtype of x."""
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
 class AngleMemo:
     """Computes an angle table once for all layers of a forward: the answer for the last positions tensor is kept."""
 
