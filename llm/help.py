@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import yaml
+
 EXAMPLES = """\
 Examples
   python train.py                                        train on this Python's own sources
@@ -17,11 +19,28 @@ def help_page(config_dir: Path, config_name: str) -> str:
     """Return the help text of the configuration in `config_dir`, read from the first comment of each file."""
     lines = [_first_comment(config_dir / f"{config_name}.yaml"), "", "Usage: python train.py [key=value …] [-m]", ""]
     lines += ["Run-level keys", *_run_keys(config_dir / f"{config_name}.yaml"), ""]
-    lines += ["Groups: choose with <group>=<option>, change a value inside with <group>.<key>=<value>"]
+    lines += [
+        "Groups: choose with <group>=<option>, change a value inside with <group>.<key>=<value>; * is the default"
+    ]
+    defaults = _chosen(config_dir, f"{config_name}.yaml", "")
     for folder in sorted(p for p in config_dir.rglob("*") if p.is_dir() and list(p.glob("*.yaml"))):
         lines += ["", f"  {folder.relative_to(config_dir).as_posix()}"]
-        lines += [f"    {file.stem:<14} {_first_comment(file)}" for file in sorted(folder.glob("*.yaml"))]
+        chosen = defaults.get(folder.relative_to(config_dir).as_posix())
+        for file in sorted(folder.glob("*.yaml")):
+            mark = "*" if file.stem == chosen else " "
+            lines.append(f"  {mark} {file.stem:<14} {_first_comment(file)}")
     return "\n".join([*lines, "", EXAMPLES])
+
+
+def _chosen(config_dir: Path, file: str, group: str) -> dict[str, str]:
+    """Return the default option of each group, following the defaults lists."""
+    entries = yaml.safe_load((config_dir / group / file).read_text()).get("defaults", [])
+    chosen: dict[str, str] = {}
+    for name, option in (pair for entry in entries if isinstance(entry, dict) for pair in entry.items()):
+        path = f"{group}/{name}".lstrip("/")
+        if option and "@" not in name and (config_dir / path / f"{option}.yaml").is_file():
+            chosen |= {path: option, **_chosen(config_dir, f"{option}.yaml", path)}
+    return chosen
 
 
 def _first_comment(file: Path) -> str:
