@@ -127,14 +127,19 @@ class LanguageModule(L.LightningModule):
             return
         for index, layer in enumerate(self.model.blocks()):
             prefix = f"train/layer{index}/{STATISTIC}"
-            own = {n.removeprefix(prefix): self._reduced(v) for n, v in statistics.items() if n.startswith(prefix)}
+            own = {
+                n.removeprefix(prefix): self._reduced(v, "sum") for n, v in statistics.items() if n.startswith(prefix)
+            }
             for piece in layer.modules() if own else ():
                 receive = getattr(piece, "after_optimizer_step", None)
                 if callable(receive):
                     receive(own)
 
-    def _reduced(self, value: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(value, reduce_op="sum") if self.trainer.world_size > 1 else value
+    def _reduced(self, value: Tensor, reduce_op: Literal["sum", "mean"]) -> Tensor:
+        """Combine over the ranks."""
+        if self.trainer.world_size == 1:
+            return value
+        return torch.as_tensor(self.trainer.strategy.reduce(value, reduce_op=reduce_op))
 
     def configure_gradient_clipping(
         self,
@@ -148,7 +153,7 @@ class LanguageModule(L.LightningModule):
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        means = {name: torch.stack(values).mean(0) for name, values in self._pending.items()}
+        means = {name: self._reduced(torch.stack(values).mean(0), "mean") for name, values in self._pending.items()}
         self._pending.clear()
         rates = {f"lr/{group['kind']}": float(group["lr"]) for group in optimizer.param_groups}
         self.step_metrics = {**means, **({"grad_norm": norm} if parameters else {}), **rates}
@@ -200,9 +205,9 @@ class LanguageModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, bits per byte and perplexity over the whole validation set, of all ranks."""
-        sums = torch.as_tensor(self.all_gather(self._validation)).reshape(-1, 3).sum(0)
+        sums = self._reduced(self._validation, "sum")
         for name, value in validation_metrics(*sums.tolist()).items():
-            self.log(name, value, rank_zero_only=False, sync_dist=False)
+            self.log(name, value, sync_dist=self.trainer.world_size > 1)
 
     def generate_text(self, prompts: list[str], **options: Any) -> list[str]:
         """Continue prompts with the decoder as it stands."""

@@ -94,7 +94,9 @@ def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> float | No
 
 
 def quiet_lightning() -> None:
-    """Silence what Lightning says about itself; its warnings about the run stay."""
+    """Silence what Lightning says about itself, and all ranks but the first; warnings about the run stay."""
+    if rank_zero_only.rank != 0:
+        logging.getLogger("llm").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
         ".*LeafSpec.*",

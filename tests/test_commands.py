@@ -115,6 +115,22 @@ def test_the_end_of_a_run_tells_loss_bits_text_and_folder(tiny, tmp_path):
     assert shown == pytest.approx(json.loads((folder / "summary.json").read_text())["val/loss"], abs=1e-6)
 
 
+def test_two_processes_train_as_one_does_on_the_same_windows(tiny, tmp_path):
+    exact = [t for t in tiny if not t.startswith(("trainer", "micro"))] + [
+        "trainer.precision=32-true",
+        "micro_batch_size=2",
+    ]
+    two = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    runs = {"one": ("trainer=cpu",), "two": two}
+    for name, choice in runs.items():
+        result = call("train.py", *exact, *choice, f"hydra.run.dir={tmp_path}/{name}", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    one, two = (losses(tmp_path / name) for name in runs)
+    for step, value in one.items():
+        # the gradient's sum is taken in another order, in fp32
+        assert float.fromhex(two[step]) == pytest.approx(float.fromhex(value), rel=1e-6)
+
+
 def test_a_sweep_gives_each_job_a_folder(tiny, tmp_path):
     result = call("train.py", "-m", *tiny, "max_steps=2", "seed=1,2", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -8,7 +8,7 @@ from catalogue import CONF, options
 
 ROOT = CONF.parent
 README = (ROOT / "README.md").read_text()
-ROWS = re.findall(r"^\| ([^|]+) \| [^|]+ \| [^|]* \| `([^`]+)` \|$", README, flags=re.MULTILINE)
+ROWS = re.findall(r"^\| ([^|]+) \| [^|]+ \|[^|]*\| `([^`]+)` \|$", README, flags=re.MULTILINE)
 PIECES = ("model/attention", "model/position", "model/ffn", "model/ffn/balance", "model/norm", "optimizer", "schedule",
           "tokenizer", "data")  # fmt: skip
 
