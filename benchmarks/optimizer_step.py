@@ -37,11 +37,12 @@ BATCHES = (16_384, 524_288)
 Sides = dict[str, Callable[[], torch.optim.Optimizer]]
 
 
-def load(size: str, device: str) -> tuple[Transformer, dict[str, Any]]:
+def load(size: str, layers: int, device: str) -> tuple[Transformer, dict[str, Any]]:
     """Return the model with gradients, and the plain configuration of each optimizer."""
+    depth = [f"model.num_layers={layers}"] if layers else []
     with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
         cfgs = {
-            name: to_plain(compose("train", [f"model/size={size}", f"optimizer={name}", "name=bench"]))
+            name: to_plain(compose("train", [f"model/size={size}", f"optimizer={name}", "name=bench", *depth]))
             for name in ("lion", "tiger", "muon")
         }
     model = build_model(cfgs["lion"], VOCAB).to(device)
@@ -154,12 +155,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", default="124m")
+    parser.add_argument("--layers", type=int, default=0, help="fewer layers of the same shapes, for a quick look")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--windows", type=int, default=2, help="windows in the timed forward and backward")
     parser.add_argument("--part", choices=("elementwise", "muon", "share"), nargs="*", help="default: all")
     arguments = parser.parse_args()
     parts = arguments.part or ["elementwise", "muon", "share"]
-    model, nodes = load(arguments.size, arguments.device)
+    model, nodes = load(arguments.size, arguments.layers, arguments.device)
     groups = build_param_groups(model, **RATES)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{count / 1e6:.1f} M parameters, {torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -1,7 +1,7 @@
 """Muon: hidden matrices step along their orthogonalised momentum, all else by AdamW or Lion, in one optimizer."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -63,6 +63,8 @@ class Muon(GroupedOptimizer):
     Differs: `skip_idle_rows`: orthogonalisation is blind to scale, so a stale momentum would keep moving an unused
         expert at full size; `aux` rules share the object.
     """
+
+    orthogonalizes: ClassVar[bool] = True
 
     def __init__(
         self,

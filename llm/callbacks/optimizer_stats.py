@@ -1,0 +1,63 @@
+"""What the optimizer really did, by kind of parameter, so that a rule that did not act is visible."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from llm.errors import ConfigError
+from llm.optim.receipt import unwrap
+from llm.optim.stats import kind_stats, sampled_orthogonality
+
+
+class OptimizerStats(Callback):
+    """Adds to the metrics, for each kind: RMS of the update and of the weights, their ratio, and the gradient's norm.
+
+    For Muon's matrices, also how far the update is from orthogonal (`llm.optim.stats.orthogonality_error`, on a few of
+    them); for Tiger, how often tensors were shrunk for a gradient that was not finite. Measured on every `every`-th
+    update, from copies of the parameters made just before it: 4 bytes a parameter while it lasts.
+
+    Args:
+        every: updates between measurements, at least 1.
+        orthogonality_samples: matrices looked at, at least 1.
+    """
+
+    def __init__(self, *, every: int, orthogonality_samples: int) -> None:
+        for name, value in (("every", every), ("orthogonality_samples", orthogonality_samples)):
+            if value < 1:
+                raise ConfigError(f"callbacks.optimizer_stats.{name}={value}: must be at least 1; try 4")
+        self.every, self.orthogonality_samples = every, orthogonality_samples
+        self._step, self._before, self._norms = -1, [], {}
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        """Copy the parameters and measure the gradients, before they are clipped, when the coming update is due."""
+        step = trainer.global_step + 1
+        if step % self.every:
+            return
+        groups = unwrap(optimizer).param_groups
+        self._step = step
+        self._before = [[p.detach().clone() for p in group["params"]] for group in groups]
+        self._norms = {}
+        for group in groups:
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            if gradients:
+                self._norms[group["kind"]] = torch.nn.utils.get_total_norm(gradients)
+
+    @torch.no_grad()
+    def step_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Tensor | float]:
+        """Return the figures of the update just made, if it was measured."""
+        before, self._before = self._before, []
+        if self._step != trainer.global_step or not before:
+            return {}
+        optimizer = unwrap(trainer.optimizers[0])
+        metrics: dict[str, Tensor | float] = {f"optimizer/grad_norm/{kind}": n for kind, n in self._norms.items()}
+        for group, old in zip(optimizer.param_groups, before, strict=True):
+            kind = group["kind"]
+            metrics |= {f"optimizer/{name}/{kind}": value for name, value in kind_stats(group, old).items()}
+            if kind == "matrix" and getattr(optimizer, "orthogonalizes", False):
+                error = sampled_orthogonality(group, old, samples=self.orthogonality_samples)
+                metrics["optimizer/orthogonality_error/matrix"] = error
+        shrunk = sum(state.get("shrunk", 0) for state in optimizer.state.values())
+        return metrics | ({"optimizer/shrunk": float(shrunk)} if shrunk else {})
