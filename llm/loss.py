@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llm.contracts import IGNORED_LABEL
 from llm.errors import ConfigError, ShapeError
+from llm.products import product_nn, product_nt, product_tn
 
 CHUNK_SCORES = 1 << 23
 """Vocabulary scores held at a time, where `chunk_tokens` is not given."""
@@ -92,16 +93,15 @@ def _cross_entropy(
     total, losses, grad_hidden, grad_weight = _empty_results(hidden, weight, labels, chunk, dtype, wants_grad)
     grad_weight.zero_()
     projection = weight.to(dtype)
-    scores = hidden.new_empty(min(chunk, len(labels)), weight.shape[0], dtype=dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(labels), chunk):
             span = slice(start, start + chunk)
             ids, states = labels[span], hidden[span].to(dtype)
-            probs, losses[span] = _softmax_and_loss(states, projection, ids, scores[: len(ids)])
+            slope, losses[span] = _slope_and_loss(product_nt(states, projection), ids)
             if wants_grad:
-                slope = _loss_slope(probs, ids, scores[: len(ids)])
-                grad_hidden[span] = slope @ projection
-                _add_product(grad_weight, slope, states)
+                is_ignored = (ids == IGNORED_LABEL)[:, None]
+                grad_hidden[span] = product_nn(slope, projection).masked_fill_(is_ignored, 0.0)
+                grad_weight += product_tn(slope, states.masked_fill(is_ignored, 0.0))
     total.copy_(losses.sum())
     return total, losses, grad_hidden, grad_weight
 
@@ -117,42 +117,25 @@ def _empty_results(hidden, weight, labels, chunk, dtype, wants_grad) -> tuple[Te
     )
 
 
-def _softmax_and_loss(
-    states: Float[Tensor, "chunk d_model"],
-    projection: Float[Tensor, "vocab d_model"],
-    ids: Int[Tensor, " chunk"],
-    scores: Float[Tensor, "chunk vocab"],
+def _slope_and_loss(
+    scores: Float[Tensor, "chunk vocab"], ids: Int[Tensor, " chunk"]
 ) -> tuple[Float[Tensor, "chunk vocab"], Float[Tensor, " chunk"]]:
-    """Return softmax of the scores, at least fp32, and each token's loss, 0 where ignored.
+    """Return d loss / d scores = softmax - one-hot of the label, and each token's loss, 0 where ignored.
 
-    The log-sum-exp is the largest score minus the logarithm of its own probability, which cannot underflow.
+    The softmax is taken in at least fp32. Its log-sum-exp is the largest score minus the logarithm of that score's
+    probability, which cannot underflow. Slopes of ignored labels are left for the caller to leave out.
     """
-    torch.mm(states, projection.t(), out=scores)
-    best, at = scores.max(-1, keepdim=True)
     precise = torch.promote_types(scores.dtype, torch.float32)
     is_ignored = ids == IGNORED_LABEL
-    chosen = scores.gather(1, ids.masked_fill(is_ignored, 0)[:, None]).to(precise)
-    probs = torch.softmax(scores, -1, dtype=precise)
-    losses = best.to(precise) - probs.gather(1, at).log() - chosen
-    return probs, losses[:, 0].masked_fill(is_ignored, 0.0)
-
-
-def _loss_slope(
-    probs: Float[Tensor, "chunk vocab"], ids: Int[Tensor, " chunk"], buffer: Float[Tensor, "chunk vocab"]
-) -> Float[Tensor, "chunk vocab"]:
-    """Return d loss / d scores = softmax - one-hot of the label, 0 where ignored, in the buffer."""
-    is_ignored = (ids == IGNORED_LABEL)[:, None]
-    slope = torch.where(is_ignored, 0.0, -1.0).to(probs.dtype)
-    probs.masked_fill_(is_ignored, 0.0) if bool(is_ignored.any()) else probs
-    probs.scatter_add_(1, ids.clamp_min(0)[:, None], slope)
-    return buffer.copy_(probs)
-
-
-def _add_product(total: Float[Tensor, "vocab d_model"], slope: Tensor, states: Tensor) -> None:
-    if total.dtype == slope.dtype:
-        total.addmm_(slope.t(), states)
-    else:
-        total.add_(slope.t() @ states)
+    labels = ids.masked_fill(is_ignored, 0)[:, None]
+    best, at = scores.max(-1, keepdim=True)
+    chosen = scores.gather(1, labels).to(precise)
+    slope = torch.softmax(scores, -1, dtype=precise)
+    losses = best.to(precise) - slope.gather(1, at).log() - chosen
+    slope.scatter_add_(1, labels, torch.full_like(chosen, -1.0))
+    if slope.dtype != scores.dtype:
+        slope = scores.copy_(slope)
+    return slope, losses[:, 0].masked_fill(is_ignored, 0.0)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
