@@ -1,52 +1,46 @@
 """The experts one after another, each on its own rows: what a CPU does fastest.
 
-An operator of its own rather than plain code for three reasons: tokens are copied, multiplied and weighted while they
-are in the cache; weights held in fp32 are cast, and their gradients cast back, an expert at a time; and a traced or
-storage-less model need not know how many tokens an expert has.
+An operator of its own rather than plain code for three reasons: tokens are copied, multiplied, weighted and added up
+while they are in the cache; weights held in fp32 are cast, and their gradients cast back, an expert at a time; and a
+traced or storage-less model need not know how many tokens an expert has.
 """
 
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm.ffn.rows import sum_rows
+from llm.products import product_nn, product_nt
+
+ROW_MULTIPLE = 32
+"""Rows of an expert are filled up to a multiple of it: oneDNN compiles a product for each new shape, at more than the
+price of the product, and how many tokens an expert has differs every time."""
 
 
 @torch.library.custom_op("crucible::expert_loop", mutates_args=())
 def expert_loop(
-    x: Tensor,
-    row_weights: Tensor,
-    token_ids: Tensor,
-    rows: Tensor,
-    offsets: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each token's weighted sum over its experts, and the two projections that the backward pass needs."""
-    gated, upped = (x.new_empty(token_ids.numel(), gate.shape[1]) for _ in range(2))
-    out = x.new_empty(token_ids.numel(), x.shape[1])
-    for expert, (start, end) in enumerate(_ranges(offsets)):
-        if start == end:
-            continue
-        tokens = x.index_select(0, token_ids[start:end])
-        torch.mm(tokens, gate[expert].to(x.dtype).t(), out=gated[start:end])
-        torch.mm(tokens, up[expert].to(x.dtype).t(), out=upped[start:end])
-        hidden = F.silu(gated[start:end]).mul_(upped[start:end]).mul_(row_weights[start:end, None])
-        torch.mm(hidden, down[expert].to(x.dtype).t(), out=out[start:end])
-    out[int(offsets[-1]) :].zero_()
-    return sum_rows(out, rows, x.shape[0]), gated, upped
+    x: Tensor, row_weights: Tensor, token_ids: Tensor, offsets: Tensor, gate: Tensor, up: Tensor, down: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return each token's weighted sum over its experts, and the gate and up projections for the backward pass."""
+    width = gate.shape[1]
+    layout = RowLayout(token_ids, offsets)
+    projected = x.new_empty(layout.num_rows, 2 * width)
+    out = _zero_sums(x)
+    for expert, tokens_of, weight, both in layout.experts(layout.spread(row_weights), projected):
+        both.copy_(product_nt(x.index_select(0, tokens_of), _joined(gate[expert], up[expert], x.dtype)))
+        gated, upped = both.split(width, dim=1)
+        hidden = F.silu(gated).mul_(upped).mul_(weight)
+        out.index_add_(0, tokens_of, product_nt(hidden, down[expert].to(x.dtype)).to(out.dtype))
+    return out.to(x.dtype, copy=False), projected
 
 
 @expert_loop.register_fake
-def _(
-    x: Tensor, row_weights: Tensor, token_ids: Tensor, rows: Tensor, offsets: Tensor, gate: Tensor, *_: Tensor
-) -> Any:
-    hidden = (token_ids.numel(), gate.shape[1])
-    return torch.empty_like(x), x.new_empty(hidden), x.new_empty(hidden)
+def _(x: Tensor, row_weights: Tensor, token_ids: Tensor, offsets: Tensor, gate: Tensor, *_: Tensor) -> Any:
+    num_rows = torch.library.get_ctx().new_dynamic_size()
+    return torch.empty_like(x), x.new_empty(num_rows, 2 * gate.shape[1])
 
 
 @torch.library.custom_op("crucible::expert_loop_backward", mutates_args=())
@@ -55,67 +49,103 @@ def expert_loop_backward(
     x: Tensor,
     row_weights: Tensor,
     token_ids: Tensor,
-    rows: Tensor,
     offsets: Tensor,
     gate: Tensor,
     up: Tensor,
     down: Tensor,
-    gated: Tensor,
-    upped: Tensor,
+    projected: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, row_weights, gate, up and down."""
-    d_weights, d_gate, d_up, d_down = (torch.empty_like(t) for t in (row_weights, gate, up, down))
-    d_rows = x.new_empty(token_ids.numel(), x.shape[1])
-    for expert, (start, end) in enumerate(_ranges(offsets)):
-        if start == end:
-            for stack in (d_gate, d_up, d_down):
-                stack[expert].zero_()
-            continue
-        part = slice(start, end)
-        tokens, d_out = x.index_select(0, token_ids[part]), grad.index_select(0, token_ids[part])
-        activation = F.silu(gated[part])
-        hidden = activation * upped[part]
-        d_hidden = d_out @ down[expert].to(x.dtype)
-        d_weights[part] = (d_hidden * hidden).sum(1)
-        weight = row_weights[part, None]
-        _product(d_out.t(), hidden.mul_(weight), out=d_down[expert])
+    width = gate.shape[1]
+    layout = RowLayout(token_ids, offsets)
+    d_gate, d_up, d_down = (torch.empty_like(stack) for stack in (gate, up, down))
+    for expert in layout.idle:
+        for stack in (d_gate, d_up, d_down):
+            stack[expert].zero_()
+    d_x, d_weights = _zero_sums(x), row_weights.new_empty(layout.num_rows, 1)
+    for expert, tokens_of, weight, d_weight, both in layout.experts(layout.spread(row_weights), d_weights, projected):
+        gated, upped = both.split(width, dim=1)
+        d_out = grad.index_select(0, tokens_of)
+        activation = F.silu(gated)
+        hidden = activation * upped
+        d_hidden = product_nn(d_out, down[expert].to(x.dtype))
+        torch.sum(d_hidden * hidden, 1, keepdim=True, out=d_weight)
+        d_down[expert].copy_(product_nt(d_out.t(), hidden.mul_(weight).t()))
         d_hidden.mul_(weight)
-        d_upped = activation.mul_(d_hidden)
-        d_gated = torch.ops.aten.silu_backward(d_hidden.mul_(upped[part]), gated[part])
-        _product(d_gated.t(), tokens, out=d_gate[expert])
-        _product(d_upped.t(), tokens, out=d_up[expert])
-        torch.mm(d_gated, gate[expert].to(x.dtype), out=d_rows[part])
-        d_rows[part].addmm_(d_upped, up[expert].to(x.dtype))
-    end = int(offsets[-1])
-    d_weights[end:].zero_()
-    d_rows[end:].zero_()
-    return sum_rows(d_rows, rows, x.shape[0]), d_weights, d_gate, d_up, d_down
+        d_both = torch.empty_like(both)
+        torch.mul(activation, d_hidden, out=d_both[:, width:])
+        d_both[:, :width] = torch.ops.aten.silu_backward(d_hidden.mul_(upped), gated)
+        d_joined = product_nt(d_both.t(), x.index_select(0, tokens_of).t())
+        d_gate[expert].copy_(d_joined[:width])
+        d_up[expert].copy_(d_joined[width:])
+        d_tokens = product_nn(d_both, _joined(gate[expert], up[expert], x.dtype))
+        d_x.index_add_(0, tokens_of, d_tokens.to(d_x.dtype))
+    return d_x.to(x.dtype, copy=False), layout.collect(d_weights), d_gate, d_up, d_down
 
 
 @expert_loop_backward.register_fake
-def _(grad: Tensor, x: Tensor, row_weights: Tensor, a: Tensor, b: Tensor, c: Tensor, *weights: Tensor) -> Any:
+def _(grad: Tensor, x: Tensor, row_weights: Tensor, token_ids: Tensor, offsets: Tensor, *weights: Tensor) -> Any:
     return tuple(torch.empty_like(t) for t in (x, row_weights, *weights[:3]))
 
 
-def _ranges(offsets: Tensor) -> list[tuple[int, int]]:
-    return list(pairwise([0, *offsets.tolist()]))
+class RowLayout:
+    """Rows sorted by expert, each expert's filled up with rows of weight 0; those of empty slots are left out.
+
+    Args:
+        token_ids: token of each sorted row.
+        offsets: end of each expert's rows.
+    """
+
+    def __init__(self, token_ids: Tensor, offsets: Tensor) -> None:
+        ends = offsets.tolist()
+        counts = [end - start for start, end in pairwise([0, *ends])]
+        self.sizes = [-(-count // ROW_MULTIPLE) * ROW_MULTIPLE for count in counts]
+        self.idle = [expert for expert, count in enumerate(counts) if not count]
+        self.num_sorted, self.num_filled, self.num_rows = token_ids.numel(), ends[-1], sum(self.sizes)
+        starts = accumulate(self.sizes, initial=0)
+        shifts = offsets.new_tensor([new - old for new, old in zip(starts, [0, *ends[:-1]], strict=False)])
+        places = torch.arange(self.num_filled, device=token_ids.device)
+        self.places = places + shifts.repeat_interleave(offsets.new_tensor(counts))
+        self.token_ids = self.spread(token_ids)
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Bring sorted rows to their places; the rest is 0."""
+        return rows.new_zeros(self.num_rows, *rows.shape[1:]).index_copy_(0, self.places, rows[: self.num_filled])
+
+    def collect(self, rows: Tensor) -> Tensor:
+        """Bring rows back from their places; those of empty slots are 0."""
+        out = rows.new_zeros(self.num_sorted, *rows.shape[1:])
+        torch.index_select(rows, 0, self.places, out=out[: self.num_filled])
+        return out
+
+    def experts(self, *rows: Tensor) -> Iterator[Any]:
+        """Yield (expert, its token ids, its part of each of `rows`) for the experts that have a row."""
+        parts = zip(*(tensor.split(self.sizes) for tensor in (self.token_ids, *rows)), strict=True)
+        for expert, own in enumerate(parts):
+            if self.sizes[expert]:
+                yield expert, *own
 
 
-def _product(a: Tensor, b: Tensor, *, out: Tensor) -> None:
-    """Write a b into `out`, casting where `out` is wider."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
+def _zero_sums(x: Tensor) -> Tensor:
+    """Where a token's experts add up: at least in fp32."""
+    return torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+
+
+def _joined(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
+    """One matrix of both projections: one product instead of two."""
+    joined = torch.empty(2 * gate.shape[0], gate.shape[1], dtype=dtype, device=gate.device)
+    joined[: gate.shape[0]] = gate
+    joined[gate.shape[0] :] = up
+    return joined
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.save_for_backward(*inputs, output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     d_x, d_weights, *d_stacks = expert_loop_backward(grad.contiguous(), *ctx.saved_tensors)
-    return d_x, d_weights, None, None, None, *d_stacks
+    return d_x, d_weights, None, None, *d_stacks
 
 
 expert_loop.register_autograd(_backward, setup_context=_save)

@@ -63,16 +63,16 @@ class Experts(nn.Module):
     ) -> Float[Tensor, "tokens d_model"]:
         order = sort_by_expert(routing.expert_ids, self.num_experts)
         x = x.to(product_dtype(x))
-        weights = routing.gate_weights.flatten()[order.slot_ids].to(x.dtype)
+        weights = routing.gate_weights.flatten()[order.slot_ids, None].to(x.dtype)
         stacks = {"gate": self.gate_proj.weight, "up": self.up_proj.weight, "down": self.down_proj.weight}
         if not self.normalize_outputs:
             return expert_ffn(x, weights, order, **stacks, has_empty_slots=has_empty_slots)
-        each_row = torch.arange(order.rows.numel(), device=x.device)
-        alone = ExpertOrder(token_ids=each_row, slot_ids=each_row, rows=each_row, offsets=order.offsets)
-        tokens = GatherRows.apply(x, order.token_ids, order.rows)
+        each_row = torch.arange(order.slot_ids.numel(), device=x.device)
+        alone, places = ExpertOrder(token_ids=each_row, slot_ids=each_row, offsets=order.offsets), order.rows()
+        tokens = GatherRows.apply(x, order.token_ids, places)
         y = expert_ffn(tokens, torch.ones_like(weights), alone, **stacks, has_empty_slots=has_empty_slots)
-        y = F.rms_norm(y, y.shape[-1:], eps=RMS_EPSILON) * weights[:, None]
-        return SumRows.apply(y, order.token_ids, order.rows, x.shape[0])
+        y = F.rms_norm(y, y.shape[-1:], eps=RMS_EPSILON) * weights
+        return SumRows.apply(y, order.token_ids, places, x.shape[0])
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

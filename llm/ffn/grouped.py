@@ -15,7 +15,7 @@ ALIGNMENT = 8
 
 def expert_ffn(
     x: Float[Tensor, "tokens d_model"],
-    row_weights: Float[Tensor, " rows"],
+    row_weights: Float[Tensor, "rows 1"],
     order: ExpertOrder,
     *,
     gate: Float[Tensor, "experts d_expert d_model"],
@@ -38,7 +38,7 @@ def expert_ffn(
     """
     if can_group(x, gate):
         return grouped_products(x, row_weights, order, gate, up, down, has_empty_slots)
-    return expert_loop(x, row_weights, order.token_ids, order.rows, order.offsets, gate, up, down)[0]
+    return expert_loop(x, row_weights, order.token_ids, order.offsets, gate, up, down)[0]
 
 
 def can_group(x: Tensor, gate: Tensor) -> bool:
@@ -52,14 +52,15 @@ def grouped_products(
 ) -> Tensor:
     """Apply all experts in three grouped products, without asking the device how many tokens each has."""
     gate, up, down = (weight.to(x.dtype).transpose(1, 2) for weight in (gate, up, down))
-    filled = (torch.arange(order.rows.numel(), device=x.device) < order.offsets[-1])[:, None]
-    rows = GatherRows.apply(x, order.token_ids, order.rows)
+    filled = (torch.arange(order.slot_ids.numel(), device=x.device) < order.offsets[-1])[:, None]
+    places = order.rows()
+    rows = GatherRows.apply(x, order.token_ids, places)
     if has_empty_slots:  # grouped products leave rows of no group unwritten, in either direction
         rows = torch.where(filled, rows, 0)
     hidden = F.silu(F.grouped_mm(rows, gate, offs=order.offsets)) * F.grouped_mm(rows, up, offs=order.offsets)
     if has_empty_slots:
         hidden = torch.where(filled, hidden, 0)
-    out = F.grouped_mm(hidden * row_weights[:, None], down, offs=order.offsets)
+    out = F.grouped_mm(hidden * row_weights, down, offs=order.offsets)
     if has_empty_slots:
         out = torch.where(filled, out, 0)
-    return SumRows.apply(out, order.token_ids, order.rows, x.shape[0])
+    return SumRows.apply(out, order.token_ids, places, x.shape[0])

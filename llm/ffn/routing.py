@@ -37,14 +37,13 @@ class ExpertOrder(NamedTuple):
     """The token of a row."""
     slot_ids: Int[Tensor, " rows"]
     """The place of a row among the flattened [tokens, slots]."""
-    rows: Int[Tensor, " rows"]
-    """The inverse of slot_ids: where a slot went."""
     offsets: Int[Tensor, " experts"]
     """End of each expert's rows, in int32; empty slots stand behind the last."""
 
-    def counts(self) -> Int[Tensor, " experts"]:
-        """Tokens of each expert."""
-        return torch.diff(self.offsets, prepend=self.offsets.new_zeros(1)).long()
+    def rows(self) -> Int[Tensor, " rows"]:
+        """Where each slot went: the inverse of slot_ids."""
+        places = torch.arange(self.slot_ids.numel(), device=self.slot_ids.device)
+        return torch.empty_like(self.slot_ids).scatter_(0, self.slot_ids, places)
 
 
 def sort_by_expert(expert_ids: Int[Tensor, "tokens slots"], num_experts: int) -> ExpertOrder:
@@ -52,6 +51,4 @@ def sort_by_expert(expert_ids: Int[Tensor, "tokens slots"], num_experts: int) ->
     sorted_ids, slot_ids = expert_ids.flatten().sort(stable=True)
     experts = torch.arange(num_experts, device=expert_ids.device)
     offsets = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
-    places = torch.arange(slot_ids.numel(), device=slot_ids.device)
-    rows = torch.empty_like(slot_ids).scatter_(0, slot_ids, places)
-    return ExpertOrder(token_ids=slot_ids // expert_ids.shape[1], slot_ids=slot_ids, rows=rows, offsets=offsets)
+    return ExpertOrder(token_ids=slot_ids // expert_ids.shape[1], slot_ids=slot_ids, offsets=offsets)

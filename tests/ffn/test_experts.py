@@ -101,7 +101,7 @@ def test_sorted_rows_visit_each_filled_slot_once_and_counts_are_exact(empty):
     routing = random_routing(50, num_experts=7, slots=3, empty=empty)
     order = sort_by_expert(routing.expert_ids, 7)
     assert sorted(order.slot_ids.tolist()) == list(range(150))
-    assert (order.slot_ids[order.rows] == torch.arange(150)).all()
+    assert (order.slot_ids[order.rows()] == torch.arange(150)).all()
     assert (order.token_ids == order.slot_ids // 3).all()
     expected = [int((routing.expert_ids == e).sum()) for e in range(7)]
     assert expert_counts(routing.expert_ids, 7).tolist() == expected
@@ -119,7 +119,7 @@ def test_grouped_products_equal_the_loop_over_experts():
 
     def grouped(x, routing, experts):
         order = sort_by_expert(routing.expert_ids, 5)
-        weights = routing.gate_weights.flatten()[order.slot_ids]
+        weights = routing.gate_weights.flatten()[order.slot_ids, None]
         stacks = (experts.gate_proj.weight, experts.up_proj.weight, experts.down_proj.weight)
         return grouped_products(x, weights, order, *stacks, True)
 
@@ -135,8 +135,8 @@ def test_the_operator_passes_the_checks_of_torch():
     experts = make_experts(num_experts=3, d_model=4, d_expert=5)
     order = sort_by_expert(random_routing(7, num_experts=3, slots=2).expert_ids, 3)
     x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(14, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(14, 1, dtype=torch.float64, requires_grad=True)
     stacks = [experts.gate_proj.weight, experts.up_proj.weight, experts.down_proj.weight]
-    arguments = (x, weights, order.token_ids, order.rows, order.offsets, *stacks)
+    arguments = (x, weights, order.token_ids, order.offsets, *stacks)
     torch.library.opcheck(torch.ops.crucible.expert_loop.default, arguments)
     assert torch.autograd.gradcheck(lambda *a: torch.ops.crucible.expert_loop(*a)[0], arguments)

@@ -108,7 +108,7 @@ def test_an_auxiliary_loss_does_reach_the_router_and_only_the_router(build_moe):
     moe = build_moe("balance=aux_loss", "z_loss=0.001")
     out = moe(torch.randn(2, 9, 16))
     assert set(out.losses) == {"load_balance_loss", "z_loss"}
-    sum(out.losses.values()).backward()
+    torch.stack(list(out.losses.values())).sum().backward()
     reached = {name for name, p in moe.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached == {"router.proj.weight"}
 
