@@ -1,0 +1,238 @@
+"""How fast is a training step, beside litgpt's GPT and transformers' Llama in bare loops?
+
+    python benchmarks/train_step.py --precision bf16 --context 256,512 --rounds 9
+    python benchmarks/train_step.py --precision fp32 --compile
+
+Ours is the whole of `python train.py model/size=small`: real text, the data module, lightning.Trainer, gradient
+clipping, every callback and the loggers, taken from inside a run. The peers are a bare loop of forward, backward and
+torch's fused AdamW on random tokens, same geometry (13.8 M parameters, vocabulary of 8192), same number of windows,
+same precision. Each side lives in a process of its own, of which one works at a time: a round runs every side for some
+steps in an order that rotates. Speeds are medians over rounds, ratios are taken within a round; quartiles are given.
+Memory is the peak resident size of the process, less what it held before building its model. Peers that are not
+installed are named and left out (`pip install litgpt transformers`).
+"""
+
+import argparse
+import importlib.util
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB, WIDTH, LAYERS, HEADS, HIDDEN = 8192, 384, 6, 6, 1024
+SIDES = {"crucible": None, "litgpt": "litgpt", "transformers": "transformers"}
+MEBIBYTE = 1024  # ru_maxrss counts KiB
+
+
+def peak_rss() -> float:
+    """Peak resident size of this process, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MEBIBYTE
+
+
+class Turns:
+    """A side's part of the conversation: a number of steps comes in, seconds and memory go out.
+
+    Answers go to the standard output that the process was started with; all else that is printed goes to its errors.
+    """
+
+    def __init__(self) -> None:
+        self.answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        self.before = peak_rss()
+        self.left = 0
+        self.start: float | None = None
+
+    def next_step(self) -> None:
+        """Call before each step: answers when the steps asked for are done, and waits to be asked again."""
+        if self.left == 0:
+            if self.start is not None:
+                print(time.perf_counter() - self.start, peak_rss() - self.before, file=self.answers, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                raise SystemExit
+            self.left, self.start = int(line), time.perf_counter()
+        self.left -= 1
+
+
+def peer_model(side: str, context: int) -> tuple[torch.nn.Module, Callable[..., torch.Tensor]]:
+    """Return a peer's model of our geometry, and how it gives logits."""
+    if side == "litgpt":
+        from litgpt.config import Config
+        from litgpt.model import GPT
+
+        config = Config(
+            block_size=context,
+            vocab_size=VOCAB,
+            padded_vocab_size=VOCAB,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            n_embd=WIDTH,
+            intermediate_size=HIDDEN,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+        )
+        model = GPT(config)
+        model.lm_head.weight = model.transformer.wte.weight
+        return model, lambda run, ids: run(ids)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config), lambda run, ids: run(input_ids=ids).logits
+
+
+def train_peer(args: argparse.Namespace) -> None:
+    """Train a peer in a bare loop."""
+    importlib.import_module(args.worker)
+    turns = Turns()
+    model, logits_of = peer_model(args.worker, args.context)
+    run = torch.compile(model) if args.compile else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+    while True:
+        turns.next_step()
+        ids = torch.randint(0, VOCAB, (args.windows, args.context + 1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
+            logits = logits_of(run, ids[:, :-1]).reshape(-1, VOCAB)
+            loss = F.cross_entropy(logits, ids[:, 1:].reshape(-1))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def train_ours(args: argparse.Namespace) -> None:
+    """Train as `python train.py` does, each step waiting for its turn."""
+    import lightning as L
+    from hydra import compose, initialize_config_dir
+
+    from llm import training
+    from llm.config import to_plain
+
+    precision = "bf16-mixed" if args.precision == "bf16" else "32-true"
+    overrides = [
+        "model/size=small",
+        "trainer=cpu",
+        "name=train-step",
+        f"tokenizer.vocab_size={VOCAB}",
+        f"trainer.precision={precision}",
+        f"context_length={args.context}",
+        f"batch_tokens={args.windows * args.context}",
+        f"micro_batch_size={args.windows}",
+        f"compile={str(args.compile).lower()}",
+        "max_steps=100000",
+        "val_every=100000",
+        "checkpoint_every=100000",
+    ]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = to_plain(compose("train", overrides))
+    turns = Turns()
+
+    class Gate(L.Callback):
+        """Holds the run until its turn; first of the callbacks, so that all others count."""
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            turns.next_step()
+
+    build = training.build_callbacks
+    training.build_callbacks = lambda *a, **o: [Gate(), *build(*a, **o)]
+    with tempfile.TemporaryDirectory(prefix="train-step-") as folder:
+        training.train(cfg, Path(folder) / "run")
+
+
+def ask(process: subprocess.Popen, steps: int) -> tuple[float, float]:
+    """Let a side take steps; return seconds and MiB."""
+    process.stdin.write(f"{steps}\n")
+    process.stdin.flush()
+    seconds, mebibytes = process.stdout.readline().split()
+    return float(seconds), float(mebibytes)
+
+
+def compare(args: argparse.Namespace, context: int) -> None:
+    """Run every side in turns and print a table."""
+    sides = [name for name, module in SIDES.items() if module is None or importlib.util.find_spec(module)]
+    options = [sys.executable, __file__, *sys.argv[1:], "--context", str(context)]
+    pipes: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "text": True,
+        "cwd": ROOT,
+        "env": {**os.environ, "PYTHONPATH": str(ROOT)},
+    }
+    if not args.verbose:
+        pipes["stderr"] = subprocess.DEVNULL
+    processes = {side: subprocess.Popen([*options, "--worker", side], **pipes) for side in sides}
+    for process in processes.values():
+        ask(process, args.warmup)
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    memory: dict[str, float] = {}
+    for turn in range(args.rounds):
+        for side in sides[turn % len(sides) :] + sides[: turn % len(sides)]:
+            taken, memory[side] = ask(processes[side], args.steps)
+            seconds[side].append(taken / args.steps)
+    for process in processes.values():
+        process.kill()
+    report(args, context, seconds, memory)
+
+
+def report(args: argparse.Namespace, context: int, seconds: dict[str, list[float]], memory: dict[str, float]) -> None:
+    """Print tokens a second, memory, and our speed over each peer's."""
+    tokens = args.windows * context
+    mode = "compiled" if args.compile else "eager"
+    print(
+        f"\n{args.precision}, {mode}, {args.windows} windows of {context}, {args.threads} threads, {args.rounds} rounds"
+    )
+    print(f"{'':14}{'tokens/s':>10}{'quartiles':>16}{'peak MiB':>10}{'ours/theirs':>13}{'quartiles':>14}")
+    for side, times in seconds.items():
+        ratios = [theirs / ours for theirs, ours in zip(times, seconds["crucible"], strict=True)]
+        speed, ratio = [tokens / t for t in times], statistics.quantiles(ratios, n=4)
+        low, middle, high = statistics.quantiles(speed, n=4)
+        spread, ratio_spread = f"{low:.0f} - {high:.0f}", f"{ratio[0]:.2f} - {ratio[2]:.2f}"
+        print(f"{side:14}{middle:10.0f}{spread:>16}{memory[side]:10.0f}{ratio[1]:13.2f}{ratio_spread:>14}", flush=True)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--context", default="256,512", help="lengths, separated by commas")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=1, help="steps a side takes in a round")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--verbose", action="store_true", help="show what the sides write to standard error")
+    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        args.context = int(args.context)
+        torch.set_num_threads(args.threads)
+        train_ours(args) if args.worker == "crucible" else train_peer(args)
+    else:
+        for context in args.context.split(","):
+            compare(args, int(context))
+
+
+if __name__ == "__main__":
+    main()
