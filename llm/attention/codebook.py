@@ -135,6 +135,23 @@ class Codebook(nn.Module):
         ]
         return torch.cat(nearest).view(keys.shape[:3])
 
+    def soft_assignment(
+        self, keys: Float[Tensor, "batch time kv_heads head_dim"], temperature: float
+    ) -> Float[Tensor, "batch time kv_heads codes"]:
+        """Return shares that are 1 for the nearest code and 0 else, with the gradient of a softmax over distances.
+
+            share_s = softmax_s(−‖k − C_s‖² / (2 · temperature · head_dim))
+
+        As the temperature falls the softmax tends to the shares; it is Performer's key feature for ω_s = C_s divided
+        by its sum over features (kexue.fm/archives/9862).
+        """
+        with torch.autocast(keys.device.type, enabled=False):
+            codes = self.all_codes().detach()
+            logits = torch.einsum("btgd,gsd->btgs", keys.float(), codes) - codes.square().sum(-1) / 2
+            soft = (logits / (temperature * keys.shape[-1])).softmax(-1)
+            hard = torch.zeros_like(soft).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+            return hard + (soft - soft.detach())
+
     def _losses(self, keys: Tensor, chosen: Tensor) -> dict[str, Tensor]:
         losses = {"commitment_loss": self.commitment_weight * (keys - chosen.detach()).square().mean()}
         if self.estimator != "ema":

@@ -24,15 +24,18 @@ class VQAttention(Attention):
     Keys are replaced by the nearest codes. A block of queries attends to the keys of its own and the previous block
     one by one. All keys before are known by how often each code occurred and by the mean of the values that came with
     it: a code that n_s keys share is one key with ln n_s added to its score. This equals quadratic attention over
-    quantised keys. In the backward pass, far keys get no gradient, their values do.
+    quantised keys. In the backward pass far keys get no gradient, their values do; with `soft_gradient` far keys get
+    that of counting them by a softmax over their distances to the codes.
 
     Args:
         d_model, num_heads, num_kv_heads, head_dim, position, layer_index, qk_norm, key_norm: see `Attention`.
         block_size: tokens a block.
+        soft_gradient: temperature, above 0, of the softmax that gives far keys their gradient; None for no gradient.
         codebook: factory, called with num_heads (of keys), head_dim and seed.
 
     Raises:
-        ConfigError: a position under which far keys are not bare, so that a code would not stand for them.
+        ConfigError: a position under which far keys are not bare, so that a code would not stand for them; a
+            temperature that is not above 0.
 
     Source: Lingle, "Transformer-VQ", arXiv:2309.16354, section 3.
     Differs: keys are split into heads; positions as `model.position` says (none, or ReRoPE, whose far queries turn and
@@ -51,11 +54,16 @@ class VQAttention(Attention):
         qk_norm: bool,
         key_norm: bool,
         block_size: int,
+        soft_gradient: float | None,
         codebook: Callable[..., Codebook],
     ) -> None:
         if block_size < 1:
             raise ConfigError(f"model.attention.block_size={block_size}: must be at least 1; 512 is usual")
-        self.block_size = block_size
+        if soft_gradient is not None and soft_gradient <= 0:
+            raise ConfigError(
+                f"model.attention.soft_gradient={soft_gradient}: must be above 0, or null for no gradient; try 0.1"
+            )
+        self.block_size, self.soft_gradient = block_size, soft_gradient
         super().__init__(
             d_model=d_model,
             num_heads=num_heads,
@@ -99,9 +107,11 @@ class VQAttention(Attention):
         ids = torch.zeros_like(positions) if document_ids is None else document_ids
         codes = self.codebook.all_codes().detach().to(k.dtype)
         if cache is None:
+            temperature = self.soft_gradient if torch.is_grad_enabled() else None
+            shares = None if temperature is None else self.codebook.soft_assignment(k, temperature)
             mixed = attend_blocks(
                 views, v, code_ids=quantized.code_ids, codes=codes, document_ids=ids, block_size=self.block_size,
-                scale=self.scale,
+                scale=self.scale, assignment=shares,
             )  # fmt: skip
         else:
             mixed = cache.attend(views, v, quantized.code_ids, ids, codes=codes, scale=self.scale)

@@ -1,5 +1,8 @@
 """Attention over quantised keys in blocks: near keys one by one, far keys as counted codes."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -22,6 +25,7 @@ def attend_blocks(
     document_ids: Int[Tensor, "batch time"],
     block_size: int,
     scale: float,
+    assignment: Float[Tensor, "batch time kv_heads codes"] | None = None,
 ) -> Float[Tensor, "batch time heads value_dim"]:
     """Mix values by the softmax over quantised keys, each document apart, in time linear in the length.
 
@@ -35,6 +39,7 @@ def attend_blocks(
         document_ids: ascending along a row.
         block_size: tokens a block.
         scale: factor on the scores.
+        assignment: how much of each key is counted for each code, where that has a gradient; else by code_ids.
 
     Source: Lingle, "Transformer-VQ", arXiv:2309.16354, theorem 3.7 and appendix E (the reduction by blocks).
     """
@@ -42,7 +47,11 @@ def attend_blocks(
     if time <= 2 * block_size:  # every key is near
         return attend_views(views, v, document_ids=document_ids, scale=scale)
     missing = -time % block_size
-    far = _far_values(v, code_ids, document_ids, num_codes=codes.shape[1], block_size=block_size)
+    if assignment is None:
+        sum_values = partial(sum_by_code, num_codes=codes.shape[1])
+        far = _far_values(v, code_ids, document_ids, sum_values=sum_values, block_size=block_size)
+    else:
+        far = _far_values(v, assignment, document_ids, sum_values=_sum_by_share, block_size=block_size)
     ids = F.pad(document_ids, (0, missing), value=torch.iinfo(document_ids.dtype).max).unflatten(1, (-1, block_size))
     nobody = torch.full_like(ids[:, :1], torch.iinfo(ids.dtype).min)
     previous = torch.cat((nobody, ids[:, :-1]), dim=1)
@@ -100,7 +109,7 @@ def attend_codes(
 
 
 def _far_values(
-    v: Tensor, code_ids: Tensor, document_ids: Tensor, *, num_codes: int, block_size: int
+    v: Tensor, choice: Tensor, document_ids: Tensor, *, sum_values: Callable[..., Tensor], block_size: int
 ) -> Float[Tensor, "batch blocks kv_heads codes value_dim_and_count"]:
     """Return, for every block, the mean value of each code and its count over all tokens before the previous block.
 
@@ -112,9 +121,8 @@ def _far_values(
     values = F.pad(v[:, :whole].to(torch.promote_types(v.dtype, torch.float32)), (0, 1), value=1.0)
     values = values.unflatten(1, (-1, block_size))
     values = torch.where(documents.is_carried[..., None, None], values, 0.0)
-    sums = sum_by_code(
-        values.flatten(0, 1), code_ids[:, :whole].unflatten(1, (-1, block_size)).flatten(0, 1), num_codes
-    )
+    choice = choice[:, :whole].unflatten(1, (-1, block_size))
+    sums = sum_values(values.flatten(0, 1), choice.flatten(0, 1))
     sums = sums.unflatten(0, (len(v), -1)).transpose(0, 1)
     keep = documents.continues.transpose(0, 1)[..., None, None, None].to(sums.dtype)
     states = carry_states(keep, sums, torch.zeros_like(sums[0]))
@@ -131,6 +139,11 @@ def sum_by_code(
     index = code_ids.transpose(1, 2)[..., None].expand(-1, -1, -1, values.shape[-1])
     zeros = values.new_zeros(len(values), values.shape[2], num_codes, values.shape[-1])
     return zeros.scatter_add(2, index, values.transpose(1, 2))
+
+
+def _sum_by_share(values: Tensor, shares: Tensor) -> Tensor:
+    """Add up the values that came with each code, each key by its shares."""
+    return torch.einsum("rtgs,rtgd->rgsd", shares.to(values.dtype), values)
 
 
 def _blocks(x: Tensor, missing: int, block_size: int) -> Tensor:

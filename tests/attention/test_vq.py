@@ -4,8 +4,10 @@ import pytest
 import torch
 from attention_pairs import build_pair
 
+from llm.attention.codebook import Codebook
 from llm.attention.vq_blocks import attend_blocks
 from llm.contracts import PositionView
+from llm.errors import ConfigError
 
 FP32 = {"atol": 2e-5, "rtol": 2e-4}
 """Sums of up to 1000 terms near 1 in fp32, in another order."""
@@ -110,3 +112,49 @@ def test_training_returns_losses_metrics_and_statistics(rows):
     assert {"codebook_usage", "codebook_perplexity", "quantization_error", "stat/code_counts"} <= set(out.metrics)
     assert out.metrics["stat/code_counts"].sum() == 2 * 100 * 2  # rows, tokens, key/value heads
     assert all(not value.requires_grad for value in out.metrics.values())
+
+
+def test_soft_gradients_are_those_of_counting_by_shares_and_change_no_value():
+    """In fp64, against sums over all far keys made anew for every block."""
+    time, size, block = 130, 12, 20
+    codes = torch.randn(1, size, 8)
+    codebook = Codebook(
+        num_heads=1, head_dim=8, codebook_size=size, estimator="ema", commitment_weight=0.0, ema_decay=0.9,
+        revive_every=None, seed=0,
+    ).eval()  # fmt: skip
+    codebook.base.copy_(codes)
+    keys = torch.randn(1, time, 1, 8, requires_grad=True)
+    q = torch.randn(1, time, 2, 8, dtype=torch.float64)
+    v = torch.randn(1, time, 1, 5, dtype=torch.float64, requires_grad=True)
+    shares = codebook.soft_assignment(keys, 0.2).double()
+    ids = shares.argmax(-1)
+    assert torch.equal(ids, codebook.nearest(keys))
+    quantized = codes[0].double()[ids]
+    view = PositionView(q=q, k=quantized, min_distance=0)
+    options = {"code_ids": ids, "codes": codes.double(), "document_ids": torch.zeros(1, time, dtype=torch.long)}
+    options |= {"block_size": block, "scale": 0.35}
+    soft = attend_blocks((view,), v, **options, assignment=shares)
+    torch.testing.assert_close(soft, attend_blocks((view,), v, **options))
+    expected = []
+    for i in range(time):
+        first = max(i // block - 1, 0) * block
+        near = torch.einsum("hd,jd->hj", q[0, i], quantized[0, first : i + 1, 0]) * 0.35
+        counts = shares[0, :first, 0].sum(0)
+        used = counts > 0.5
+        means = (shares[0, :first, 0].T @ v[0, :first, 0]) / counts.clamp_min(1)[:, None]
+        far = torch.einsum("hd,sd->hs", q[0, i], codes[0].double()) * 0.35 + counts.clamp_min(1).log()
+        scores = torch.cat((far.masked_fill(~used, -torch.inf), near), dim=1)
+        expected.append(scores.softmax(-1) @ torch.cat((means, v[0, first : i + 1, 0])))
+    expected = torch.stack(expected)[None]
+    torch.testing.assert_close(soft, expected)
+    grad = torch.randn_like(soft)
+    fast = torch.autograd.grad((soft * grad).sum(), (keys, v), retain_graph=True)
+    slow = torch.autograd.grad((expected * grad).sum(), (keys, v))
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)  # keys and their softmax are fp32
+    assert (fast[0][:, : time // block * block - 2 * block].abs().sum(-1) > 0).all()
+
+
+def test_a_temperature_that_is_not_positive_is_refused():
+    with pytest.raises(ConfigError, match="soft_gradient=0"):
+        build_pair("vq", "none", soft_gradient=0.0)
