@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 import lightning as L
 import torch
 
+from llm.attention.concentration import concentration_by_layer
 from llm.checkpoint import compare_state, load_model
 from llm.config import RunConfig, accelerator, batch_plan, build_data, build_model, check, load, run_config
 from llm.errors import CheckpointError, ConfigError, did_you_mean
@@ -172,4 +173,21 @@ def evaluate_samples(run: TrainedRun, config: EvalConfig) -> list[str]:
     return texts
 
 
-EVALS: dict[str, Callable[[TrainedRun, EvalConfig], Any]] = {"loss": evaluate_loss, "samples": evaluate_samples}
+def evaluate_concentration(run: TrainedRun, config: EvalConfig) -> list[dict[str, float]]:
+    """Measure how concentrated each layer's attention is, on the first validation batch."""
+    batch = next(iter(run.data.val_dataloader()))
+    keys = ("input_ids", "positions", "document_ids")
+    ids, positions, documents = (batch[key].to(run.device) for key in keys)
+    model = run.module.model.to(run.device)
+    layers = concentration_by_layer(model, ids, positions=positions, document_ids=documents)
+    log.info("layer  sparsity  keys in effect  entropy, nats")
+    for index, layer in enumerate(layers):
+        log.info("%5d  %8.4f  %14.1f  %13.3f", index, layer["sparsity"], layer["effective_keys"], layer["entropy"])
+    return layers
+
+
+EVALS: dict[str, Callable[[TrainedRun, EvalConfig], Any]] = {
+    "loss": evaluate_loss,
+    "samples": evaluate_samples,
+    "concentration": evaluate_concentration,
+}

@@ -112,6 +112,16 @@ class Attention(nn.Module, ABC):
         """Place queries and keys with `self.position` and mix the values; return them, losses and metrics."""
 
     @abstractmethod
+    def pair_weights(
+        self,
+        q: Float[Tensor, "batch time heads head_dim"],
+        k: Float[Tensor, "batch time kv_heads head_dim"],
+        *,
+        positions: Int[Tensor, "batch time"],
+        document_ids: Int[Tensor, "batch time"] | None,
+    ) -> Float[Tensor, "batch heads time time"]:
+        """The weight of every value for every token, all in memory: the definition of what `attend` mixes by."""
+
     def reference_attend(
         self,
         q: Float[Tensor, "batch time heads head_dim"],
@@ -121,7 +131,10 @@ class Attention(nn.Module, ABC):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
     ) -> Float[Tensor, "batch time heads head_dim"]:
-        """The definition of what `attend` mixes, written to be read, with time x time memory; tests compare the two."""
+        """The definition of what `attend` mixes, with time x time memory; tests compare the two."""
+        weights = self.pair_weights(q, k, positions=positions, document_ids=document_ids)
+        values = v.to(weights.dtype).repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
+        return torch.einsum("bhij,bjhd->bihd", weights, values).to(v.dtype)
 
     @abstractmethod
     def mixing_flops_per_token(self, context_length: int) -> float:

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llm.attention.base import QK_NORM_EPS, Attention
+from llm.attention.kernels.reference import visible_keys
 from llm.attention.linear_chunks import chunked_linear
 from llm.attention.states import StateCache
 from llm.contracts import LayerCache
@@ -153,6 +154,30 @@ class LinearAttention(Attention):
         total, weights = chunked_linear(phi_q, phi_k, ones, initial=cache.states["weights"], **options)
         return mixed / total, {"values": values, "weights": weights}
 
+    def pair_weights(
+        self,
+        q: Float[Tensor, "batch time heads head_dim"],
+        k: Float[Tensor, "batch time kv_heads head_dim"],
+        *,
+        positions: Int[Tensor, "batch time"],
+        document_ids: Int[Tensor, "batch time"] | None,
+    ) -> Float[Tensor, "batch heads time time"]:
+        """φ(q)·φ(k) under the decay, over its sum where there is no output norm; see `Attention`."""
+        phi_q, phi_k = features(q, self.feature_map), features(k, self.feature_map)
+        (view,) = self.position(phi_q, phi_k, positions)
+        group, time = self.num_heads // self.num_kv_heads, q.shape[1]
+        places = torch.arange(time, device=q.device)
+        log_decay = phi_q.new_zeros(self.num_kv_heads) if self.log_decay is None else self.log_decay
+        distance = (places[:, None] - places).clamp_min(0)
+        factor = torch.exp(log_decay.repeat_interleave(group)[:, None, None] * distance)
+        visible = visible_keys(time=time, time_k=time, device=q.device, document_ids=document_ids, window=None)
+        factor = factor * visible[:, None]
+        weights = torch.einsum("bihd,bjhd->bhij", view.q, view.k.repeat_interleave(group, dim=2)) * factor
+        if self.out_norm is not None:
+            return weights
+        plain = torch.einsum("bihd,bjhd->bhij", phi_q, phi_k.repeat_interleave(group, dim=2)) * factor
+        return weights / plain.sum(-1, keepdim=True)
+
     def reference_attend(
         self,
         q: Float[Tensor, "batch time heads head_dim"],
@@ -162,22 +187,9 @@ class LinearAttention(Attention):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
     ) -> Float[Tensor, "batch time heads head_dim"]:
-        """All weights at once; see `Attention`."""
-        phi_q, phi_k = features(q, self.feature_map), features(k, self.feature_map)
-        (view,) = self.position(phi_q, phi_k, positions)
-        group = self.num_heads // self.num_kv_heads
-        time = q.shape[1]
-        distance = torch.arange(time, device=q.device)[:, None] - torch.arange(time, device=q.device)
-        log_decay = torch.zeros(self.num_kv_heads) if self.log_decay is None else self.log_decay
-        factor = torch.exp(log_decay.repeat_interleave(group)[:, None, None] * distance.clamp_min(0)).tril()
-        if document_ids is not None:
-            factor = factor * (document_ids[:, None, :, None] == document_ids[:, None, None, :])
-        weights = torch.einsum("bihd,bjhd->bhij", view.q, view.k.repeat_interleave(group, dim=2)) * factor
-        mixed = torch.einsum("bhij,bjhd->bihd", weights, v.to(weights.dtype).repeat_interleave(group, dim=2))
-        if self.out_norm is not None:
-            return self.out_norm(mixed).to(v.dtype)
-        plain = torch.einsum("bihd,bjhd->bhij", phi_q, phi_k.repeat_interleave(group, dim=2)) * factor
-        return (mixed / plain.sum(-1).transpose(1, 2)[..., None]).to(v.dtype)
+        """See `Attention`; normalised where attend normalises."""
+        mixed = super().reference_attend(q, k, v, positions=positions, document_ids=document_ids)
+        return mixed if self.out_norm is None else self.out_norm(mixed)
 
     def new_cache(self, *, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
         """Return empty states: one matrix a key/value head, kept in fp32, whatever max_length is."""

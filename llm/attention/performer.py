@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm.attention.base import Attention
+from llm.attention.kernels.reference import visible_keys
 from llm.attention.performer_chunks import EMPTY, chunked_performer
 from llm.attention.states import StateCache
 from llm.contracts import LayerCache
@@ -107,25 +108,21 @@ class PerformerAttention(Attention):
         cache.update(states, ids)
         return mixed.to(v.dtype), {}, {}
 
-    def reference_attend(
+    def pair_weights(
         self,
         q: Float[Tensor, "batch time heads head_dim"],
         k: Float[Tensor, "batch time kv_heads head_dim"],
-        v: Float[Tensor, "batch time kv_heads head_dim"],
         *,
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
-    ) -> Float[Tensor, "batch time heads head_dim"]:
-        """All weights at once, each the sum of its features' products; see `Attention`."""
+    ) -> Float[Tensor, "batch heads time time"]:
+        """The softmax of log weights, each the log-sum-exp over features; see `Attention`."""
         group, time = self.num_heads // self.num_kv_heads, q.shape[1]
         log_q, log_k = self.log_features(q, k, positions)
         log_k = log_k.repeat_interleave(group, dim=2)
         scores = torch.logsumexp(log_q[:, :, None] + log_k[:, None], dim=-1)  # [batch time time heads]
-        visible = torch.ones(time, time, dtype=torch.bool, device=q.device).tril()[None]
-        if document_ids is not None:
-            visible = visible & (document_ids[:, :, None] == document_ids[:, None, :])
-        weights = scores.masked_fill(~visible[..., None], float("-inf")).softmax(2)
-        return torch.einsum("bijh,bjhd->bihd", weights, v.to(weights.dtype).repeat_interleave(group, 2)).to(v.dtype)
+        visible = visible_keys(time=time, time_k=time, device=q.device, document_ids=document_ids, window=None)
+        return scores.masked_fill(~visible[..., None], float("-inf")).softmax(2).permute(0, 3, 1, 2)
 
     def new_cache(self, *, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
         """Return empty states: sums of values and weights by feature, kept in fp32, whatever max_length is."""

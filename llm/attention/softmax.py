@@ -6,7 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm.attention.base import Attention
-from llm.attention.views import attend_views, reference_views
+from llm.attention.kernels.reference import visible_keys
+from llm.attention.views import attend_views, pair_scores, softmax_weights
 from llm.errors import ConfigError
 from llm.position.base import Position
 
@@ -80,18 +81,19 @@ class SoftmaxAttention(Attention):
             views, v, document_ids = cache.append(views, v, document_ids)
         return attend_views(views, v, document_ids=document_ids, scale=self.scale, window=self.window), {}, {}
 
-    def reference_attend(
+    def pair_weights(
         self,
         q: Float[Tensor, "batch time heads head_dim"],
         k: Float[Tensor, "batch time kv_heads head_dim"],
-        v: Float[Tensor, "batch time kv_heads head_dim"],
         *,
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
-    ) -> Float[Tensor, "batch time heads head_dim"]:
-        """All scores at once; see `Attention`."""
-        views = self.position(q, k, positions)
-        return reference_views(views, v, document_ids=document_ids, scale=self.scale, window=self.window)
+    ) -> Float[Tensor, "batch heads time time"]:
+        """The softmax of all scores; see `Attention`."""
+        time = q.shape[1]
+        scores = pair_scores(self.position(q, k, positions)) * self.scale
+        visible = visible_keys(time=time, time_k=time, device=q.device, document_ids=document_ids, window=self.window)
+        return softmax_weights(scores, visible).flatten(1, 2)
 
     def mixing_flops_per_token(self, context_length: int) -> float:
         """Scores and values over the mean number of visible keys: (context_length + 1) / 2 without a window."""

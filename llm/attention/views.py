@@ -79,7 +79,8 @@ def reference_views(
     """The definition: one softmax over `pair_scores`."""
     time, time_k = views[0].q.shape[1], v.shape[1]
     visible = visible_keys(time=time, time_k=time_k, device=v.device, document_ids=document_ids, window=window)
-    return mix_by_scores(pair_scores(views) * scale, v, visible)
+    weights = softmax_weights(pair_scores(views) * scale, visible)
+    return torch.einsum("bgnqk,bkgd->bqgnd", weights.to(v.dtype), v).flatten(2, 3)
 
 
 def pair_scores(views: tuple[PositionView, ...]) -> Float[Tensor, "batch kv_heads group time time_k"]:
@@ -96,11 +97,8 @@ def pair_scores(views: tuple[PositionView, ...]) -> Float[Tensor, "batch kv_head
     return scores
 
 
-def mix_by_scores(
-    scores: Float[Tensor, "batch kv_heads group time time_k"],
-    v: Float[Tensor, "batch time_k kv_heads value_dim"],
-    visible: Bool[Tensor, "rows time time_k"],
-) -> Float[Tensor, "batch time heads value_dim"]:
-    """Mix values by the softmax of scores over the visible keys."""
-    weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)
-    return torch.einsum("bgnqk,bkgd->bqgnd", weights.to(v.dtype), v).flatten(2, 3)
+def softmax_weights(
+    scores: Float[Tensor, "batch kv_heads group time time_k"], visible: Bool[Tensor, "rows time time_k"]
+) -> Float[Tensor, "batch kv_heads group time time_k"]:
+    """Return the softmax of scores over the visible keys."""
+    return scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from llm.attention.base import Attention
 from llm.attention.codebook import Codebook
 from llm.attention.kernels.reference import visible_keys
-from llm.attention.views import mix_by_scores, pair_scores
+from llm.attention.views import pair_scores, softmax_weights
 from llm.attention.vq_blocks import attend_blocks
 from llm.attention.vq_cache import VQCache
 from llm.contracts import LayerCache
@@ -117,23 +117,22 @@ class VQAttention(Attention):
             mixed = cache.attend(views, v, quantized.code_ids, ids, codes=codes, scale=self.scale)
         return mixed, quantized.losses, quantized.metrics
 
-    def reference_attend(
+    def pair_weights(
         self,
         q: Float[Tensor, "batch time heads head_dim"],
         k: Float[Tensor, "batch time kv_heads head_dim"],
-        v: Float[Tensor, "batch time kv_heads head_dim"],
         *,
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
-    ) -> Float[Tensor, "batch time heads head_dim"]:
-        """Quadratic attention over quantised keys; those before the previous block are constants. See `Attention`."""
+    ) -> Float[Tensor, "batch heads time time"]:
+        """The softmax of scores of quantised keys; those before the previous block are constants; see `Attention`."""
         time, keys = q.shape[1], self.codebook(k).keys
         live = pair_scores(self.position(q, keys, positions))
         constant = pair_scores(self.position(q, keys.detach(), positions))
         block = torch.arange(time, device=q.device) // self.block_size
         scores = torch.where(block[:, None] - block <= 1, live, constant) * self.scale
         visible = visible_keys(time=time, time_k=time, device=q.device, document_ids=document_ids, window=None)
-        return mix_by_scores(scores, v, visible)
+        return softmax_weights(scores, visible).flatten(1, 2)
 
     def new_cache(self, *, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
         """Return an empty cache: means and counts of the codes and at most three blocks, whatever max_length is."""
