@@ -186,29 +186,62 @@ def compare(args: argparse.Namespace, context: int) -> None:
         ask(process, args.warmup)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     memory: dict[str, float] = {}
+    ceilings = []
     for turn in range(args.rounds):
+        ceilings.append(ceiling(args))
         for side in sides[turn % len(sides) :] + sides[: turn % len(sides)]:
             taken, memory[side] = ask(processes[side], args.steps)
             seconds[side].append(taken / args.steps)
     for process in processes.values():
         process.kill()
-    report(args, context, seconds, memory)
+    report(args, context, seconds, memory, ceilings)
 
 
-def report(args: argparse.Namespace, context: int, seconds: dict[str, list[float]], memory: dict[str, float]) -> None:
-    """Print tokens a second, memory, and our speed over each peer's."""
-    tokens = args.windows * context
+def ceiling(args: argparse.Namespace) -> float:
+    """FLOP/s of a square product of 2048 in the precision at hand, by the better of torch's product and ours."""
+    from llm.products import product_nt
+
+    torch.set_num_threads(args.threads)
+    a, b = torch.randn(2, 2048, 2048, dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    seconds = []
+    for product in (F.linear, product_nt) * 3:
+        start = time.perf_counter()
+        product(a, b)
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(seconds)
+
+
+def flops_per_token(context: int) -> float:
+    """FLOPs of training on a token: six for each weight that multiplies, and attention's mixing, causal."""
+    weights = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * HIDDEN) + VOCAB * WIDTH
+    return 6.0 * weights + 3 * LAYERS * 4.0 * WIDTH * (context + 1) / 2
+
+
+def report(
+    args: argparse.Namespace,
+    context: int,
+    seconds: dict[str, list[float]],
+    memory: dict[str, float],
+    ceilings: list[float],
+) -> None:
+    """Print tokens a second, memory, our speed over each peer's, and the share of the ceiling that is reached."""
+    tokens, peak = args.windows * context, statistics.median(ceilings)
     mode = "compiled" if args.compile else "eager"
     print(
         f"\n{args.precision}, {mode}, {args.windows} windows of {context}, {args.threads} threads, {args.rounds} rounds"
     )
-    print(f"{'':14}{'tokens/s':>10}{'quartiles':>16}{'peak MiB':>10}{'ours/theirs':>13}{'quartiles':>14}")
+    heads = f"{'':13}{'tokens/s':>10}{'quartiles':>16}{'peak MiB':>10}{'of ceiling':>12}{'ours/theirs':>13}"
+    print(f"{heads}{'quartiles':>14}")
     for side, times in seconds.items():
         ratios = [theirs / ours for theirs, ours in zip(times, seconds["crucible"], strict=True)]
         speed, ratio = [tokens / t for t in times], statistics.quantiles(ratios, n=4)
         low, middle, high = statistics.quantiles(speed, n=4)
         spread, ratio_spread = f"{low:.0f} - {high:.0f}", f"{ratio[0]:.2f} - {ratio[2]:.2f}"
-        print(f"{side:14}{middle:10.0f}{spread:>16}{memory[side]:10.0f}{ratio[1]:13.2f}{ratio_spread:>14}", flush=True)
+        share = middle * flops_per_token(context) / peak
+        print(
+            f"{side:13}{middle:10.0f}{spread:>16}{memory[side]:10.0f}{share:12.0%}{ratio[1]:13.2f}{ratio_spread:>14}",
+            flush=True,
+        )
 
 
 def main() -> None:
