@@ -54,16 +54,20 @@ def positions(base: float, head_dim: int, train_length: int) -> dict[str, Positi
     }
 
 
-def long_documents(run: TrainedRun, length: int, count: int) -> Tensor:
-    """Return the ends of held-out documents that are long enough, [count, length + 1] ids."""
+def long_windows(run: TrainedRun, length: int, count: int) -> Tensor:
+    """Return stretches of held-out documents, [count, length + 1] ids, spread over all that are long enough."""
     stream, bos = run.data.cache.val, run.data.tokenizer.bos_id
     ids = np.asarray(stream.read(0, len(stream))).astype(np.int64)
     starts = np.flatnonzero(ids == bos)
     ends = np.append(starts[1:], len(ids))
-    rows = [ids[end - length - 1 : end] for start, end in zip(starts, ends, strict=True) if end - start > length + 1]
-    if len(rows) < count:
-        print(f"{len(rows)} documents are long enough, not {count}")
-    return torch.from_numpy(np.stack(rows[:count]))
+    rows = [
+        ids[stop - length - 1 : stop]
+        for start, end in zip(starts, ends, strict=True)
+        for stop in range(end, start + length + 1, -length)
+    ]
+    chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
+    print(f"{len(chosen)} windows of {len(rows)} in documents of more than {length} bytes")
+    return torch.from_numpy(np.stack([rows[i] for i in chosen]))
 
 
 def use_position(model: nn.Module, position: Position) -> None:
@@ -84,19 +88,19 @@ def losses(model: nn.Module, windows: Tensor, rows: int) -> Tensor:
     return torch.cat(answer).view(len(windows), -1)
 
 
-def by_context(model: nn.Module, documents: Tensor, train_length: int) -> dict[int, tuple[float, float]]:
-    """Return the mean loss of the last tokens and its standard error over documents, by length of context."""
+def by_context(model: nn.Module, windows: Tensor, train_length: int) -> dict[int, tuple[float, float]]:
+    """Return the mean loss of the last tokens and its standard error over windows, by length of context."""
     table = {}
     for factor in FACTORS:
         length = factor * train_length
-        loss = losses(model, documents[:, -length - 1 :], max(1, 4096 // length))[:, -LAST:].mean(1)
+        loss = losses(model, windows[:, -length - 1 :], max(1, 4096 // length))[:, -LAST:].mean(1)
         table[length] = (float(loss.mean()), float(loss.std() / math.sqrt(len(loss))))
     return table
 
 
-def by_position(model: nn.Module, documents: Tensor, train_length: int) -> list[float]:
+def by_position(model: nn.Module, windows: Tensor, train_length: int) -> list[float]:
     """Return the mean loss in consecutive stretches of half the training length, in one read of the longest context."""
-    loss = losses(model, documents, 2).mean(0)
+    loss = losses(model, windows, 2).mean(0)
     return [float(part.mean()) for part in loss.split(train_length // 2)]
 
 
@@ -104,7 +108,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, dict]:
     """Return both measures for every position and model."""
     run = rebuild(arguments.rope, "last")
     train_length = run.config["context_length"]
-    documents = long_documents(run, FACTORS[-1] * train_length, arguments.documents)
+    windows = long_windows(run, FACTORS[-1] * train_length, arguments.windows)
     position = run.config["model"]["position"]
     head_dim = run.module.model.layers[0].attention.head_dim
     jobs = [(f"{name}", run, other) for name, other in positions(position["base"], head_dim, train_length).items()]
@@ -125,8 +129,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, dict]:
         model = judged.module.model.float().cpu().eval()
         use_position(model, other)
         results[name] = {
-            "by_context": by_context(model, documents, train_length),
-            "by_position": by_position(model, documents, train_length),
+            "by_context": by_context(model, windows, train_length),
+            "by_position": by_position(model, windows, train_length),
         }
         print(name, {n: round(loss, 4) for n, (loss, _) in results[name]["by_context"].items()}, flush=True)
     return results
@@ -139,7 +143,7 @@ def table(results: dict[str, dict]) -> str:
     for name, result in results.items():
         lines.append(f"| {name} |" + "".join(f" {result['by_context'][n][0]:.3f} |" for n in lengths))
     error = max(e for result in results.values() for _, e in result["by_context"].values())
-    return "\n".join(lines) + f"\n\nStandard error over documents: at most {error:.3f} nats.\n"
+    return "\n".join(lines) + f"\n\nStandard error over windows: at most {error:.3f} nats.\n"
 
 
 def plot(results: dict[str, dict], path: Path, names: Sequence[str], stretch: int) -> None:
@@ -168,7 +172,7 @@ def main() -> None:
     parser.add_argument("rope", type=Path, help="run folder of the model trained with rope")
     parser.add_argument("--inv-leaky", type=Path)
     parser.add_argument("--vq", type=Path)
-    parser.add_argument("--documents", type=int, default=100)
+    parser.add_argument("--windows", type=int, default=100)
     parser.add_argument("--out", type=Path, required=True, help="folder for the table, the plot and the figures")
     arguments = parser.parse_args()
     results = evaluate(arguments)

@@ -160,11 +160,13 @@ def trial_step(model: Transformer, windows: int, *, device: torch.device, precis
     positions = torch.arange(context_length, device=device).expand(windows, -1)
     dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
     random_state = torch.get_rng_state()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a codebook takes its codes from zeros
     with torch.autocast(device.type, dtype=dtype, enabled=precision.endswith("mixed")), SavedBytes(model) as saved:
         hidden = model(ids, positions=positions, document_ids=torch.zeros_like(ids)).hidden
         loss = linear_cross_entropy(hidden, model.lm_head.weight, ids)
     loss.backward()
     model.zero_grad(set_to_none=True)
+    model.load_state_dict(buffers, strict=False)
     torch.set_rng_state(random_state)
     return saved.total
 

@@ -1,5 +1,6 @@
 """The codebook that keys are quantised with, and the ways to learn it."""
 
+from collections.abc import Callable
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -101,6 +102,14 @@ class Codebook(nn.Module):
         self.may_be_pending, self.num_steps = True, 0  # plain copies, so that a forward waits for no device
         self.register_load_state_dict_post_hook(lambda module, _: module.read_state())
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Codebook":
+        """Move or cast as asked, but keep averages and codes in fp32: bf16 would lose what an update adds."""
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.dtype in (torch.bfloat16, torch.float16):
+                self._buffers[name] = buffer.float()
+        return self
+
     def read_state(self) -> None:
         """Take over what buffers say after they were loaded."""
         self.may_be_pending, self.num_steps = bool(self.pending.any()), int(self.steps)
@@ -147,7 +156,7 @@ class Codebook(nn.Module):
         """
         with torch.autocast(keys.device.type, enabled=False):
             codes = self.all_codes().detach()
-            logits = torch.einsum("btgd,gsd->btgs", keys.float(), codes) - codes.square().sum(-1) / 2
+            logits = torch.einsum("btgd,gsd->btgs", keys.to(codes.dtype), codes) - codes.square().sum(-1) / 2
             soft = (logits / (temperature * keys.shape[-1])).softmax(-1)
             hard = torch.zeros_like(soft).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
             return hard + (soft - soft.detach())
@@ -174,7 +183,7 @@ class Codebook(nn.Module):
             metrics["stat/code_counts"] = counts
             if self.estimator == "ema":
                 index = by_head[..., None].expand(-1, -1, keys.shape[-1])
-                flat = keys.flatten(0, 1).transpose(0, 1).float()
+                flat = keys.flatten(0, 1).transpose(0, 1).to(self.base.dtype)
                 metrics["stat/key_sums"] = torch.zeros_like(self.base).scatter_add_(1, index, flat)
         return metrics
 
@@ -199,7 +208,9 @@ class Codebook(nn.Module):
     def place_pending(self, keys: Float[Tensor, "batch time kv_heads head_dim"]) -> None:
         """Put the codes that wait for it on random keys of this batch; on every rank those of the first."""
         self.may_be_pending = False
-        codes = _draw(keys.flatten(0, 1).float(), self.codebook_size, seed=self.seed + 1_000_003 * self.num_steps)
+        codes = _draw(
+            keys.flatten(0, 1).to(self.base.dtype), self.codebook_size, seed=self.seed + 1_000_003 * self.num_steps
+        )
         if dist.is_available() and dist.is_initialized():
             dist.broadcast(codes, 0)
         self._put(codes, self.pending)

@@ -253,6 +253,20 @@ def test_revival_keeps_nearly_all_codes_in_use_where_training_without_it_loses_t
     assert usage(None) < 0.5
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_cast_to_another_precision_keeps_exact_averages(estimator, dtype):
+    codebook = build(estimator, revive_every=2).to(dtype).train()
+    keys = torch.randn(1, 60, 2, 8, dtype=dtype)
+    for _ in range(4):
+        out = codebook(keys)
+        assert out.keys.dtype == dtype
+        codebook.after_optimizer_step(statistics(out))
+    kept = torch.promote_types(dtype, torch.float32)
+    assert codebook.counts.dtype == codebook.base.dtype == kept
+    codebook.soft_assignment(keys, 0.1)
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
