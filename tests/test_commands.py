@@ -115,6 +115,17 @@ def test_the_end_of_a_run_tells_loss_bits_text_and_folder(tiny, tmp_path):
     assert shown == pytest.approx(json.loads((folder / "summary.json").read_text())["val/loss"], abs=1e-6)
 
 
+def test_a_compiled_run_has_the_losses_of_an_eager_one_to_rounding(tiny, tmp_path):
+    short = [*tiny, "max_steps=3", "val_every=3", "trainer.precision=32-true", "callbacks.samples=null"]
+    for flag in ("true", "false"):
+        result = call("train.py", *short, f"compile={flag}", f"hydra.run.dir={tmp_path}/{flag}", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    compiled, eager = losses(tmp_path / "true"), losses(tmp_path / "false")
+    for step, value in eager.items():
+        # the compiler fuses fp32 operations and sums them in another order
+        assert float.fromhex(compiled[step]) == pytest.approx(float.fromhex(value), rel=1e-5)
+
+
 def test_two_processes_train_as_one_does_on_the_same_windows(tiny, tmp_path):
     exact = [t for t in tiny if not t.startswith(("trainer", "micro"))] + [
         "trainer.precision=32-true",

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 
 from llm.checkpoint import load_model
 from llm.errors import CheckpointError, ConfigError, NonFiniteError
@@ -105,6 +106,16 @@ def test_evaluation_names_an_unknown_task_and_a_missing_checkpoint(run, tmp_path
         evaluate(cfg, tmp_path)
     with pytest.raises(CheckpointError, match=r"checkpoint=step-9: .*choose one of \['best', 'last'"):
         evaluate({**cfg, "evals": ["loss"], "checkpoint": "step-9"}, tmp_path)
+
+
+def test_a_tokenizer_that_does_not_fit_the_weights_is_refused(run, tmp_path):
+    folder, _ = run("run")
+    cfg = yaml.safe_load((folder / "config.yaml").read_text())
+    cfg["tokenizer"] = {"_target_": "data.tokenizer.BpeTokenizer", "vocab_size": 300, "sample_bytes": 100_000}
+    (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
+    asked = {"run_dir": str(folder), "checkpoint": "last", "evals": ["loss"], "use_cache": True, **SAMPLING}
+    with pytest.raises(CheckpointError, match=r"tokenizer: has 300 tokens and the weights in .* were trained with 257"):
+        evaluate(asked, tmp_path)
 
 
 def test_weights_of_another_run_can_be_where_a_run_starts(run):
