@@ -20,6 +20,10 @@ ROW_MULTIPLE = 32
 price of the product, and how many tokens an expert has differs every time."""
 
 
+CHUNK = 1 << 17
+"""Elements that elementwise work takes at a time: they stay in a core's cache."""
+
+
 @torch.library.custom_op("crucible::expert_loop", mutates_args=())
 def expert_loop(
     x: Tensor, row_weights: Tensor, token_ids: Tensor, offsets: Tensor, gate: Tensor, up: Tensor, down: Tensor
@@ -31,16 +35,15 @@ def expert_loop(
     out = _zero_sums(x)
     for expert, tokens_of, weight, both in layout.experts(layout.spread(row_weights), projected):
         both.copy_(product_nt(x.index_select(0, tokens_of), _joined(gate[expert], up[expert], x.dtype)))
-        gated, upped = both.split(width, dim=1)
-        hidden = F.silu(gated).mul_(upped).mul_(weight)
-        out.index_add_(0, tokens_of, product_nt(hidden, down[expert].to(x.dtype)).to(out.dtype))
+        y = product_nt(_activate(both), down[expert].to(x.dtype))
+        out.index_add_(0, tokens_of, torch.mul(y, weight, out=y.new_empty(y.shape, dtype=out.dtype)))
+    projected[sum(layout.sizes) :].zero_()
     return out.to(x.dtype, copy=False), projected
 
 
 @expert_loop.register_fake
 def _(x: Tensor, row_weights: Tensor, token_ids: Tensor, offsets: Tensor, gate: Tensor, *_: Tensor) -> Any:
-    num_rows = torch.library.get_ctx().new_dynamic_size()
-    return torch.empty_like(x), x.new_empty(num_rows, 2 * gate.shape[1])
+    return torch.empty_like(x), x.new_empty(most_rows(token_ids, offsets), 2 * gate.shape[1])
 
 
 @torch.library.custom_op("crucible::expert_loop_backward", mutates_args=())
@@ -64,17 +67,10 @@ def expert_loop_backward(
             stack[expert].zero_()
     d_x, d_weights = _zero_sums(x), row_weights.new_empty(layout.num_rows, 1)
     for expert, tokens_of, weight, d_weight, both in layout.experts(layout.spread(row_weights), d_weights, projected):
-        gated, upped = both.split(width, dim=1)
         d_out = grad.index_select(0, tokens_of)
-        activation = F.silu(gated)
-        hidden = activation * upped
         d_hidden = product_nn(d_out, down[expert].to(x.dtype))
-        torch.sum(d_hidden * hidden, 1, keepdim=True, out=d_weight)
-        d_down[expert].copy_(product_nt(d_out.t(), hidden.mul_(weight).t()))
-        d_hidden.mul_(weight)
-        d_both = torch.empty_like(both)
-        torch.mul(activation, d_hidden, out=d_both[:, width:])
-        d_both[:, :width] = torch.ops.aten.silu_backward(d_hidden.mul_(upped), gated)
+        hidden, d_both = _activate_backward(d_hidden, both, weight, d_weight)
+        d_down[expert].copy_(product_nt(d_out.t(), hidden.t()))
         d_joined = product_nt(d_both.t(), x.index_select(0, tokens_of).t())
         d_gate[expert].copy_(d_joined[:width])
         d_up[expert].copy_(d_joined[width:])
@@ -86,6 +82,11 @@ def expert_loop_backward(
 @expert_loop_backward.register_fake
 def _(grad: Tensor, x: Tensor, row_weights: Tensor, token_ids: Tensor, offsets: Tensor, *weights: Tensor) -> Any:
     return tuple(torch.empty_like(t) for t in (x, row_weights, *weights[:3]))
+
+
+def most_rows(token_ids: Tensor, offsets: Tensor) -> int | torch.SymInt:
+    """Rows that are set aside, whatever the counts: a shape must not depend on values."""
+    return token_ids.numel() + offsets.numel() * (ROW_MULTIPLE - 1)
 
 
 class RowLayout:
@@ -101,7 +102,7 @@ class RowLayout:
         counts = [end - start for start, end in pairwise([0, *ends])]
         self.sizes = [-(-count // ROW_MULTIPLE) * ROW_MULTIPLE for count in counts]
         self.idle = [expert for expert, count in enumerate(counts) if not count]
-        self.num_sorted, self.num_filled, self.num_rows = token_ids.numel(), ends[-1], sum(self.sizes)
+        self.num_sorted, self.num_filled, self.num_rows = token_ids.numel(), ends[-1], most_rows(token_ids, offsets)
         starts = accumulate(self.sizes, initial=0)
         shifts = offsets.new_tensor([new - old for new, old in zip(starts, [0, *ends[:-1]], strict=False)])
         places = torch.arange(self.num_filled, device=token_ids.device)
@@ -120,10 +121,44 @@ class RowLayout:
 
     def experts(self, *rows: Tensor) -> Iterator[Any]:
         """Yield (expert, its token ids, its part of each of `rows`) for the experts that have a row."""
-        parts = zip(*(tensor.split(self.sizes) for tensor in (self.token_ids, *rows)), strict=True)
+        sizes = [*self.sizes, self.num_rows - sum(self.sizes)]
+        parts = zip(*(tensor.split(sizes) for tensor in (self.token_ids, *rows)), strict=True)
         for expert, own in enumerate(parts):
-            if self.sizes[expert]:
+            if expert < len(self.sizes) and sizes[expert]:
                 yield expert, *own
+
+
+def _activate(both: Tensor) -> Tensor:
+    """Return silu(gate) ⊙ up, a few rows at a time so that they stay in the cache."""
+    width = both.shape[1] // 2
+    hidden = both.new_empty(both.shape[0], width)
+    for span in _spans(hidden):
+        gated, upped = both[span].split(width, dim=1)
+        torch.ops.aten.silu.out(gated, out=hidden[span]).mul_(upped)
+    return hidden
+
+
+def _activate_backward(d_hidden: Tensor, both: Tensor, weight: Tensor, d_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return w ⊙ silu(gate) ⊙ up and the gradients of gate and up; write that of w, and over d_hidden."""
+    width = d_hidden.shape[1]
+    hidden, d_both = torch.empty_like(d_hidden), torch.empty_like(both)
+    for span in _spans(hidden):
+        gated, upped = both[span].split(width, dim=1)
+        d_gated, d_upped = d_both[span].split(width, dim=1)
+        slope, part, w = d_hidden[span], hidden[span], weight[span].to(both.dtype)
+        activation = F.silu(gated)
+        torch.mul(activation, upped, out=part)
+        torch.sum(slope * part, 1, keepdim=True, dtype=d_weight.dtype, out=d_weight[span])
+        part.mul_(w)
+        torch.mul(activation, slope.mul_(w), out=d_upped)
+        torch.ops.aten.silu_backward.grad_input(slope.mul_(upped), gated, grad_input=d_gated)
+    return hidden, d_both
+
+
+def _spans(rows: Tensor) -> Iterator[slice]:
+    """Cut rows into runs of about CHUNK elements."""
+    length = max(1, CHUNK // rows.shape[1])
+    return (slice(start, start + length) for start in range(0, rows.shape[0], length))
 
 
 def _zero_sums(x: Tensor) -> Tensor:

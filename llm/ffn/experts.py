@@ -63,7 +63,7 @@ class Experts(nn.Module):
     ) -> Float[Tensor, "tokens d_model"]:
         order = sort_by_expert(routing.expert_ids, self.num_experts)
         x = x.to(product_dtype(x))
-        weights = routing.gate_weights.flatten()[order.slot_ids, None].to(x.dtype)
+        weights = routing.gate_weights.flatten()[order.slot_ids, None]
         stacks = {"gate": self.gate_proj.weight, "up": self.up_proj.weight, "down": self.down_proj.weight}
         if not self.normalize_outputs:
             return expert_ffn(x, weights, order, **stacks, has_empty_slots=has_empty_slots)
@@ -71,7 +71,7 @@ class Experts(nn.Module):
         alone, places = ExpertOrder(token_ids=each_row, slot_ids=each_row, offsets=order.offsets), order.rows()
         tokens = GatherRows.apply(x, order.token_ids, places)
         y = expert_ffn(tokens, torch.ones_like(weights), alone, **stacks, has_empty_slots=has_empty_slots)
-        y = F.rms_norm(y, y.shape[-1:], eps=RMS_EPSILON) * weights
+        y = F.rms_norm(y, y.shape[-1:], eps=RMS_EPSILON) * weights.to(y.dtype)
         return SumRows.apply(y, order.token_ids, places, x.shape[0])
 
 

@@ -29,7 +29,7 @@ def expert_ffn(
 
     Args:
         x: tokens, in the precision of the products.
-        row_weights: weight of each row, in the precision of the products.
+        row_weights: weight of each row.
         order: rows sorted by expert.
         gate: stacked projections, in x's precision or a wider one.
         up: likewise.
@@ -60,7 +60,7 @@ def grouped_products(
     hidden = F.silu(F.grouped_mm(rows, gate, offs=order.offsets)) * F.grouped_mm(rows, up, offs=order.offsets)
     if has_empty_slots:
         hidden = torch.where(filled, hidden, 0)
-    out = F.grouped_mm(hidden * row_weights, down, offs=order.offsets)
+    out = F.grouped_mm(hidden * row_weights.to(x.dtype), down, offs=order.offsets)
     if has_empty_slots:
         out = torch.where(filled, out, 0)
     return SumRows.apply(out, order.token_ids, places, x.shape[0])
