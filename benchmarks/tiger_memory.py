@@ -68,9 +68,7 @@ def main() -> None:
     print(f"weights {weights / 2**20:.0f} MiB, {MICRO_BATCHES} micro-batches an update")
     for side in SIDES:
         peak = results[side]
-        print(
-            f"accumulate={side:10}{peak / 2**20:8.0f} MiB at the peak, {peak / weights:.2f} x the weights, end {digest}"
-        )
+        print(f"accumulate={side:10}{peak / 2**20:8.0f} MiB at the peak, {peak / weights:.2f} x the weights")
 
 
 if __name__ == "__main__":
