@@ -12,7 +12,7 @@ import torch
 
 from llm.attention.concentration import concentration_by_layer
 from llm.checkpoint import compare_state, load_model
-from llm.config import RunConfig, accelerator, batch_plan, build_data, build_model, check, load, run_config
+from llm.config import RunConfig, accelerator, batch_plan, build_data, build_model, check, load, run_config, world_size
 from llm.errors import CheckpointError, ConfigError, did_you_mean
 from llm.generate import check_sampling
 from llm.module import LanguageModule
@@ -37,6 +37,9 @@ class EvalConfig:
     top_p: float | None
     seed: int
     use_cache: bool
+    context_length: int | None = None
+    model: dict[str, Any] | None = None
+    """`position`: the node of another position to read with; none of them has weights."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ def evaluate(cfg: dict[str, Any], path: Path) -> float | None:
         CheckpointError: weights that are missing, damaged, or of another architecture.
     """
     config = check_eval(cfg)
-    run = rebuild(Path(config.run_dir), config.checkpoint)
+    position = (config.model or {}).get("position")
+    run = rebuild(Path(config.run_dir), config.checkpoint, position=position, context_length=config.context_length)
     results = {name: EVALS[name](run, config) for name in config.evals}
     for name, result in results.items():
         (path / f"{name}.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -73,7 +77,7 @@ def check_eval(cfg: Mapping[str, Any]) -> EvalConfig:
     problems += [
         f"{f.name}={cfg[f.name]!r}: must be {type_name(hints[f.name])}"
         for f in fields(EvalConfig)
-        if not fits(cfg[f.name], hints[f.name])
+        if f.name in cfg and not fits(cfg[f.name], hints[f.name])
     ]
     for name in cfg["evals"] or []:
         if name not in EVALS:
@@ -85,14 +89,30 @@ def check_eval(cfg: Mapping[str, Any]) -> EvalConfig:
     return EvalConfig(**cfg)
 
 
-def rebuild(folder: Path, checkpoint: str) -> TrainedRun:
+def rebuild(
+    folder: Path,
+    checkpoint: str,
+    *,
+    position: Mapping[str, Any] | None = None,
+    context_length: int | None = None,
+) -> TrainedRun:
     """Rebuild data, model and weights of a run from its folder.
+
+    Args:
+        folder: the run folder.
+        checkpoint: name of a checkpoint in it.
+        position: node of another position to read with, or None for the run's own.
+        context_length: tokens a window, or None for the run's own.
 
     Raises:
         ConfigError: the folder holds no run, or its configuration is not valid.
         CheckpointError: the checkpoint is missing, damaged, or does not fit the configuration or the tokenizer.
     """
     cfg = load(folder / "config.yaml")
+    if position is not None:
+        cfg["model"]["position"] = dict(position)
+    if context_length is not None:
+        _set_context_length(cfg, context_length)
     check(cfg)
     run = run_config(cfg)
     weights = checkpoint_folder(folder, checkpoint)
@@ -105,6 +125,15 @@ def rebuild(folder: Path, checkpoint: str) -> TrainedRun:
     device = torch.device(accelerator(cfg["trainer"]))
     precision = resolve_precision(cfg["trainer"]["precision"], accelerator=device.type)
     return TrainedRun(folder, cfg, data, module.to(device).eval(), device, precision)
+
+
+def _set_context_length(cfg: dict[str, Any], context_length: int) -> None:
+    """Read windows of another length, as many tokens at a time as before."""
+    if context_length < 1:
+        raise ConfigError(f"context_length={context_length}: must be at least 1; try {4 * cfg['context_length']}")
+    windows = max(1, batch_plan(cfg).micro_batch_size * cfg["context_length"] // context_length)
+    cfg["context_length"], cfg["micro_batch_size"] = context_length, windows
+    cfg["batch_tokens"] = context_length * windows * world_size(cfg["trainer"])
 
 
 def _load(
