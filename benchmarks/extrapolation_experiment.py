@@ -159,7 +159,9 @@ def plot(results: dict[str, dict], path: Path, names: Sequence[str], stretch: in
         left.plot(list(points), [loss for loss, _ in points.values()], marker="o", label=name)
         curve = results[name]["by_position"]
         right.plot([(i + 0.5) * stretch for i in range(len(curve))], curve, label=name)
-    left.set(xscale="log", xlabel="bytes of context", ylabel=f"loss of the last {LAST} bytes, nats", title="By context")
+    left.set_xscale("log", base=2)
+    left.set_xticks(list(points), [str(n) for n in points])
+    left.set(xlabel="bytes of context", ylabel=f"loss of the last {LAST} bytes, nats", title="By context")
     right.set(xlabel="position in one read", ylabel="loss, nats", title="By position")
     left.legend(fontsize=8)
     figure.tight_layout()
