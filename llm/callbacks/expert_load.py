@@ -1,0 +1,123 @@
+"""How experts are used: figures of the whole update, an alarm for idle ones, and a picture."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from llm.errors import ConfigError
+from llm.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+LOAD = "expert_load_global"
+MOST_TIMES = 200
+"""Columns of the picture; longer runs are averaged down to it."""
+
+
+class ExpertLoad(Callback):
+    """Reports each mixture-of-experts layer over the whole update: all its micro-batches and ranks.
+
+    Adds to an update's line `train/layer<i>/expert_load_global`, each expert's share of the tokens' slots, and
+    `train/layer<i>/max_violation_global`, its largest load over the mean, minus one; the figures without `_global`
+    are those of a micro-batch. Warns of experts without a token for `alarm_after` updates, once for each time that
+    they fall idle. Draws expert_load.png when training ends. A model without experts costs nothing.
+
+    Args:
+        run_folder: where metrics.jsonl is and expert_load.png goes.
+        alarm_after: updates without a token after which an expert is called idle, at least 1.
+
+    Raises:
+        ConfigError: an alarm_after below 1.
+    """
+
+    def __init__(self, *, run_folder: RunFolder, alarm_after: int) -> None:
+        if alarm_after < 1:
+            raise ConfigError(f"callbacks.expert_load.alarm_after={alarm_after}: must be at least 1 update; try 100")
+        self.run_folder, self.alarm_after = run_folder, alarm_after
+        self._idle: dict[int, Tensor] = {}
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Count from the update that the run goes on from."""
+        self._step = trainer.global_step
+        self._idle = {index: torch.zeros_like(counts) for index, counts in expert_layers(pl_module)}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        """Count the updates that each expert has been without a token."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        for index, counts in expert_layers(pl_module):
+            idle = self._idle[index]
+            idle.add_(1).mul_(counts == 0)
+        if self._step % self.alarm_after == 0 and trainer.is_global_zero:  # reading them makes a GPU wait
+            self._warn()
+
+    def _warn(self) -> None:
+        for index, idle in self._idle.items():
+            # between two checks an expert passes the limit once
+            experts = ((idle >= self.alarm_after) & (idle < 2 * self.alarm_after)).nonzero().flatten().tolist()
+            if experts:
+                log.warning(
+                    "step %d: layer %d has had no token for experts %s in %d updates; try model/ffn/balance=loss_free, "
+                    "or a larger rate",
+                    *(self._step, index, ", ".join(map(str, experts)), self.alarm_after),
+                )
+
+    def step_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Tensor]:
+        """Return the figures of the update for the recorder."""
+        metrics = {}
+        for index, counts in expert_layers(pl_module):
+            load = counts / counts.sum().clamp_min(1)
+            metrics[f"train/layer{index}/{LOAD}"] = load
+            metrics[f"train/layer{index}/max_violation_global"] = load.max() * load.numel() - 1
+        return metrics
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Draw, once every line is written."""
+        if self._idle and trainer.is_global_zero:
+            draw_expert_load(self.run_folder.read_metrics(), self.run_folder.path / "expert_load.png")
+
+
+def expert_layers(pl_module: Any) -> Iterator[tuple[int, Tensor]]:
+    """Yield (layer, tokens of each expert in the last update) for the layers that have experts."""
+    for index, layer in enumerate(pl_module.model.layers):
+        counts = getattr(layer.ffn, "update_counts", None)
+        if counts is not None:
+            yield index, counts
+
+
+def draw_expert_load(lines: list[dict[str, Any]], path: Path) -> None:
+    """Draw a panel a layer: experts upwards, time to the right, each one's load in colour, 1 being an even share.
+
+    Args:
+        lines: one mapping of metric to value a step, as in metrics.jsonl.
+        path: the picture to write; none where no line has a load.
+    """
+    names = sorted({n for line in lines for n in line if n.endswith(LOAD)}, key=lambda n: int(n.split("/")[1][5:]))
+    if not names:
+        return
+    figure = Figure(figsize=(11, 0.6 + 1.7 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(names), 1, squeeze=False)[:, 0]
+    for axes, name in zip(panels, names, strict=True):
+        points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), list)]
+        loads = torch.tensor([load for _, load in points]).t()
+        loads = torch.nn.functional.adaptive_avg_pool1d(loads, min(MOST_TIMES, loads.shape[1])) * loads.shape[0]
+        extent = (points[0][0] - 0.5, points[-1][0] + 0.5, -0.5, loads.shape[0] - 0.5)
+        image = axes.imshow(
+            loads, aspect="auto", origin="lower", extent=extent, cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest"
+        )
+        axes.set_title(name.split("/")[1], loc="left", fontsize=11)
+        axes.set_ylabel("expert")
+    panels[-1].set_xlabel("step")
+    figure.colorbar(image, ax=list(panels), label="load over an even share")  # pyright: ignore[reportPossiblyUnbound]
+    figure.savefig(path, dpi=110)
