@@ -1,6 +1,7 @@
 """Says what is wrong with a command line: Hydra's complaint in, one line with a remedy out."""
 
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def not_overrides(arguments: Iterable[str]) -> list[str]:
     flags = {"-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-p", "--package"}
     flags |= {"--resolve", "--info", "-i", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
     complaints = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip_longest(arguments, arguments[1:], fillvalue=""):
         name = argument.split("=")[0]
         if argument.startswith("-") and name not in flags and not name.startswith("--experimental"):
             key = name.lstrip("-").replace("-", "_")

@@ -41,3 +41,4 @@ def test_dashes_are_answered_with_the_right_form():
     assert not_overrides(["--optimizer", "muon"]) == ["--optimizer: settings take no dashes; write optimizer=muon"]
     assert not_overrides(["--max-steps=5"]) == ["--max-steps=5: settings take no dashes; write max_steps=5"]
     assert not_overrides(["-m", "optimizer=adamw,lion"]) == []
+    assert not_overrides([]) == []
