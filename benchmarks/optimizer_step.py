@@ -8,7 +8,8 @@ the same gradients, with a state of its own and the settings in conf/optimizer. 
 order that rotates; speeds are medians over rounds of (time of the reference / time of the side) within a round, with
 quartiles. Peers that are not installed are named and left out: `pip install lion-pytorch pytorch_optimizer`, and from
 their repositories `muon` (KellerJordan/Muon) and `dion` (microsoft/dion). What Muon adds to a training step is given as
-a share of forward and backward, timed here on a few windows and scaled by tokens.
+a share of forward and backward, timed here on a few windows and scaled by tokens. On a machine that others use too,
+`OMP_NUM_THREADS=1 ... --clock cpu` counts this process's own seconds on one thread.
 """
 
 import argparse
@@ -94,7 +95,7 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(sides: Sides, *, rounds: int, device: str) -> dict[str, list[float]]:
+def measure(sides: Sides, *, rounds: int, device: str, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Time every side once a round, rotating who goes first, after two steps to warm up."""
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for name, build in sides.items():
@@ -111,10 +112,10 @@ def measure(sides: Sides, *, rounds: int, device: str) -> dict[str, list[float]]
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             wait(device)
-            started = time.perf_counter()
+            started = clock()
             optimizers[name].step()
             wait(device)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return seconds
 
 
@@ -128,7 +129,7 @@ def print_table(title: str, seconds: dict[str, list[float]], reference: str) -> 
         print(f"{name:26}{middle:10.1f}{low:9.1f}{high:9.1f}   {ratio:.2f} ({down:.2f} to {up:.2f})")
 
 
-def seconds_a_token(model: Transformer, device: str, *, windows: int, rounds: int) -> float:
+def seconds_a_token(model: Transformer, *, windows: int, rounds: int, device: str, clock: Callable[[], float]) -> float:
     """Time forward and backward in bfloat16 autocast on a few windows; the median of `rounds`."""
     ids = torch.randint(VOCAB, (windows, CONTEXT + 1), device=device)
     positions = torch.arange(CONTEXT, device=device).expand(windows, CONTEXT)
@@ -143,10 +144,10 @@ def seconds_a_token(model: Transformer, device: str, *, windows: int, rounds: in
     seconds = []
     for _ in range(rounds + 1):
         wait(device)
-        started = time.perf_counter()
+        started = clock()
         run()
         wait(device)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return statistics.median(seconds[1:]) / (windows * CONTEXT)
 
 
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="fewer layers of the same shapes, for a quick look")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--windows", type=int, default=2, help="windows in the timed forward and backward")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--part", choices=("elementwise", "muon", "share"), nargs="*", help="default: all")
     arguments = parser.parse_args()
     parts = arguments.part or ["elementwise", "muon", "share"]
@@ -165,7 +167,8 @@ def main() -> None:
     groups = build_param_groups(model, **RATES)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{count / 1e6:.1f} M parameters, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    timing = {"rounds": arguments.rounds, "device": arguments.device}
+    clock = time.perf_counter if arguments.clock == "wall" else time.process_time
+    timing = {"rounds": arguments.rounds, "device": arguments.device, "clock": clock}
     if "elementwise" in parts:
         seconds = measure(elementwise_sides(groups, nodes), **timing)
         print_table("All parameters", seconds, "torch AdamW, fused")
@@ -174,7 +177,7 @@ def main() -> None:
         fastest = min((n for n in seconds if not n.startswith("Muon")), key=lambda n: statistics.median(seconds[n]))
         print_table("Hidden matrices", seconds, fastest)
     if "share" in parts:
-        token = seconds_a_token(model, arguments.device, windows=arguments.windows, rounds=arguments.rounds)
+        token = seconds_a_token(model, windows=arguments.windows, **timing)
         sides: Sides = {
             "adamw": lambda: torch_adamw(groups, fused=True),
             "muon": lambda: instantiate(nodes["muon"])(groups),

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm.products import product_nn, product_nt
+from llm.products import pays, product_nn, product_nt
 
 ROW_MULTIPLE = 32
 """Rows of an expert are filled up to a multiple of it: oneDNN compiles a product for each new shape, at more than the
@@ -34,9 +34,8 @@ def expert_loop(
     projected = x.new_empty(layout.num_rows, 2 * width)
     out = _zero_sums(x)
     for expert, tokens_of, weight, both in layout.experts(layout.spread(row_weights), projected):
-        both.copy_(product_nt(x.index_select(0, tokens_of), _joined(gate[expert], up[expert], x.dtype)))
-        y = product_nt(_activate(both), down[expert].to(x.dtype))
-        out.index_add_(0, tokens_of, torch.mul(y, weight, out=y.new_empty(y.shape, dtype=out.dtype)))
+        _product_into(both, x.index_select(0, tokens_of), _joined(gate[expert], up[expert], x.dtype))
+        _add_rows(out, tokens_of, product_nt(_activate(both), down[expert].to(x.dtype)), weight)
     projected[sum(layout.sizes) :].zero_()
     return out.to(x.dtype, copy=False), projected
 
@@ -74,8 +73,7 @@ def expert_loop_backward(
         d_joined = product_nt(d_both.t(), x.index_select(0, tokens_of).t())
         d_gate[expert].copy_(d_joined[:width])
         d_up[expert].copy_(d_joined[width:])
-        d_tokens = product_nn(d_both, _joined(gate[expert], up[expert], x.dtype))
-        d_x.index_add_(0, tokens_of, d_tokens.to(d_x.dtype))
+        _add_rows(d_x, tokens_of, product_nn(d_both, _joined(gate[expert], up[expert], x.dtype)), None)
     return d_x.to(x.dtype, copy=False), layout.collect(d_weights), d_gate, d_up, d_down
 
 
@@ -128,6 +126,14 @@ class RowLayout:
                 yield expert, *own
 
 
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """Write a bᵀ over `out`, without a copy where the product can."""
+    if pays(a, b, multiplications=a.numel() * b.shape[0]):
+        out.copy_(product_nt(a, b))
+    else:
+        torch.mm(a, b.t(), out=out)
+
+
 def _activate(both: Tensor) -> Tensor:
     """Return silu(gate) ⊙ up, a few rows at a time so that they stay in the cache."""
     width = both.shape[1] // 2
@@ -153,6 +159,13 @@ def _activate_backward(d_hidden: Tensor, both: Tensor, weight: Tensor, d_weight:
         torch.mul(activation, slope.mul_(w), out=d_upped)
         torch.ops.aten.silu_backward.grad_input(slope.mul_(upped), gated, grad_input=d_gated)
     return hidden, d_both
+
+
+def _add_rows(sums: Tensor, token_ids: Tensor, rows: Tensor, weight: Tensor | None) -> None:
+    """Add weighted rows to their tokens, in the precision of the sums."""
+    for span in _spans(rows):
+        part = rows[span].to(sums.dtype)
+        sums.index_add_(0, token_ids[span], part if weight is None else part.mul_(weight[span]))
 
 
 def _spans(rows: Tensor) -> Iterator[slice]:

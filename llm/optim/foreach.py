@@ -10,6 +10,7 @@ import torch
 _torch: Any = torch
 
 add_ = _torch._foreach_add_
+copy_ = _torch._foreach_copy_
 lerp = _torch._foreach_lerp
 lerp_ = _torch._foreach_lerp_
 mul_ = _torch._foreach_mul_

@@ -9,7 +9,7 @@ from torch import Tensor
 from llm.contracts import ParamGroup
 from llm.errors import ConfigError, did_you_mean
 from llm.optim import foreach
-from llm.optim.base import GroupedOptimizer, active_rows, gradients_of, has_rows, in_range
+from llm.optim.base import CHUNK, GroupedOptimizer, active_rows, between, gradients_of, has_rows, in_range, slabs
 from llm.optim.newton_schulz import fast_dtype, find_iteration, orthogonalize
 from llm.optim.row_normalization import balance_rows
 from llm.optim.rules import apply_rule, make_rule
@@ -162,20 +162,26 @@ class Muon(GroupedOptimizer):
 
     def _update_stack(self, group: dict[str, Any], params: list[Tensor], heads: int) -> None:
         gradients, momenta = gradients_of(params), self.buffers(group, params)["momentum"]
-        foreach.lerp_(momenta, gradients, 1 - self.momentum)
-        ahead = foreach.lerp(gradients, momenta, self.momentum) if self.nesterov else momenta
-        blocks = (
-            torch.stack([as_blocks(x, heads) for x in ahead]) if len(ahead) > 1 else as_blocks(ahead[0], heads)[None]
-        )
-        dtype = fast_dtype(blocks.device.type) if self.matmul_dtype == "auto" else DTYPES[self.matmul_dtype]
-        directions = orthogonalize(blocks, iteration=self.iteration, dtype=dtype).float()
+        device = params[0].device.type
+        dtype = fast_dtype(device) if self.matmul_dtype == "auto" else DTYPES[self.matmul_dtype]
+        ahead = [as_blocks(x, heads) for x in self._look_ahead(gradients, momenta, dtype)]
+        blocks = torch.stack(ahead) if len(ahead) > 1 else ahead[0][None]
+        directions = orthogonalize(blocks, iteration=self.iteration, dtype=dtype)
         if self.row_beta is not None:
-            directions = balance_rows(directions, self._row_moments(params, blocks), beta=self.row_beta)
-        lr = float(group["lr"]) * self.update_scale(*blocks.shape[-2:])
+            directions = balance_rows(directions.float(), self._row_moments(params, blocks), beta=self.row_beta)
         for parameter, gradient, direction in zip(params, gradients, directions, strict=True):
-            weight, used = as_blocks(parameter, heads), self._used(as_blocks(gradient, heads))
-            self._decay(group, weight, direction, used)
-            weight.add_(direction if used is None else direction * used, alpha=-lr)
+            used = self._used(as_blocks(gradient, heads))
+            self._descend(group, as_blocks(parameter, heads), direction, used)
+
+    def _look_ahead(self, gradients: list[Tensor], momenta: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Advance the momenta; return what is to be orthogonalised, in the dtype of the products."""
+        out = [torch.empty_like(gradient, dtype=dtype) for gradient in gradients]
+        for slab in slabs(out, gradients, {"momentum": momenta}):
+            momentum = slab.state["momentum"]
+            foreach.lerp_(momentum, slab.gradients, 1 - self.momentum)
+            ahead = between(slab.gradients, momentum, self.momentum, out=slab.scratch) if self.nesterov else momentum
+            foreach.copy_(slab.params, ahead)
+        return out
 
     def _used(self, gradient: Tensor) -> Tensor | None:
         """Which blocks the loss depended on, or None if all may move."""
@@ -191,15 +197,19 @@ class Muon(GroupedOptimizer):
                 self.state[parameter]["row_moment"] = blocks.new_zeros(*blocks.shape[1:-1], 1)
         return [self.state[parameter]["row_moment"] for parameter in params]
 
-    def _decay(self, group: dict[str, Any], weight: Tensor, direction: Tensor, used: Tensor | None) -> None:
-        """W ← W − lr·λ·W on the blocks of one parameter that may move, before the update."""
-        amount = float(group["lr"]) * float(group["weight_decay"])
-        if not amount:
-            return
-        share: Tensor | float = 1.0 if used is None else used
-        if self.cautious_decay:
-            share = share * (direction * weight > 0)
-        weight.mul_(1 - amount * share)
+    def _descend(self, group: dict[str, Any], weight: Tensor, direction: Tensor, used: Tensor | None) -> None:
+        """W ← W − lr·(scale·O + λ·W) on the blocks of one parameter that may move, piece by piece on a CPU."""
+        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        step = lr * self.update_scale(*weight.shape[-2:])
+        rows = weight.shape[-2]
+        if weight.device.type == "cpu":
+            rows = max(1, CHUNK * rows // weight.numel())
+        for piece, update in zip(weight.split(rows, -2), direction.split(rows, -2), strict=True):
+            move = update.float() if used is None else update.float() * used
+            if decay:
+                share: Tensor | float = 1.0 if used is None else used
+                piece.mul_(1 - lr * decay * (share * (move * piece > 0) if self.cautious_decay else share))
+            piece.add_(move, alpha=-step)
 
 
 def as_blocks(matrix: Tensor, heads: int) -> Tensor:

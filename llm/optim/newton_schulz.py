@@ -115,15 +115,13 @@ def find_iteration(name: str) -> Iteration:
 def normalized(
     x: Float[Tensor, "*stack rows columns"], *, margin: float, dtype: torch.dtype
 ) -> Float[Tensor, "*stack rows columns"]:
-    """x / (margin · ‖x‖_F) for each matrix, 0 for a zero one; divided in fp32, then rounded to `dtype`."""
-    x = x.float()
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    """x / (margin · ‖x‖_F) for each matrix, 0 for a zero one; norms in fp32, rounded once, to `dtype`."""
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     if x.device.type != "cpu" or not bool(((norm > SAFE_NORM) & (norm < 1 / SAFE_NORM)).all()):
         peak = x.abs().amax((-2, -1), keepdim=True)  # squares could leave fp32's range: divide by the largest first
-        x = x / torch.where(peak > 0, peak, 1.0)
+        x = x.float() / torch.where(peak > 0, peak, 1.0)
         norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    scale = 1 / torch.where(norm > 0, margin * norm, 1.0)
-    return torch.mul(x, scale).to(dtype)
+    return torch.mul(x, 1 / torch.where(norm > 0, margin * norm, 1.0), out=torch.empty_like(x, dtype=dtype))
 
 
 @cache
