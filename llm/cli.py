@@ -85,6 +85,27 @@ def run_command(
         sys.exit(stopped[0])
 
 
+def run_plain_command(task: Callable[[dict[str, Any]], Any], *, config_name: str) -> None:
+    """Compose the configuration from sys.argv and call `task(plain configuration)`: no folder, no log, no sweep.
+
+    Exit status: 0 finished, 2 a mistake to mend, 1 anything else.
+    """
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        sys.stdout.write((CONFIG_DIR / f"{config_name}.yaml").read_text())
+        return
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        if complaints := not_overrides(arguments):
+            raise ConfigError("\n".join(complaints))
+        task(_compose(config_name, arguments))
+    except CrucibleError as error:
+        _fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(diagnose(error, _default_config(config_name), CONFIG_DIR))
+
+
 def _run_job(task: Callable[[dict[str, Any], Path], float | None], cfg: DictConfig, stopped: list[int]) -> Any:
     hydra_cfg = HydraConfig.get()
     plain = to_plain(cfg)

@@ -95,6 +95,10 @@ class RunFolder:
         if self.is_writer and _read_object(self._lock_path) == _this_process():
             self._lock_path.unlink(missing_ok=True)
 
+    def is_live(self) -> bool:
+        """Tell whether another process is writing here."""
+        return self._live_owner() is not None
+
     def remove_leftovers(self) -> list[str]:
         """Delete what a killed run left half-written, and return the names."""
         left = [path for folder in (self.path, self.checkpoints) for path in folder.glob(_TEMPORARY + "*")]

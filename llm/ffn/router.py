@@ -59,7 +59,7 @@ class TopKRouter(Router):
                 "use normalize=false or top_k=2"
             )
         self.top_k, self.num_experts, self.normalize = top_k, num_experts, normalize
-        self.score = SCORE_FUNCTIONS[scores]
+        self.scores, self.score = scores, SCORE_FUNCTIONS[scores]
         geometry: dict[str, Any] = {"num_experts": num_experts, "top_k": top_k, "normalize": normalize}
         geometry |= {"num_shared_experts": num_shared_experts, "scores": scores}
         self.routed_scale = resolve_routed_scale(routed_scale, **geometry)

@@ -26,6 +26,7 @@ class RoPE(Position):
 
     def __init__(self, *, head_dim: int, base: float, log_n: LogNMode, train_length: int | None) -> None:
         super().__init__(log_n=log_n, train_length=train_length)
+        self.base = base
         self.frequencies = self.choose_frequencies(inverse_frequencies(head_dim=head_dim, base=base))
         self.angles = AngleMemo()
 

@@ -1,8 +1,21 @@
-"""Rules that carry a tuned learning rate from one batch size to another: lr_scale = f(batch_tokens), 1 at the base."""
+"""Rules that carry a tuned learning rate from one batch size to another: lr_scale = f(batch_tokens), 1 at the base.
+
+The last three come from one law. Write g for the gradient, Σ for the covariance of one token's, and x = noise_scale / B
+with noise_scale = tr Σ / |g|². The step that lowers the loss most along φ / √(φ² + ε²), φ the batch's gradient, is
+
+    lr(B) ∝ √(1 + ρ + x) / (q + x),    ρ = (ε / RMS(g))²,    q = sign(g)ᵀ H sign(g) / tr H
+
+in the mean field, with gradients of one size. ρ = 0 is the sign of the gradient, ρ → ∞ the gradient itself: the law of
+SGD, 1 / (q + x). No rule touches betas, eps or weight decay; `keep_half_life` does, see `llm.scaling.half_life`.
+"""
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 from llm.errors import ConfigError
+
+NoiseScale = float | Literal["measured"]
 
 
 def none(batch_tokens: int, *, base_batch_tokens: int) -> float:
@@ -29,8 +42,8 @@ def linear(batch_tokens: int, *, base_batch_tokens: int) -> float:
 def sqrt(batch_tokens: int, *, base_batch_tokens: int) -> float:
     """Return √(B/B₀), which keeps the noise that Adam or RMSprop adds per token.
 
-    Assumes that gradient noise dominates the signal. The full rule scales 1 − β in proportion to B as well, which
-    this factor leaves alone.
+    Assumes that gradient noise dominates the signal, B far below the noise scale. The whole rule scales 1 − β in
+    proportion to B, eps by √(B₀/B) and weight decay by √(B/B₀) as well: `keep_half_life=true`.
 
     Args:
         batch_tokens: tokens per update, B.
@@ -42,8 +55,110 @@ def sqrt(batch_tokens: int, *, base_batch_tokens: int) -> float:
     return math.sqrt(_ratio(batch_tokens, base_batch_tokens))
 
 
-def _ratio(batch_tokens: int, base_batch_tokens: int) -> float:
-    if base_batch_tokens < 1:
+def variance(batch_tokens: int, *, base_batch_tokens: int, noise_scale: NoiseScale) -> float:
+    """Return the best step of SGD, lr_max / (1 + B_noise / B), over that at the base batch.
+
+    Rises in proportion to B far below the noise scale and ends at (1 + B_noise / B₀) far above it. Assumes a step
+    along the batch's gradient on a quadratic.
+
+    Args:
+        batch_tokens: tokens per update, B.
+        base_batch_tokens: tokens per update at which the learning rate was tuned, B₀.
+        noise_scale: tokens, B_noise = tr(HΣ)/gᵀHg, for which tr Σ/|g|² stands in; > 0, or `measured`.
+
+    Source: McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv:1812.06162, eq. 2.6.
+    """
+    return _relative(lambda x: 1 / (1 + x), batch_tokens, base_batch_tokens, noise_scale)
+
+
+def sign(batch_tokens: int, *, base_batch_tokens: int, noise_scale: NoiseScale, alignment: float) -> float:
+    """Return the best step along the sign of the gradient, over that at the base batch: √(1 + x) / (q + x).
+
+    Rises with √B far below the noise scale. With q <= 2 it levels off; above, it peaks at B = noise_scale / (q − 2),
+    and beyond that more batch wants less lr. Assumes independent Gaussian noise, a quadratic, and no momentum.
+
+    Args:
+        batch_tokens: tokens per update, B.
+        base_batch_tokens: tokens per update at which the learning rate was tuned, B₀.
+        noise_scale: tokens, tr Σ/|g|²; > 0, or `measured`.
+        alignment: q = sign(g)ᵀ H sign(g) / tr H, > 0: 1 where the curvature H is diagonal, larger where moving all
+            weights at once meets more curvature than moving each alone.
+
+    Source: Su, kexue.fm/archives/10542 and 11280; Li et al., "Surge Phenomenon in Optimal Learning Rate and Batch
+    Size Scaling", arXiv:2405.14578, eq. 17, whose law is the same with its peak at the noise scale.
+    Differs: 10542 has (π/2)·noise_scale for noise_scale; its constant is exact only far below the noise scale.
+    """
+    _check_positive("alignment", alignment, "1 has no peak, 3 has it at the noise scale")
+    return _relative(lambda x: math.sqrt(1 + x) / (alignment + x), batch_tokens, base_batch_tokens, noise_scale)
+
+
+def adam_eps(
+    batch_tokens: int,
+    *,
+    base_batch_tokens: int,
+    noise_scale: NoiseScale,
+    alignment: float,
+    eps_to_gradient: float,
+) -> float:
+    """Return the best step of Adam with an eps that counts, over that at the base batch: √(1 + ρ + x) / (q + x).
+
+    Between `sign` (eps_to_gradient = 0) and `variance` (large). A peak is left only where q > 2 (1 + ρ), at
+    B = noise_scale / (q − 2 (1 + ρ)). Assumes what `sign` does, and gradients of one size.
+
+    Args:
+        batch_tokens: tokens per update, B.
+        base_batch_tokens: tokens per update at which the learning rate was tuned, B₀.
+        noise_scale: tokens, tr Σ/|g|²; > 0, or `measured`.
+        alignment: q = sign(g)ᵀ H sign(g) / tr H, > 0.
+        eps_to_gradient: eps over the root mean square of g's elements, >= 0.
+
+    Source: Su, kexue.fm/archives/10563.
+    Differs: written for one size of gradients, in which the sums over weights close; Adam's √v + eps is taken for
+    √(v + eps²), so that eps holds in its order of magnitude.
+    """
+    _check_positive("alignment", alignment, "1 has no peak, 3 has it at the noise scale")
+    if not 0 <= eps_to_gradient < math.inf:
+        raise ConfigError(
+            f"scaling.eps_to_gradient={eps_to_gradient}: must be at least 0; optimizer.eps over the gradient's RMS"
+        )
+    rho = eps_to_gradient**2
+    return _relative(lambda x: math.sqrt(1 + rho + x) / (alignment + x), batch_tokens, base_batch_tokens, noise_scale)
+
+
+def _relative(law: Callable[[float], float], batch_tokens: int, base_batch_tokens: int, noise_scale: object) -> float:
+    """Return law(noise_scale / B) / law(noise_scale / B₀), and 1 at the base batch without asking for a measurement."""
+    ratio = _ratio(batch_tokens, base_batch_tokens)
+    scale = check_noise_scale(noise_scale)
+    if ratio == 1:
+        return 1.0
+    if scale is None:
+        raise ConfigError(
+            "scaling.noise_scale=measured: nothing has measured it yet; set a number of tokens, such as the noise_scale "
+            "in the summary of a run with callbacks=noise_scale"
+        )
+    return law(scale / batch_tokens) / law(scale / base_batch_tokens)
+
+
+def check_noise_scale(noise_scale: object) -> float | None:
+    """Return a noise scale in tokens, or None for `measured`.
+
+    Raises:
+        ConfigError: anything else than a positive number.
+    """
+    if noise_scale == "measured":
+        return None
+    return _check_positive("noise_scale", noise_scale, "set the tokens that a run with callbacks=noise_scale reports")
+
+
+def _check_positive(key: str, value: object, hint: str) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and 0 < value < math.inf):
+        raise ConfigError(f"scaling.{key}={value}: must be a number above 0; {hint}")
+    return float(value)
+
+
+def _ratio(batch_tokens: int, base_batch_tokens: int | None) -> float:
+    if base_batch_tokens is None or base_batch_tokens < 1:
         raise ConfigError(
             f"scaling.base_batch_tokens={base_batch_tokens}: must be at least 1; set the tokens per update at which "
             "optimizer.lr was tuned"

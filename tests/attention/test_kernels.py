@@ -38,8 +38,10 @@ def make(shape, dtype=torch.float64, seed=0):
     return tuple(x.requires_grad_() for x in (q, k, v)), options
 
 
+@pytest.mark.parametrize("short_row", [512, 0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_lse_and_gradients_equal_the_reference(shape):
+def test_values_lse_and_gradients_equal_the_reference(shape, short_row, monkeypatch):
+    monkeypatch.setattr("llm.attention.kernels.plan.SHORT_ROW", short_row)  # whether differing rows share products
     inputs, options = make(shape)
     out, lse = causal_attention(*inputs, **options, return_lse=True)
     expected, expected_lse = reference_attention(*inputs, **options, return_lse=True)
@@ -148,8 +150,8 @@ def test_the_operator_keeps_its_promises_to_the_compiler(shape):
 def test_the_step_never_holds_time_by_time(monkeypatch):
     monkeypatch.setattr("llm.attention.kernels.slabs.SCORE_ELEMENTS", 1)
     largest = []
-    baddbmm = torch.baddbmm
-    monkeypatch.setattr(torch, "baddbmm", lambda x, *a, **o: largest.append(x.numel()) or baddbmm(x, *a, **o))
+    baddbmm = torch.Tensor.baddbmm_
+    monkeypatch.setattr(torch.Tensor, "baddbmm_", lambda x, *a, **o: largest.append(x.numel()) or baddbmm(x, *a, **o))
     (q, k, v), options = make((1, 1024, 1024, 2, 2, 8, 8, None, None), torch.float32)
     causal_attention(q, k, v, **options).sum().backward()
     assert max(largest) == 128 * 1024  # one block of queries of one head

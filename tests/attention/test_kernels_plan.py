@@ -39,7 +39,12 @@ def test_documents_cost_no_more_than_one_long_document():
         assert not any(b.is_masked for b in cut if b.stop - b.start > 71)
 
 
-def test_rows_with_documents_at_the_same_tokens_are_computed_together():
+def test_rows_with_documents_at_the_same_tokens_are_computed_together_and_short_rows_always(monkeypatch):
     ids = torch.tensor([[0, 0, 1, 1], [5, 5, 5, 5], [3, 3, 4, 4], [0, 0, 0, 0]])
-    plans = plan_batch(ids, batch=4, time=4, time_k=4, window=None, block=2)
+    sizes = {"batch": 4, "time": 4, "time_k": 4, "window": None, "block": 2}
+    (plan,) = plan_batch(ids, **sizes)
+    assert (plan.rows, plan.is_uniform, [b.is_masked for b in plan.blocks]) == ([0, 1, 2, 3], False, [False, True])
+    monkeypatch.setattr("llm.attention.kernels.plan.SHORT_ROW", 0)
+    plans = plan_batch(ids, **sizes)
     assert sorted(plan.rows for plan in plans) == [[0, 2], [1, 3]]
+    assert all(plan.is_uniform and not any(b.is_masked for b in plan.blocks) for plan in plans)

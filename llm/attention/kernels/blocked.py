@@ -122,22 +122,24 @@ def _slab_grad(
 def _scores(
     query: Tensor, keys: Tensor, slab: Slab, block: QueryBlock, buffer: Tensor, scale: float
 ) -> Float[Tensor, "slab_heads rows keys"]:
-    """Return scale · q·k of one block in the buffer, -inf where a query does not see a key."""
+    """Return scale · q·k of one block in the buffer, -inf where a query does not see a key.
+
+    The product is added to a bias of 0 and -inf: torch fills a broadcast mask at a tenth of the speed of a copy.
+    """
     span, num_queries = slice(block.key_start, block.key_stop), block.stop - block.start
     shape = (*query.shape[:2], block.key_stop - block.key_start)
     scores = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-    torch.baddbmm(scores, query, keys[:, span].transpose(1, 2), beta=0, alpha=scale, out=scores)
-    by_query = scores.view(shape[0], -1, num_queries, shape[2])
-    if block.is_masked:
-        ids = None if slab.document_ids is None else slab.document_ids[None, span]
-        visible = visible_keys(
-            time=num_queries, time_k=shape[2], device=scores.device, document_ids=ids, window=slab.window
-        )
-        by_query.masked_fill_(~visible, float("-inf"))
-    else:
-        later = torch.ones(num_queries, num_queries, dtype=torch.bool, device=scores.device).triu(1)
-        by_query[..., -num_queries:].masked_fill_(later, float("-inf"))
-    return scores
+    has_ids = block.is_masked and slab.document_ids is not None
+    visible = visible_keys(
+        time=num_queries,
+        time_k=shape[2],
+        device=scores.device,
+        document_ids=slab.document_ids[:, span] if has_ids else None,
+        window=slab.window if block.is_masked else None,
+    )
+    bias = scores.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
+    scores.view(len(bias), -1, num_queries, shape[2]).copy_(bias[:, None])
+    return scores.baddbmm_(query, keys[:, span].transpose(1, 2), alpha=scale)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:

@@ -1,7 +1,7 @@
 """Which keys each block of queries needs: plain integers, decided before any arithmetic."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from jaxtyping import Int
@@ -9,6 +9,11 @@ from torch import Tensor
 
 SHORT_DOCUMENT = 32
 """Whole documents share a query block, under a mask, until they hold this many tokens: tiny products do not pay."""
+
+
+SHORT_ROW = 512
+"""Rows up to this many keys whose documents differ share their products, under a mask for each: a batch of small
+products costs less than each row's own, and what the mask hides is little."""
 
 
 class QueryBlock(NamedTuple):
@@ -23,10 +28,12 @@ class QueryBlock(NamedTuple):
 
 
 class RowPlan(NamedTuple):
-    """The blocks of the rows whose documents start at the same tokens, which are computed together."""
+    """The blocks of rows that are computed together."""
 
     rows: list[int]
     blocks: list[QueryBlock]
+    is_uniform: bool
+    """Whether their documents start at the same tokens."""
 
 
 def plan_batch(
@@ -39,6 +46,8 @@ def plan_batch(
     block: int,
 ) -> list[RowPlan]:
     """Group the rows of a batch by where their documents start, and cut each group into query blocks.
+
+    Short rows are one group, whatever their documents.
 
     Args:
         document_ids: id of each key's document, or None where every row is one document.
@@ -55,10 +64,16 @@ def plan_batch(
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, cuts in enumerate(boundaries):
         groups.setdefault(tuple(cuts), []).append(row)
-    return [
-        RowPlan(rows, plan_row(cuts, time=time, time_k=time_k, window=window, block=block))
-        for cuts, rows in groups.items()
-    ]
+    sizes = {"time": time, "time_k": time_k, "window": window, "block": block}
+    if len(groups) > 1 and time_k <= SHORT_ROW:
+        cuts = set().union(*boundaries)
+        return [RowPlan(list(range(batch)), [_masked_by(cuts, b) for b in plan_row([], **sizes)], is_uniform=False)]
+    return [RowPlan(rows, plan_row(cuts, **sizes), is_uniform=True) for cuts, rows in groups.items()]
+
+
+def _masked_by(cuts: Collection[int], block: QueryBlock) -> QueryBlock:
+    """Return the block, marked if a document of any row starts among its keys."""
+    return block._replace(is_masked=block.is_masked or any(block.key_start < c < block.key_stop for c in cuts))
 
 
 def plan_row(boundaries: Sequence[int], *, time: int, time_k: int, window: int | None, block: int) -> list[QueryBlock]:

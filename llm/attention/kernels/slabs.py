@@ -22,8 +22,8 @@ class Slab(NamedTuple):
     heads: slice
     kv_heads: slice
     blocks: list[QueryBlock]
-    document_ids: Int[Tensor, " time_k"] | None
-    """Of the first row, and so of all: rows of a slab have their documents at the same tokens."""
+    document_ids: Int[Tensor, "rows time_k"] | None
+    """Of each row, or of the first where all have their documents at the same tokens."""
     window: int | None
     num_scores: int
     """Scores of the largest block."""
@@ -69,12 +69,12 @@ def slabs(
     plans = plan_batch(
         document_ids, batch=batch, time=time, time_k=time_k, window=window, block=max(1, QUERY_BLOCK // group)
     )
-    for rows, blocks in plans:
+    for rows, blocks, is_uniform in plans:
         largest = max((b.stop - b.start) * (b.key_stop - b.key_start) for b in blocks) * group
         heads_at_once = min(kv_heads, max(1, SCORE_ELEMENTS // largest))
         rows_at_once = max(1, SCORE_ELEMENTS // (largest * kv_heads))
-        ids = None if document_ids is None else document_ids[rows[0]]
         for run in _runs(rows, rows_at_once):
+            ids = None if document_ids is None else document_ids[run.start : run.start + 1 if is_uniform else run.stop]
             for head in range(0, kv_heads, heads_at_once):
                 stop = min(head + heads_at_once, kv_heads)
                 size = largest * (run.stop - run.start) * (stop - head)
