@@ -49,7 +49,7 @@ MIN_GRAM_ROWS = 128
 MAX_PANELS = 3
 """More panels save fewer operations each than they lose in speed."""
 
-SAFE_NORM = 1e-16
+SAFE_NORM = 1e-8
 """Norms between this and its inverse are exact in fp32: their squares are normal numbers, and so are the elements'."""
 
 
@@ -89,17 +89,13 @@ def orthogonalize(
     Differs: the norm's epsilon is relative (published: an absolute 1e-7, which shrinks small updates).
     """
     found = find_iteration(iteration)
-    rows, columns = x.shape[-2:]
-    wide = normalized(x.mT if rows > columns else x, margin=found.margin, dtype=dtype)
-    flat = wide.reshape(-1, *wide.shape[-2:])
-    loop = x.device.type == "cpu" and flat.shape[-2] >= PANEL_ROWS // 2  # beyond that, bmm is slower than mm
-    if loop:
-        pieces = [iterate(matrix, found) for matrix in flat]
+    flat = x.reshape(-1, *x.shape[-2:])
+    if x.device.type == "cpu" and min(x.shape[-2:]) >= PANEL_ROWS // 2:  # beyond that, bmm is slower than mm
+        pieces = [iterate_unscaled(matrix, found, dtype) for matrix in flat]
         out = torch.stack(pieces) if len(pieces) > 1 else pieces[0]
     else:
-        out = iterate(flat, found)
-    out = out.view(wide.shape)
-    return transposed(out) if rows > columns else out
+        out = iterate(normalized(flat, margin=found.margin, dtype=dtype), found)
+    return out.view(x.shape)
 
 
 def find_iteration(name: str) -> Iteration:
@@ -124,6 +120,14 @@ def normalized(
     return torch.mul(x, 1 / torch.where(norm > 0, margin * norm, 1.0), out=torch.empty_like(x, dtype=dtype))
 
 
+def iterate_unscaled(x: Float[Tensor, "rows columns"], iteration: Iteration, dtype: torch.dtype) -> Tensor:
+    """Run all steps on a matrix of any size, dividing by its norm inside the first products rather than before them."""
+    norm = torch.linalg.vector_norm(x, dtype=torch.float32).item()
+    if SAFE_NORM < norm < 1 / SAFE_NORM:
+        return iterate(x.to(dtype), iteration, scale=1 / (iteration.margin * norm))
+    return iterate(normalized(x, margin=iteration.margin, dtype=dtype), iteration)
+
+
 @cache
 def sections(iteration: Iteration, *, ratio: float, share: float) -> tuple[int, ...]:
     """How many steps to take on each Gram matrix before it is computed anew: the cheaper of one, and several at first.
@@ -142,9 +146,9 @@ def sections(iteration: Iteration, *, ratio: float, share: float) -> tuple[int, 
     return min(plans, key=cost)
 
 
-def iterate(x: Tensor, iteration: Iteration) -> Tensor:
-    """Run all steps on a matrix, or a stack of matrices, no taller than wide."""
-    rows, columns = x.shape[-2:]
+def iterate(x: Tensor, iteration: Iteration, *, scale: float = 1.0) -> Tensor:
+    """Run all steps on scale · x, a matrix or a stack; on the right of a tall one, where its Gram matrix is small."""
+    rows, columns = sorted(x.shape[-2:])
     panels = count_panels(x)
     share = (panels + 1) / (2 * panels)
     step = 0
@@ -154,19 +158,26 @@ def iterate(x: Tensor, iteration: Iteration) -> Tensor:
         else (1,) * len(iteration.coefficients)
     )
     for length in plan:
-        x = run_section(x, iteration.coefficients[step : step + length], panels)
-        step += length
+        x = run_section(x, iteration.coefficients[step : step + length], panels, scale)
+        step, scale = step + length, 1.0
     return x
 
 
-def run_section(x: Tensor, coefficients: tuple[tuple[float, float, float], ...], panels: int) -> Tensor:
-    """Take the given steps on one Gram matrix of `x`."""
-    gram = symmetric_product(x, x, panels=panels)
+def run_section(
+    x: Tensor, coefficients: tuple[tuple[float, float, float], ...], panels: int, scale: float = 1.0
+) -> Tensor:
+    """Take the given steps on one Gram matrix of scale · x."""
+    is_tall = x.shape[-2] > x.shape[-1]
+    wide = x.mT if is_tall else x
+    gram = symmetric_product(wide, wide, panels=panels)
+    if scale != 1:
+        gram.mul_(scale * scale)
     total = None
     for i, (a, b, c) in enumerate(coefficients):
         update = symmetric_product(gram, gram, add=gram, beta=b, alpha=c, panels=panels)  # b·A + c·A²
         if len(coefficients) == 1:
-            return multiply(update, x, add=x, beta=a)
+            pair = (x, update) if is_tall else (update, x)
+            return multiply(*pair, add=x, beta=a * scale, alpha=scale)  # with a on the diagonal instead, bfloat16 breaks the bounds
         if i < len(coefficients) - 1:
             half = symmetric_product(update, gram, add=gram, beta=a, panels=panels)  # P·A; A and P commute
             gram = symmetric_product(update, half, add=half, beta=a, panels=panels)
@@ -175,7 +186,10 @@ def run_section(x: Tensor, coefficients: tuple[tuple[float, float, float], ...],
             total.diagonal(dim1=-2, dim2=-1).add_(a)
         else:
             total = symmetric_product(update, total, add=total, beta=a, panels=panels)
-    return x if total is None else total @ x
+    if total is None:
+        return x
+    total = total.mul_(scale) if scale != 1 else total
+    return x @ total if is_tall else total @ x
 
 
 def multiply(left: Tensor, right: Tensor, *, add: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
@@ -186,7 +200,7 @@ def multiply(left: Tensor, right: Tensor, *, add: Tensor, beta: float, alpha: fl
 
 def count_panels(x: Tensor) -> int:
     """Panels for symmetric products of the size of `x`: several on a CPU, where products are bound by arithmetic."""
-    return min(MAX_PANELS, max(1, x.shape[-2] // PANEL_ROWS)) if x.device.type == "cpu" and x.ndim == 2 else 1
+    return min(MAX_PANELS, max(1, min(x.shape[-2:]) // PANEL_ROWS)) if x.device.type == "cpu" and x.ndim == 2 else 1
 
 
 def symmetric_product(
@@ -210,15 +224,9 @@ def symmetric_product(
 
 
 def mirror(out: Tensor, start: int, end: int) -> None:
-    """Copy the block left of the diagonal block at `start` to the place above it."""
-    out[:start, start:end] = transposed(out[start:end, :start].contiguous())
-
-
-def transposed(x: Tensor) -> Tensor:
-    """The transpose, laid out in rows; bfloat16 as bits, for which torch has the faster copy."""
-    if x.dtype == torch.bfloat16:
-        return x.view(torch.int16).mT.contiguous().view(torch.bfloat16)
-    return x.mT.contiguous()
+    """Copy the block left of the diagonal block at `start` to the place above it; bfloat16 as bits, which is faster."""
+    bits = out.view(torch.int16) if out.dtype == torch.bfloat16 else out
+    bits[:start, start:end] = bits[start:end, :start].mT
 
 
 @cache
