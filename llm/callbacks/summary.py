@@ -35,6 +35,7 @@ class Summary(Callback):
         self._began = time.monotonic()
         total, active = count_parameters(pl_module)
         figures = {"status": "running", "parameters": total, "active_parameters": active}
+        figures["flops_per_token"] = pl_module.flops_per_token
         self.run_folder.update(figures | {"git_commit": git_commit(), "versions": versions()})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -86,7 +86,8 @@ class Throughput(Callback):
         if speed is None:
             return {}
         mfu = self._mfu(speed, trainer, pl_module)
-        return {"tokens_per_second": speed} | ({} if mfu is None else {"mfu": mfu})
+        figures = {"tokens_per_second": speed, "training_seconds": self._seconds}
+        return figures | ({} if mfu is None else {"mfu": mfu})
 
     def final_figures(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
         """Return the total figures for the summary; where the peak is unknown, mfu is "n/a"."""

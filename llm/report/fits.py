@@ -1,0 +1,134 @@
+"""Laws that runs obey: best rate against batch, loss against parameters and compute; with overrides to paste."""
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from llm.report.groups import Group
+from llm.report.stats import PowerLaw, power_law
+
+BATCH = "batch_tokens"
+SIZE_KEYS = (
+    "model.d_model",
+    "model.num_layers",
+    "model.num_heads",
+    "model.num_kv_heads",
+    "model/size",
+    "context_length",
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A power law through some groups.
+
+    Args:
+        name: what it is of, such as `best lr against batch_tokens`.
+        subject: the settings that its points share.
+        x_name: what lies on the horizontal axis.
+        y_name: what lies on the vertical axis.
+        points: (x, y).
+        law: the fit.
+        overrides: what follows from it, each a line to paste behind `python train.py`.
+        caution: what weakens it, or "".
+    """
+
+    name: str
+    subject: str
+    x_name: str
+    y_name: str
+    points: list[tuple[float, float]]
+    law: PowerLaw
+    overrides: list[str]
+    caution: str
+
+
+def best_rate(group: Group) -> tuple[float, bool] | None:
+    """Return a group's best learning rate, and whether it lies inside the rates tried.
+
+    Inside, it is the lowest point of the parabola through the best rate and its neighbours, on logarithmic rates.
+    """
+    scored = [(math.log(c.lr), c.mean) for c in group.cells if c.lr and math.isfinite(c.mean)]
+    at = next((i for i, (x, _) in enumerate(scored) if group.best.lr and x == math.log(group.best.lr)), None)
+    if at is None or len(scored) < 2:
+        return None
+    if not 0 < at < len(scored) - 1:
+        return math.exp(scored[at][0]), False
+    (x0, y0), (x1, y1), (x2, y2) = scored[at - 1 : at + 2]
+    slopes = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    bend = (slopes[1] - slopes[0]) / (x2 - x0)
+    if bend <= 0:
+        return math.exp(x1), True
+    lowest = (x0 + x1) / 2 - slopes[0] / (2 * bend)
+    return math.exp(min(max(lowest, x0), x2)), True
+
+
+def fit_all(groups: Sequence[Group]) -> list[Fit]:
+    """Return every law that at least two points support."""
+    return [*_rates(groups), *_losses(groups)]
+
+
+def _families(groups: Sequence[Group], free: Sequence[str]) -> Iterator[tuple[dict[str, str], list[Group]]]:
+    """Yield groups that differ by the keys of `free` alone."""
+    families: dict[tuple[tuple[str, str], ...], list[Group]] = {}
+    for group in groups:
+        shared = tuple((k, v) for k, v in group.settings.items() if k not in free)
+        families.setdefault(shared, []).append(group)
+    for shared, members in families.items():
+        if len(members) > 1:
+            yield dict(shared), members
+
+
+def _rates(groups: Sequence[Group]) -> Iterator[Fit]:
+    for shared, members in _families(groups, [BATCH, "max_steps"]):
+        found = [(float(g.runs[0].config[BATCH]), best_rate(g)) for g in members if BATCH in g.runs[0].config]
+        rates = sorted((batch, rate) for batch, rate in found if rate is not None)
+        points = [(batch, rate) for batch, (rate, _) in rates]
+        law = power_law(*zip(*points, strict=True)) if points else None
+        if law is None:
+            continue
+        edges = [f"{batch:.0f}" for batch, (_, is_inside) in rates if not is_inside]
+        caution = (
+            f"best rate at the edge of those tried for batch_tokens={','.join(edges)}: try rates beyond"
+            if edges
+            else ""
+        )
+        wanted = [*(x for x, _ in points), 2 * points[-1][0], 4 * points[-1][0]]
+        lines = [" ".join([*_settings(shared), f"{BATCH}={x:.0f}", f"optimizer.lr={law.at(x):.3g}"]) for x in wanted]
+        yield Fit("best lr against batch", _subject(shared), BATCH, "optimizer.lr", points, law, lines, caution)
+
+
+def _losses(groups: Sequence[Group]) -> Iterator[Fit]:
+    sized = [key for group in groups for key in group.settings if key in SIZE_KEYS or key.startswith("model.")]
+    length = ("max_steps", "max_tokens")
+    for x_name, free in (("parameters", dict.fromkeys(sized)), ("FLOPs", dict.fromkeys([*sized, *length]))):
+        for shared, members in _families(groups, list(free)):
+            points = sorted(point for group in members if (point := _measured(group, x_name)) is not None)
+            law = power_law(*zip(*points, strict=True)) if points else None
+            if law is None:
+                continue
+            best = min(members, key=lambda group: (math.isnan(group.best.mean), group.best.mean))
+            rate = [] if best.best.lr is None else [f"optimizer.lr={best.best.lr:.3g}"]
+            lines = [" ".join([*_settings(best.settings), *rate])]
+            caution = "" if len(points) > 2 else "two points: no confidence"
+            yield Fit(f"loss against {x_name}", _subject(shared), x_name, "val/loss", points, law, lines, caution)
+
+
+def _measured(group: Group, x_name: str) -> tuple[float, float] | None:
+    runs = [run for run in group.best.runs if run.state == "finished"]
+    if not runs or not math.isfinite(group.best.mean):
+        return None
+    if x_name == "parameters":
+        x = runs[0].summary.get("active_parameters")
+    else:
+        x = statistics.fmean((run.summary.get("tokens_seen") or 0) * run.flops_per_token for run in runs)
+    return (float(x), group.best.mean) if x and math.isfinite(x) else None
+
+
+def _settings(settings: dict[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in settings.items() if value]
+
+
+def _subject(shared: dict[str, str]) -> str:
+    return " ".join(_settings(shared)) or "all runs"

@@ -1,0 +1,166 @@
+"""One HTML file with everything in it, that opens in a browser without a network."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from itertools import groupby
+from typing import Any
+
+from llm.report.board import Row, Verdict
+from llm.report.fits import Fit
+from llm.report.groups import Group, text_of
+from llm.report.runs import Point, Run
+
+MOST_POINTS = 400
+"""Points a curve; longer ones are averaged down to it."""
+MOST_TIMES = 120
+"""Columns of an expert load picture."""
+
+
+def to_html(data: dict[str, Any], refresh_seconds: float | None = None) -> str:
+    """Return the page of `report_data`.
+
+    Args:
+        data: what it shows.
+        refresh_seconds: after how many seconds the page loads itself anew, None for never.
+    """
+    assets = files("llm.report")
+    content = json.dumps(_plain(data | {"refresh_seconds": refresh_seconds}), separators=(",", ":"), allow_nan=False)
+    page = assets.joinpath("page.html").read_text()
+    for name in ("page.css", "chart.js", "page.js"):
+        page = page.replace(f"/*{name}*/", assets.joinpath(name).read_text())
+    return page.replace("/*data*/", content.replace("<", "\\u003c"))  # no text in it can end the script
+
+
+def report_data(
+    runs: Sequence[Run],
+    groups: Sequence[Group],
+    rows: Sequence[Row],
+    pairs: Sequence[Verdict],
+    fits: Sequence[Fit],
+    *,
+    title: str,
+    target: float | None,
+    made: str,
+) -> dict[str, Any]:
+    """Return everything that the page shows, as plain dicts and lists."""
+    group_of = {id(run): index for index, group in enumerate(groups) for run in group.runs}
+    best = {id(run) for group in groups for run in group.best.runs}
+    shared = _shared(runs)
+    return {
+        "title": title,
+        "made": made,
+        "target": target,
+        "states": [run.state for run in runs],
+        "rows": [asdict(row) for row in rows],
+        "groups": [_group(group) for group in groups],
+        "runs": [_run(run, shared) | {"group": group_of.get(id(run)), "is_best": id(run) in best} for run in runs],
+        "shared": {key: text_of(value) for key, value in shared.items()},
+        "pairs": [
+            {"first": v.first, "second": v.second, "p": v.p, "word": v.word, **v.comparison._asdict()} for v in pairs
+        ],
+        "fits": [asdict(fit) | {"law": fit.law._asdict()} for fit in fits],
+    }
+
+
+def _group(group: Group) -> dict[str, Any]:
+    rates = [
+        {"lr": cell.lr, "mean": cell.mean, "losses": list(cell.losses.values())} for cell in group.cells if cell.losses
+    ]
+    settings = [f"{key}={value}" for key, value in group.settings.items() if value]
+    rate = [] if group.best.lr is None else [f"optimizer.lr={group.best.lr:.6g}"]
+    return {"label": group.label, "settings": group.settings, "rates": rates, "overrides": " ".join([*settings, *rate])}
+
+
+def _run(run: Run, shared: dict[str, Any]) -> dict[str, Any]:
+    own = {key: text_of(value) for key, value in run.config.items() if key not in shared}
+    figures = {key: value for key, value in run.summary.items() if isinstance(value, int | float | str)}
+    return {
+        "name": run.folder.name,
+        "folder": str(run.folder),
+        "overrides": " ".join(run.job.get("overrides") or []),
+        "state": run.state,
+        "reason": run.reason,
+        "progress": run.progress,
+        "seed": run.config.get("seed"),
+        "lr": run.config.get("optimizer.lr"),
+        "loss": run.loss if run.loss is not None else run.latest_loss,
+        "flops_per_token": run.flops_per_token,
+        "val": _columns(run.curve("val/loss")),
+        "train": _columns(run.curve("train/loss")),
+        "config": own,
+        "figures": figures,
+        "expert_load": _expert_load(run),
+        "codebook": _codebook(run),
+        "extrapolation": sorted(run.extrapolation.items()),
+    }
+
+
+def _shared(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return the settings that all runs have alike: stored once."""
+    configs = [run.config for run in runs if run.config]
+    if not configs:
+        return {}
+    return {k: v for k, v in configs[0].items() if all(k in config and config[k] == v for config in configs)}
+
+
+def _columns(points: Sequence[Point]) -> dict[str, list[float]]:
+    """Return tokens, seconds and losses of a curve, neighbours averaged where there are too many."""
+    stride = math.ceil(len(points) / MOST_POINTS) or 1
+    parts = [points[i : i + stride] for i in range(0, len(points), stride)]
+    return {
+        "tokens": [round(_mean([p.tokens for p in part])) for part in parts],
+        "seconds": [round(_mean([p.seconds for p in part]), 3) for part in parts],
+        "loss": [round(_mean([p.loss for p in part]), 5) for part in parts],
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _expert_load(run: Run) -> list[dict[str, Any]]:
+    """Return each layer's load over an even share, averaged down to few times: a row an expert."""
+    layers = []
+    for name in _names(run, "/expert_load_global"):
+        lines = [line for line in run.lines if isinstance(line.get(name), list)]
+        stride = math.ceil(len(lines) / MOST_TIMES) or 1
+        parts = [lines[i : i + stride] for i in range(0, len(lines), stride)]
+        experts = len(lines[0][name])
+        load = [[round(experts * _mean([line[name][e] for line in part]), 3) for part in parts] for e in range(experts)]
+        steps = [part[-1]["step"] for part in parts]
+        layers.append({"layer": name.split("/")[-2], "load": load, "steps": steps})
+    return layers
+
+
+def _codebook(run: Run) -> list[dict[str, Any]]:
+    """Return each layer's share of codes in use over tokens."""
+    curves = []
+    for name in _names(run, "/codebook_usage"):
+        lines = [line for line in run.lines if isinstance(line.get(name), int | float) and "tokens_seen" in line]
+        stride = math.ceil(len(lines) / MOST_POINTS) or 1
+        kept = lines[::stride]
+        curves.append(
+            {"layer": name.split("/")[-2], "tokens": [x["tokens_seen"] for x in kept], "usage": [x[name] for x in kept]}
+        )
+    return curves
+
+
+def _names(run: Run, ending: str) -> list[str]:
+    names = {name for line in run.lines for name in line if name.endswith(ending)}
+    return sorted(names, key=lambda name: [int(text) if digit else text for digit, text in _digits(name)])
+
+
+def _digits(name: str) -> list[tuple[bool, str]]:
+    return [(digit, "".join(part)) for digit, part in groupby(name, str.isdigit)]
+
+
+def _plain(value: Any) -> Any:
+    """Replace what JSON has no word for (NaN, infinity) by null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

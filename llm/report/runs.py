@@ -1,0 +1,249 @@
+"""Run folders as they stand, finished or not: configuration, figures, curves, state."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from llm.errors import ConfigError
+from llm.run_folder import RunFolder
+
+KEPT = ("step", "tokens_seen", "train/loss", "val/loss", "training_seconds", "tokens_per_second")
+KEPT_ENDINGS = ("/expert_load_global", "/codebook_usage", "/codebook_perplexity")
+FLOPS_A_PARAMETER = 6
+"""FLOPs a token and active parameter in training, for runs that do not state their own; attention is left out."""
+
+
+class Point(NamedTuple):
+    """One measurement of the loss."""
+
+    tokens: float
+    seconds: float
+    flops: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder.
+
+    Args:
+        folder: where it is.
+        config: its configuration, flat: `{"optimizer.lr": 0.001, …}`.
+        choices: the option of each configuration group, where Hydra noted them.
+        overrides: the keys that its command line set.
+        summary: summary.json.
+        lines: metrics.jsonl, the metrics that reports show.
+        job: job.json of a sweep, else empty.
+        is_live: a process is writing to it.
+        extrapolation: loss by context length, where it was evaluated.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    choices: dict[str, str] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+    summary: dict[str, Any] = field(default_factory=dict)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    job: dict[str, Any] = field(default_factory=dict)
+    is_live: bool = False
+    extrapolation: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def state(self) -> str:
+        """One of pending, running, finished, stopped, failed, died."""
+        word = str(self.summary.get("status") or "").split(":")[0]
+        if word == "finished" or (word and word != "running"):
+            return word
+        if self.is_live:
+            return "running"
+        if self.job.get("state") not in (None, "running"):
+            return str(self.job["state"])
+        return "died" if word == "running" else "pending"
+
+    @property
+    def reason(self) -> str:
+        """Why it failed or stopped, or ""."""
+        told = str(self.summary.get("status") or "").partition(": ")[2]
+        return told or str(self.job.get("reason") or "")
+
+    @property
+    def loss(self) -> float | None:
+        """The final validation loss, None until there is one; infinite where training diverged."""
+        loss = self.summary.get("val/loss")
+        if self.state == "finished":
+            return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else math.inf
+        return None
+
+    @property
+    def latest_loss(self) -> float | None:
+        """The newest validation loss."""
+        points = self.curve("val/loss")
+        return points[-1].loss if points else None
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer updates that the run is to make."""
+        if self.config.get("max_steps") is not None:
+            return int(self.config["max_steps"])
+        return max(1, int(self.config.get("max_tokens") or 0) // max(1, int(self.config.get("batch_tokens") or 1)))
+
+    @property
+    def progress(self) -> float:
+        """Share of the updates made, 0 to 1."""
+        step = self.lines[-1]["step"] if self.lines else 0
+        return 1.0 if self.state == "finished" else min(1.0, step / self.total_steps)
+
+    @property
+    def flops_per_token(self) -> float:
+        """Training FLOPs a token; 6 an active parameter where the run does not state it."""
+        stated = self.summary.get("flops_per_token")
+        return float(stated or FLOPS_A_PARAMETER * (self.summary.get("active_parameters") or math.nan))
+
+    @cached_property
+    def seconds(self) -> list[float]:
+        """Training seconds at each line, from the line itself or from the throughput up to it."""
+        elapsed, tokens, out = 0.0, 0.0, []
+        for line in self.lines:
+            speed = line.get("tokens_per_second")
+            if isinstance(line.get("training_seconds"), int | float):
+                elapsed = line["training_seconds"]
+            elif isinstance(speed, int | float) and speed > 0:
+                elapsed += (line.get("tokens_seen", tokens) - tokens) / speed
+            tokens = line.get("tokens_seen", tokens)
+            out.append(elapsed)
+        return out
+
+    def curve(self, metric: str) -> list[Point]:
+        """Return a loss over tokens, seconds and FLOPs; values that are not finite are left out."""
+        return [
+            Point(line["tokens_seen"], seconds, line["tokens_seen"] * self.flops_per_token, float(line[metric]))
+            for line, seconds in zip(self.lines, self.seconds, strict=True)
+            if isinstance(line.get(metric), int | float) and "tokens_seen" in line
+        ]
+
+
+def find_runs(folders: Iterable[Path]) -> list[Path]:
+    """Return the run folders among and under `folders`, in order.
+
+    Raises:
+        ConfigError: a folder that is missing, or in which there is no run.
+    """
+    found: dict[Path, None] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder; name a run folder, or a folder that holds some")
+        under = sorted((p.parent for p in _marked(folder)), key=_natural)
+        if not under:
+            raise ConfigError(f"{folder}: holds no run; name a run folder (runs/…), or a sweep's (multirun/…)")
+        found |= dict.fromkeys(under)
+    return list(found)
+
+
+def _marked(folder: Path) -> Iterator[Path]:
+    """Yield one mark of each run: its configuration, or a sweep's note of a job that never came so far."""
+    for path in folder.rglob("config.yaml"):
+        if path.parent.name != ".hydra" and ".git" not in path.parts:
+            yield path
+    for path in folder.rglob("job.json"):
+        if not (path.parent / "config.yaml").is_file():
+            yield path
+
+
+def _natural(path: Path) -> tuple[Any, ...]:
+    number = path.name.split("_")[0]
+    return (str(path.parent), int(number) if number.isdigit() else math.inf, path.name)
+
+
+class RunReader:
+    """Reads run folders, again and again without parsing what it has parsed."""
+
+    def __init__(self) -> None:
+        self._parsed: dict[Path, tuple[int, int, list[dict[str, Any]]]] = {}  # inode, offset, lines before it
+
+    def read(self, folder: Path) -> Run:
+        """Return the run as it stands now."""
+        hydra = folder / ".hydra"
+        choices = _yaml(hydra / "hydra.yaml").get("hydra", {}).get("runtime", {}).get("choices", {})
+        overrides = _yaml(hydra / "overrides.yaml", list)
+        job = _json(folder / "job.json")
+        return Run(
+            folder=folder,
+            config=flatten(_yaml(folder / "config.yaml")),
+            choices={k.split("@")[0]: str(v) for k, v in choices.items() if not k.startswith("hydra/") and v},
+            overrides=tuple(str(o).lstrip("+~").split("=")[0] for o in job.get("overrides", overrides)),
+            summary=_json(folder / "summary.json"),
+            lines=self._lines(folder / "metrics.jsonl"),
+            job=job,
+            is_live=RunFolder(folder, is_writer=False).is_live(),
+            extrapolation=_extrapolation(_json(folder / "eval" / "extrapolation.json")),
+        )
+
+    def _lines(self, path: Path) -> list[dict[str, Any]]:
+        """Parse what is new. The last line may still change; a resumed run replaces the file."""
+        if not path.exists():
+            return []
+        with open(path, "rb") as file:
+            inode, size = os.fstat(file.fileno()).st_ino, os.fstat(file.fileno()).st_size
+            known, offset, lines = self._parsed.get(path, (inode, 0, []))
+            if known != inode or size < offset:
+                offset, lines = 0, []
+            file.seek(offset)
+            *whole, _ = file.read().split(b"\n")
+        settled = [record for line in whole[:-1] if (record := _parse(line)) is not None]
+        offset += sum(len(line) + 1 for line in whole[:-1])
+        self._parsed[path] = (inode, offset, [*lines, *settled])
+        last = _parse(whole[-1]) if whole else None
+        return [*lines, *settled, *([] if last is None else [last])]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or "step" not in record:
+        return None
+    return {k: v for k, v in record.items() if k in KEPT or k.endswith(KEPT_ENDINGS)}
+
+
+def flatten(node: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Return a nested mapping with dotted keys; lists stay as they are."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        where = f"{path}.{key}" if path else str(key)
+        flat |= flatten(value, where) if isinstance(value, Mapping) and value else {where: value}
+    return flat
+
+
+def _yaml(path: Path, kind: type = dict) -> Any:
+    try:
+        value = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, yaml.YAMLError):
+        return kind()
+    return value if isinstance(value, kind) else kind()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _extrapolation(results: Mapping[str, Any]) -> dict[int, float]:
+    """Return loss by context length; a length's entry is the loss, or a list that it leads, or holds `val/loss`."""
+    points = {}
+    for length, value in dict(results.get("by_context") or results).items():
+        loss = value[0] if isinstance(value, list) and value else value
+        loss = loss.get("val/loss", loss.get("loss")) if isinstance(loss, Mapping) else loss
+        if str(length).isdigit() and isinstance(loss, int | float):
+            points[int(length)] = float(loss)
+    return points
