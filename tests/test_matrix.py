@@ -15,6 +15,7 @@ NEEDS = {
     "tokenizer=pretrained": None,  # a file made elsewhere: tests/data
     "trainer=gpu": None,  # a GPU
     "trainer=ddp": None,  # several processes
+    "trainer=deepspeed": None,  # tests/distributed
     "logger=wandb": None,  # tests/test_commands.py
     "model/size=124m": None,  # built without storage in tests/test_transformer.py
     "model/size=350m": None,

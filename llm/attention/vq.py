@@ -1,7 +1,7 @@
 """Transformer-VQ: softmax attention over quantised keys, in linear time."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -41,6 +41,8 @@ class VQAttention(Attention):
     Differs: keys are split into heads; positions as `model.position` says (none, or ReRoPE, whose far queries turn and
     whose far keys do not) in the place of XL biases; counts reset where a document ends, so windows may be packed.
     """
+
+    borrowed_parameters: ClassVar = ("codebook.codes", "codebook.mixing")
 
     def __init__(
         self,

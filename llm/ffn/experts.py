@@ -49,6 +49,9 @@ class Experts(nn.Module):
     Source: normalised outputs after Su, "MoE tour, part 1: from geometry", kexue.fm/archives/10699.
     """
 
+    borrowed_parameters: ClassVar = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    """Read in the place of their owners' forward: a strategy that holds weights in parts gathers them for both."""
+
     def __init__(self, *, d_model: int, d_expert: int, num_experts: int, top_k: int, normalize_outputs: bool) -> None:
         super().__init__()
         self.num_experts, self.normalize_outputs = num_experts, normalize_outputs

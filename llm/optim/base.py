@@ -12,6 +12,7 @@ from torch import Tensor
 from llm.contracts import ParamGroup
 from llm.errors import CheckpointError, ConfigError, ShapeError
 from llm.optim import foreach
+from llm.optim.shard_steps import ShardSteps
 
 CHUNK = 2**19
 """Elements that a CPU works on at once: what a rule reads and writes for them (8 MB) stays in the cache, so that a
@@ -56,7 +57,7 @@ def check_betas(key: str, betas: Sequence[float]) -> tuple[float, float]:
     return in_range(key, betas[0], 0.0, 1.0), in_range(key, betas[1], 0.0, 1.0)
 
 
-class GroupedOptimizer(torch.optim.Optimizer):
+class GroupedOptimizer(ShardSteps, torch.optim.Optimizer):
     """Base of the project's optimizers: takes tagged groups, runs one loop, leaves `update` to the rule.
 
     Args:
@@ -92,6 +93,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            if self.is_sharded:
+                self.step_shards(group)
+                continue
             check_shapes(group)
             members = [parameter for parameter in group["params"] if self.is_due(parameter)]
             if members:

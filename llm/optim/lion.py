@@ -1,13 +1,14 @@
 """Lion: one momentum, and steps of one size."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from llm.contracts import ParamGroup
 from llm.optim.base import GroupedOptimizer, gradients_of, has_rows
-from llm.optim.rules import LionRule, apply_rule
+from llm.optim.rules import LionRule, apply_rule, apply_rule_to_shard
+from llm.optim.shard import ShardLayout, rows_to_watch
 
 
 class Lion(GroupedOptimizer):
@@ -32,6 +33,8 @@ class Lion(GroupedOptimizer):
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675, Algorithm 2.
     Differs: `skip_idle_rows`; as published, an unused row moves by a full ±lr for as long as its momentum is not 0.
     """
+
+    update_family: ClassVar = "sign"
 
     def __init__(
         self,
@@ -63,3 +66,17 @@ class Lion(GroupedOptimizer):
                     weight_decay=float(group["weight_decay"]),
                     rows=rows and self.skip_idle_rows,
                 )
+
+    def update_shard(self, group: dict[str, Any], flat: Tensor, layout: ShardLayout) -> None:
+        """Apply the rule to a flat shard; which rows had a gradient is agreed on by all ranks."""
+        gradient = gradients_of([flat])[0]
+        rows = rows_to_watch(layout, group["kind"]) if self.skip_idle_rows else {}
+        apply_rule_to_shard(
+            self.rule,
+            flat,
+            gradient,
+            self.buffers(group, [flat]),
+            lr=float(group["lr"]),
+            weight_decay=float(group["weight_decay"]),
+            active=layout.active_elements(gradient, rows) if rows else None,
+        )

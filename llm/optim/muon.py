@@ -10,11 +10,15 @@ from llm.contracts import ParamGroup
 from llm.errors import ConfigError, did_you_mean
 from llm.optim import foreach
 from llm.optim.base import CHUNK, GroupedOptimizer, active_rows, between, gradients_of, has_rows, in_range, slabs
+from llm.optim.blocks import as_blocks
+from llm.optim.exchange import OwnerExchange
+from llm.optim.muon_shards import make_exchange, update_matrix_shard
 from llm.optim.newton_schulz import fast_dtype, find_iteration, orthogonalize
 from llm.optim.row_normalization import balance_rows
-from llm.optim.rules import apply_rule, make_rule
+from llm.optim.rules import apply_rule, apply_rule_to_shard, make_rule
+from llm.optim.shard import ShardLayout, rows_to_watch
 
-UPDATE_SCALES: dict[str, Callable[[int, int], float]] = {
+UPDATE_SCALES: dict[str, Callable[[float, float], float]] = {
     # Liu et al., "Muon is Scalable for LLM Training", arXiv:2502.16982, eq. 4: AdamW's lr and decay carry over
     "match_adamw": lambda rows, columns: 0.2 * max(rows, columns) ** 0.5,
     # Jordan et al. 2024, "Muon": an lr that carries over from width to width
@@ -65,6 +69,7 @@ class Muon(GroupedOptimizer):
     """
 
     orthogonalizes: ClassVar[bool] = True
+    update_family: ClassVar = "orthogonal"
 
     def __init__(
         self,
@@ -109,6 +114,11 @@ class Muon(GroupedOptimizer):
             if group["kind"] != "matrix":
                 group["lr"] *= aux_lr_scale
 
+    @staticmethod
+    def update_norm(settings: dict[str, Any], rows: float, columns: float) -> float:
+        """Spectral norm of a step at lr = 1, for a factory with these settings."""
+        return UPDATE_SCALES[settings["update_scale"]](rows, columns)
+
     def rule_of(self, group: dict[str, Any]) -> str:
         """Muon for matrices, the name of `aux` for the rest."""
         return "muon" if group["kind"] == "matrix" else self.aux.name
@@ -130,7 +140,53 @@ class Muon(GroupedOptimizer):
         for members, heads in self._stacks(group, params):
             self._update_stack(group, members, heads)
 
-    def _update_aux(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def update_shard(self, group: dict[str, Any], flat: Tensor, layout: ShardLayout) -> None:
+        """Update a flat shard: matrices by the ranks that own them, other kinds where they lie."""
+        (gradient,) = gradients_of([flat])
+        if group["kind"] != "matrix":
+            rows = rows_to_watch(layout, group["kind"]) if self.skip_idle_rows else {}
+            apply_rule_to_shard(
+                self.aux,
+                flat,
+                gradient,
+                self._aux_state(group, [flat]),
+                lr=float(group["lr"]),
+                weight_decay=float(group["weight_decay"]),
+                active=layout.active_elements(gradient, rows) if rows else None,
+            )
+            return
+        dtype = self._products_dtype(layout.comm_device.type)
+        (ahead,) = self._look_ahead([gradient], self.buffers(group, [flat])["momentum"], dtype)
+        heads = group["heads"] if self.by_head and "heads" in group else [1] * len(group["names"])
+        update_matrix_shard(
+            flat,
+            ahead,
+            gradient,
+            layout,
+            self.exchange_of(layout),
+            heads=dict(zip(group["names"], heads, strict=True)),
+            group=group,
+            muon=self,
+            dtype=dtype,
+        )
+
+    def exchange_of(self, layout: ShardLayout) -> OwnerExchange:
+        """Return the exchange of a layout; the owners are chosen once."""
+        exchanges = self.__dict__.setdefault("_exchanges", {})
+        if id(layout) not in exchanges:
+            exchanges[id(layout)] = make_exchange(layout)
+        return exchanges[id(layout)]
+
+    def load_owned_state(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Keep the state of the matrices that this rank owns: only an owner's is kept up to date."""
+        owned = {name for layout in self._layouts.values() for name in self.exchange_of(layout).owned}
+        super().load_owned_state({name: held for name, held in state.items() if name in owned})
+
+    def _products_dtype(self, device: str) -> torch.dtype:
+        return fast_dtype(device) if self.matmul_dtype == "auto" else DTYPES[self.matmul_dtype]
+
+    def _aux_state(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, list[Tensor]]:
+        """State of the rule `aux`; a step counter is advanced."""
         state = self.buffers(group, params)
         if self.aux.name == "adamw":
             for parameter in params:
@@ -138,11 +194,14 @@ class Muon(GroupedOptimizer):
                 held.setdefault("step", torch.zeros((), dtype=torch.float32, device=parameter.device))
             state["step"] = [self.state[parameter]["step"] for parameter in params]
             foreach.add_(state["step"], 1.0)
+        return state
+
+    def _update_aux(self, group: dict[str, Any], params: list[Tensor]) -> None:
         apply_rule(
             self.aux,
             params,
             gradients_of(params),
-            state,
+            self._aux_state(group, params),
             lr=float(group["lr"]),
             weight_decay=float(group["weight_decay"]),
             rows=self.skip_idle_rows and has_rows(params[0], group["kind"]),
@@ -162,8 +221,7 @@ class Muon(GroupedOptimizer):
 
     def _update_stack(self, group: dict[str, Any], params: list[Tensor], heads: int) -> None:
         gradients, momenta = gradients_of(params), self.buffers(group, params)["momentum"]
-        device = params[0].device.type
-        dtype = fast_dtype(device) if self.matmul_dtype == "auto" else DTYPES[self.matmul_dtype]
+        dtype = self._products_dtype(params[0].device.type)
         ahead = [as_blocks(x, heads) for x in self._look_ahead(gradients, momenta, dtype)]
         blocks = torch.stack(ahead) if len(ahead) > 1 else ahead[0][None]
         directions = orthogonalize(blocks, iteration=self.iteration, dtype=dtype)
@@ -187,6 +245,8 @@ class Muon(GroupedOptimizer):
         """Which blocks the loss depended on, or None if all may move."""
         if not self.skip_idle_rows:
             return None
+        if gradient.device.type == "cpu" and bool(gradient[:, 0, 0].all()):
+            return None  # one element of each is enough to know
         used = active_rows(gradient)
         return None if used.device.type == "cpu" and bool(used.all()) else used.float()
 
@@ -210,12 +270,3 @@ class Muon(GroupedOptimizer):
                 share: Tensor | float = 1.0 if used is None else used
                 piece.mul_(1 - lr * decay * (share * (move * piece > 0) if self.cautious_decay else share))
             piece.add_(move, alpha=-step)
-
-
-def as_blocks(matrix: Tensor, heads: int) -> Tensor:
-    """View a parameter as [blocks, rows, columns]: experts, heads along the rows, or (heads < 0) the columns."""
-    if matrix.ndim == 3:
-        return matrix
-    if heads < 0:
-        return matrix.unflatten(1, (-heads, -1)).transpose(0, 1)
-    return matrix.unflatten(0, (heads, -1))

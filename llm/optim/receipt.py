@@ -77,8 +77,18 @@ def lines(optimizer: Any) -> list[Line]:
             state_bytes=state_bytes(optimizer, group, parameter),
         )
         for group in optimizer.param_groups
-        for name, parameter in zip(_names(group), group["params"], strict=True)
+        for name, parameter in zip(_names(group), whole_parameters(group), strict=True)
     ]
+
+
+def whole_parameters(group: dict[str, Any]) -> Sequence[Tensor]:
+    """The tensors of a group; where a strategy has cut them into flat shards, stand-ins of the true shapes.
+
+    `shapes` is what a strategy notes in a group before it cuts its tensors up.
+    """
+    if len(group["params"]) == len(_names(group)) or "shapes" not in group:
+        return group["params"]
+    return [torch.empty(shape, device="meta") for shape in group["shapes"]]
 
 
 def _names(group: dict[str, Any]) -> Sequence[str]:

@@ -9,6 +9,7 @@ from torch.optim.adamw import adamw
 from llm.errors import ConfigError, did_you_mean
 from llm.optim import foreach
 from llm.optim.base import Slab, between, check_betas, descend, in_range, keep_idle_rows, slabs
+from llm.optim.shard_steps import keep_inactive
 
 
 @runtime_checkable
@@ -126,3 +127,20 @@ def apply_rule(
             keep_idle_rows(slab, lambda slab=slab: rule.update(slab, lr=lr, weight_decay=weight_decay))
         else:
             rule.update(slab, lr=lr, weight_decay=weight_decay)
+
+
+def apply_rule_to_shard(
+    rule: Rule,
+    flat: Tensor,
+    gradient: Tensor,
+    state: dict[str, list[Tensor]],
+    *,
+    lr: float,
+    weight_decay: float,
+    active: Tensor | None,
+) -> None:
+    """Run `rule` over a flat shard; elements that are not `active` stay where they are, their state still moves."""
+    held = state if active is None else state | {"active": [active]}
+    for slab in slabs([flat], [gradient], held):
+        mask = None if active is None else slab.state["active"][0]
+        keep_inactive(slab.params[0], mask, lambda slab=slab: rule.update(slab, lr=lr, weight_decay=weight_decay))

@@ -1,6 +1,6 @@
 """Tiger: Lion with one beta, rates relative to each tensor's size, and gradient accumulation for free."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from llm.optim.base import (
     keep_idle_rows,
     slabs,
 )
+from llm.optim.shard import ShardLayout
+from llm.optim.tiger_shards import broken_tensors, move_shard_by_sign, relative_rates, shrink, watched
 
 VECTOR_RATE = 0.5
 """Gains and biases have no size of their own to be relative to: they move by half the rate (Tiger's reference code)."""
@@ -57,6 +59,9 @@ class Tiger(GroupedOptimizer):
         applied with its first finite micro-batch (published: with its first, and lost if that one is NaN); lr counts
         updates, not micro-batches; `skip_idle_rows` (published: the sign of a stale momentum moves an unused row).
     """
+
+    update_family: ClassVar = "sign"
+    has_relative_rates: ClassVar = True
 
     def __init__(
         self,
@@ -106,10 +111,36 @@ class Tiger(GroupedOptimizer):
             if members:
                 self._move(group, members, rows=rows and self.skip_idle_rows)
 
+    def update_shard(self, group: dict[str, Any], flat: Tensor, layout: ShardLayout) -> None:
+        """Update a flat shard; sizes of tensors and what is not finite are agreed on by all ranks."""
+        (gradient,) = gradients_of([flat])
+        broken = set() if self.shrink_ratio is None else broken_tensors(gradient, layout)
+        if broken:
+            rest = dict(zip(group["names"], group.get("resting_values", [0.0] * len(group["names"])), strict=True))
+            shrink(flat, layout, broken, ratio=self.shrink_ratio or 1.0, rest=rest)
+            for name in broken:
+                held = self.owned_state.setdefault(name, {})
+                held["shrunk"] = held.get("shrunk", torch.zeros((), dtype=torch.long)) + 1
+        lr = float(group["lr"])
+        sizes, rates = relative_rates(flat, layout, kind=group["kind"], lr=lr, min_rms=self.min_rms)
+        if group["kind"] == "vector":
+            rates = {name: torch.full_like(rate, VECTOR_RATE * lr) for name, rate in rates.items()}
+        move_shard_by_sign(
+            flat,
+            self.buffers(group, [flat])["momentum"][0],
+            gradient,
+            layout,
+            sizes=sizes,
+            rates=rates,
+            broken=broken,
+            active=watched(layout, group["kind"], gradient) if self.skip_idle_rows else None,
+            beta=self.beta,
+            decay=float(group["weight_decay"]),
+        )
+
     def _move(self, group: dict[str, Any], params: list[Tensor], *, rows: bool) -> None:
-        rates = self._rates(group, params)
         gradients = [self._take_mask(p) for p in params] if self.folds else gradients_of(params)
-        for slab, rate in self._paired(params, gradients, self.buffers(group, params), rates):
+        for slab, rate in self._paired(group, params, gradients, self.buffers(group, params)):
             if not self.folds:
                 foreach.lerp_(slab.state["momentum"], slab.gradients, 1 - self.beta)
 
@@ -121,17 +152,18 @@ class Tiger(GroupedOptimizer):
             else:
                 apply()
 
-    @staticmethod
     def _paired(
-        params: list[Tensor], gradients: list[Tensor], state: dict[str, list[Tensor]], rates: list[float]
+        self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], state: dict[str, list[Tensor]]
     ) -> Any:
         """Slabs with the rates of the tensors that they are cut from."""
         if params[0].device.type != "cpu":
+            rates = self._rates(group, params)
             yield from ((slab, rates) for slab in slabs(params, gradients, state))
             return
-        for i, parameter in enumerate(params):
+        for i, parameter in enumerate(params):  # one at a time: its update finds in the cache what its size has read
+            rates = self._rates(group, [parameter])
             held = {name: buffers[i : i + 1] for name, buffers in state.items()}
-            yield from ((slab, rates[i : i + 1]) for slab in slabs([parameter], [gradients[i]], held))
+            yield from ((slab, rates) for slab in slabs([parameter], [gradients[i]], held))
 
     def _rates(self, group: dict[str, Any], params: list[Tensor]) -> list[float]:
         """η of each tensor; of an embedding, whose rows have their own, the factor before RMS(row)."""

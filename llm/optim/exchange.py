@@ -1,0 +1,97 @@
+"""Whole matrices out of flat shards: each is sent to one rank, worked on there, and sent back in slices."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm.optim.shard import ShardLayout, Slice
+
+
+class OwnerExchange:
+    """Lets a rule see whole matrices that a strategy has cut into flat shards, each on one rank.
+
+    Args:
+        layout: of the shard.
+        cost: what working on a matrix costs, by its shape; owners are chosen so that each rank's share is about the
+            same, the dearest matrices first, and among equals a rank that already holds most of it.
+    """
+
+    def __init__(self, layout: ShardLayout, *, cost: Callable[[tuple[int, ...]], float]) -> None:
+        self.layout = layout
+        self.owners = choose_owners(layout, cost)
+        table, rank = layout.table, layout.rank
+        held = [piece for piece in table[rank] if piece.numel]
+        ranks = range(len(table))
+        self._send = [[piece for piece in held if self.owners[piece.name] == r] for r in ranks]
+        self._receive = [
+            [piece for piece in table[r] if piece.numel and self.owners[piece.name] == rank] for r in ranks
+        ]
+        self.owned = {name: layout.shapes[name] for name, owner in self.owners.items() if owner == rank}
+        self.elements_sent = 0
+        """Elements that this rank has sent to others so far, both ways."""
+
+    def map(self, flat: Tensor, function: Callable[[str, Tensor], Tensor], *, dtype: torch.dtype) -> Tensor:
+        """Return `flat` with each tensor in it replaced by `function(name, whole tensor)`, in `dtype`; 0 elsewhere.
+
+        Args:
+            flat: laid out as the shard.
+            function: is called on the owner of each tensor; keeps its shape.
+            dtype: of what `function` returns.
+        """
+        pieces = _cut(flat, self._send)
+        arrived = self._exchange(pieces, flat.dtype, self._send, self._receive)
+        device = self.layout.comm_device
+        wholes = {
+            name: torch.empty(torch.Size(shape).numel(), dtype=flat.dtype, device=device)
+            for name, shape in self.owned.items()
+        }
+        _paste(arrived, self._receive, lambda piece: wholes[piece.name].narrow(0, piece.start, piece.numel))
+        done = {n: function(n, whole.view(self.owned[n])).to(dtype).reshape(-1) for n, whole in wholes.items()}
+        answers = [
+            torch.cat([done[p.name].narrow(0, p.start, p.numel) for p in part])
+            if part
+            else torch.empty(0, dtype=dtype, device=device)
+            for part in self._receive
+        ]
+        returned = self._exchange(answers, dtype, self._receive, self._send)
+        out = torch.zeros_like(flat, dtype=dtype)
+        _paste(returned, self._send, lambda piece: piece.of(out))
+        return out
+
+    def _exchange(
+        self, parts: list[Tensor], dtype: torch.dtype, going: list[list[Slice]], coming: list[list[Slice]]
+    ) -> list[Tensor]:
+        """Send part r to rank r and return what each rank sent here."""
+        layout = self.layout
+        if len(parts) == 1:
+            return parts
+        sizes = [sum(piece.numel for piece in part) for part in coming]
+        sent = torch.cat(parts).to(layout.comm_device)
+        self.elements_sent += sum(part.numel() for r, part in enumerate(parts) if r != layout.rank)
+        arrived = torch.empty(sum(sizes), dtype=dtype, device=layout.comm_device)
+        dist.all_to_all_single(arrived, sent, sizes, [part.numel() for part in parts], group=layout.group)
+        return list(arrived.split(sizes))
+
+
+def choose_owners(layout: ShardLayout, cost: Callable[[tuple[int, ...]], float]) -> Mapping[str, int]:
+    """Give every tensor of the layout an owner: longest processing time first, the same answer on all ranks."""
+    held = [{piece.name: piece.numel for piece in rows} for rows in layout.table]
+    loads = [0.0] * len(held)
+    owners = {}
+    for name in sorted(layout.shapes, key=lambda n: (-cost(layout.shapes[n]), n)):
+        owner = min(range(len(held)), key=lambda r: (loads[r], -held[r].get(name, 0), r))
+        owners[name] = owner
+        loads[owner] += cost(layout.shapes[name])
+    return owners
+
+
+def _cut(flat: Tensor, parts: list[list[Slice]]) -> list[Tensor]:
+    return [torch.cat([piece.of(flat) for piece in part]) if part else flat.new_empty(0) for part in parts]
+
+
+def _paste(arrived: list[Tensor], parts: list[list[Slice]], place: Callable[[Slice], Tensor]) -> None:
+    for values, part in zip(arrived, parts, strict=True):
+        for piece, value in zip(part, values.split([p.numel for p in part]), strict=True):
+            place(piece).copy_(value)

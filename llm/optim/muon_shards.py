@@ -1,0 +1,132 @@
+"""Muon on flat shards: momentum stays where it lies, each matrix is orthogonalised whole on the rank that owns it."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm.optim.base import CHUNK
+from llm.optim.blocks import as_blocks, block_shape, from_blocks
+from llm.optim.exchange import OwnerExchange
+from llm.optim.newton_schulz import orthogonalize
+from llm.optim.row_normalization import balance_rows
+from llm.optim.shard import ShardLayout, is_active
+
+
+def make_exchange(layout: ShardLayout) -> OwnerExchange:
+    """Choose the owner of each matrix by what its Newton-Schulz iteration costs."""
+    return OwnerExchange(layout, cost=iteration_cost)
+
+
+def iteration_cost(shape: tuple[int, ...]) -> float:
+    """Multiplications of one Newton-Schulz step: the smaller side squared times the larger, for each expert."""
+    rows, columns = shape[-2:]
+    return float(min(rows, columns) ** 2 * max(rows, columns) * torch.Size(shape[:-2]).numel())
+
+
+def direction_of(
+    name: str,
+    whole: Tensor,
+    *,
+    heads: int,
+    iteration: str,
+    dtype: torch.dtype,
+    row_beta: float | None,
+    owned_state: dict[str, dict[str, Tensor]],
+) -> Tensor:
+    """Orthogonalise one whole matrix; NorMuon's row moments stay with the owner."""
+    blocks = as_blocks(whole, heads)[None]
+    directions = orthogonalize(blocks, iteration=iteration, dtype=dtype)
+    if row_beta is not None:
+        held = owned_state.setdefault(name, {})
+        if "row_moment" not in held:
+            held["row_moment"] = torch.zeros(*blocks.shape[1:-1], 1, device=whole.device)
+        held["row_moment"] = held["row_moment"].to(whole.device)
+        directions = balance_rows(directions.float(), [held["row_moment"]], beta=row_beta)
+    return from_blocks(directions[0], heads, tuple(whole.shape))
+
+
+def active_blocks(gradient: Tensor, layout: ShardLayout, heads: Mapping[str, int]) -> Tensor | None:
+    """Mark the elements of blocks that the loss depended on, on any rank; None where all are."""
+    sizes, columns_cut = {}, {}
+    for name, shape in layout.shapes.items():
+        rows, columns = block_shape(shape, heads[name])
+        if len(shape) == 2 and heads[name] < 0:  # a block's rows lie apart: look at each, then join them
+            sizes[name], columns_cut[name] = columns, -heads[name]
+        else:
+            sizes[name] = rows * columns
+    flags = layout.block_measure(gradient, sizes, is_active, dist.ReduceOp.MAX)
+    for name, count in columns_cut.items():
+        flags[name] = flags[name].view(-1, count).amax(0).repeat(flags[name].numel() // count)
+    return layout.mark(flags, sizes)
+
+
+def descend_shard(
+    flat: Tensor,
+    directions: Tensor,
+    layout: ShardLayout,
+    *,
+    heads: Mapping[str, int],
+    active: Tensor | None,
+    group: Mapping[str, Any],
+    update_scale: Callable[[int, int], float],
+    cautious: bool,
+) -> None:
+    """W ← W − lr·(scale·O + λ·W) on the elements that may move, piece by piece."""
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    for held in layout.slices:
+        step = lr * update_scale(*block_shape(held.shape, heads[held.name]))
+        parts = [held.of(t).split(CHUNK) for t in (flat, directions, *([] if active is None else [active]))]
+        for piece, direction, *masks in zip(*parts, strict=True):
+            share: Tensor | float = masks[0].float() if masks else 1.0
+            move = direction.float() * share if masks else direction.float()
+            if decay:
+                piece.mul_(1 - lr * decay * (share * (move * piece > 0) if cautious else share))
+            piece.add_(move, alpha=-step)
+
+
+def update_matrix_shard(
+    flat: Tensor,
+    ahead: Tensor,
+    gradient: Tensor,
+    layout: ShardLayout,
+    exchange: OwnerExchange,
+    *,
+    heads: Mapping[str, int],
+    group: Mapping[str, Any],
+    muon: Any,
+    dtype: torch.dtype,
+) -> None:
+    """Orthogonalise what is `ahead` on the owners, and move the shard along it.
+
+    Args:
+        flat: the shard of weights.
+        ahead: what is to be orthogonalised, laid out as the shard.
+        gradient: likewise, to see which blocks were used.
+        layout: of the shard.
+        exchange: of the layout.
+        heads: of each tensor, as `as_blocks` takes them.
+        group: with `lr` and `weight_decay`.
+        muon: the optimizer, for its settings.
+        dtype: of the products.
+    """
+    settings = {"iteration": muon.iteration, "dtype": dtype, "row_beta": muon.row_beta}
+    work = partial(direction_of, owned_state=muon.owned_state, **settings)
+    directions = exchange.map(
+        ahead,
+        lambda name, whole: work(name, whole, heads=heads[name]),
+        dtype=dtype if muon.row_beta is None else torch.float32,
+    )
+    descend_shard(
+        flat,
+        directions,
+        layout,
+        heads=heads,
+        active=active_blocks(gradient, layout, heads) if muon.skip_idle_rows else None,
+        group=group,
+        update_scale=muon.update_scale,
+        cautious=muon.cautious_decay,
+    )

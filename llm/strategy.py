@@ -1,0 +1,271 @@
+"""Training on several devices with DeepSpeed's ZeRO: the one file that imports DeepSpeed."""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor
+
+from llm.gradients import WholeGradients
+from llm.optim.receipt import unwrap
+from llm.optim.shard import ShardLayout, check_coverage
+from llm.zero.gradients import ShardedGradients
+from llm.zero.layouts import read_layouts
+from llm.zero.settings import check_trainable, engine_config, precision_config, require_deepspeed
+from llm.zero.state import (
+    gather_optimizer_state,
+    gather_whole,
+    optimizer_state_dict,
+    scatter_optimizer_state,
+    scatter_whole,
+    state_by_name,
+)
+from llm.zero.weights import refresh_parts
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """Runs DeepSpeed's ZeRO engine so that every optimizer trains as it does on one device.
+
+    Lightning's own strategy, with these differences. Gradients are measured and clipped by the module, raw and once,
+    after they were accumulated and averaged; the loss is divided by the accumulation once. Optimizers that look at
+    whole tensors are told which slices their flat shards hold. Checkpoints are those of a single process. Mixed
+    precision is torch's autocast over fp32 weights, as elsewhere; `bf16-true` holds bf16 weights with fp32 masters in
+    the shards. On a CPU the same engine runs over gloo and compiles nothing.
+
+    Args:
+        stage: 0 splits nothing over the ranks, 1 the optimizer's state, 2 the gradients too, 3 the weights too.
+        offload_optimizer: keep state and fp32 masters in the host's memory.
+        offload_parameters: keep stage 3's weights there as well.
+        bucket_elements: gradients reduced, and weights gathered, at a time.
+        persistence_threshold: stage 3 keeps parameters of fewer elements whole on every rank.
+        timeout_seconds: after which a rank that waits for another gives up.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed.
+
+    Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models",
+        arXiv:1910.02054, section 5.
+    """
+
+    def __init__(
+        self,
+        *,
+        stage: int,
+        offload_optimizer: bool,
+        offload_parameters: bool,
+        bucket_elements: int,
+        persistence_threshold: int,
+        timeout_seconds: float,
+    ) -> None:
+        require_deepspeed()
+        config = engine_config(
+            stage=stage,
+            offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
+            bucket_elements=bucket_elements,
+            persistence_threshold=persistence_threshold,
+        )
+        super().__init__(config=config, timeout=timedelta(seconds=timeout_seconds))
+        self.stage, self.layouts = stage, list[ShardLayout]()
+        self._names: dict[int, str] = {}
+        self._sharded_gradients: ShardedGradients | None = None
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """No: the trainer counts micro-batches, and the engine is told which is an update's last."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Yes: checkpoints are those of a single process."""
+        return True
+
+    def setup_environment(self) -> None:
+        """Join the other ranks; a CPU gets gloo, and nothing is compiled for it."""
+        if self.accelerator is None or self.accelerator.get_parallel_devices(1)[0].type != "cpu":
+            super().setup_environment()
+            return
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # g++ for a minute; only inference uses it
+        self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices or []))]
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """Put the engine around the module; weights stay fp32 until the engine casts what it keeps in bf16."""
+        self._init_config_if_needed()
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        assert self.model is not None
+        self._initialize_deepspeed_train(self.model)
+        self.barrier()
+
+    def _format_config(self) -> None:
+        self._format_batch_size_and_grad_accum_config()
+        assert isinstance(self.config, dict)
+        self.config |= precision_config(str(self.precision_plugin.precision))
+
+    def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
+        """Let DeepSpeed wrap both, then find out what it did with the parameters, and prove that it can be stepped."""
+        groups, shapes = unwrap(optimizer).param_groups, {}
+        for group in groups:
+            group["shapes"] = [tuple(parameter.shape) for parameter in group["params"]]
+            shapes |= dict(zip(group["names"], group["shapes"], strict=True))
+            self._names |= {id(p): name for p, name in zip(group["params"], group["names"], strict=True)}
+        check_trainable(model, self._names, stage=self.stage)
+        import deepspeed.runtime.torch_autocast as engine_autocast
+
+        engine_autocast.TORCH_AUTOCAST_INITIALIZED = False  # left set by an earlier run of this process
+        engine, wrapped = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+        if self.stage == 3:
+            self._lend_parameters(model)
+        if self.stage:
+            self.layouts = read_layouts(wrapped, self._names)
+            check_coverage(shapes, self.layouts)
+            if hasattr(optimizer, "attach_layouts"):
+                optimizer.attach_layouts(self.layouts)
+            self._sharded_gradients = ShardedGradients(wrapped, self.layouts)
+        return engine, wrapped
+
+    @staticmethod
+    def _lend_parameters(model: Any) -> None:
+        """Have stage 3 gather a parameter also for modules whose `borrowed_parameters` name it."""
+        import deepspeed
+
+        for module in model.modules():
+            for path in getattr(module, "borrowed_parameters", ()):
+                owner, _, leaf = path.rpartition(".")
+                parameter = getattr(module.get_submodule(owner), leaf)
+                if parameter is not None:
+                    deepspeed.zero.register_external_parameter(module, parameter)
+
+    def gradients(self) -> ShardedGradients | WholeGradients:
+        """Return the gradients between the backward pass and the update."""
+        if self._sharded_gradients is not None:
+            return self._sharded_gradients
+        assert self.lightning_module is not None
+        return WholeGradients(self.lightning_module.parameters())
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Do nothing: at the end of a micro-batch the engine decides by its boundary what to send."""
+        yield
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Run the backward pass; the trainer has divided the loss by the accumulation, the engine is not to."""
+        assert self.lightning_module is not None
+        is_last = not self.lightning_module.trainer.fit_loop._should_accumulate()
+        self.deepspeed_engine.set_gradient_accumulation_boundary(is_last)
+        super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Run the micro-batch, clip, and have the engine update."""
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._sharded_gradients is not None:
+            self._sharded_gradients.after_step()
+        return result
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return weights and buffers, whole and in fp32, on the first rank; elsewhere nothing."""
+        assert self.lightning_module is not None
+        whole: dict[str, Tensor] = {}
+        for layout in self.layouts:
+            whole |= gather_whole(layout.flat, layout)
+        if not self.is_global_zero:
+            return {}
+        state: dict[str, Any] = self.lightning_module.state_dict(keep_vars=True)
+        return {name: whole.get(self._names.get(id(held), ""), held).detach() for name, held in state.items()}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Return what a single process would save, on the first rank; elsewhere nothing."""
+        inner = unwrap(optimizer)
+        if not self.layouts:
+            return inner.state_dict() if self.is_global_zero else {}
+        state = gather_optimizer_state(inner, self.layouts)
+        return optimizer_state_dict(inner.param_groups, state) if self.is_global_zero else {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write the folder that a single process would write, from the first rank."""
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint folder, whatever wrote it."""
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Put whole weights into the module and into the engine's shards."""
+        assert self.lightning_module is not None
+        module, state = self.lightning_module, checkpoint["state_dict"]
+        if not self.layouts:
+            module.load_state_dict(state, strict=strict)
+            return
+        held = module.state_dict(keep_vars=True)
+        weights = {self._names[id(t)]: state[name] for name, t in held.items() if id(t) in self._names}
+        for layout in self.layouts:
+            scatter_whole(layout.flat, layout, weights.__getitem__)
+        if self.stage == 3:
+            state = {name: tensor for name, tensor in state.items() if id(held[name]) not in self._names}
+            refresh_parts(self.optimizers[0])
+        module.load_state_dict(state, strict=strict and self.stage < 3)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Cut the saved state into this rank's shards."""
+        inner, saved = unwrap(self.optimizers[0]), checkpoint["optimizer_states"][0]
+        if not self.layouts:
+            inner.load_state_dict(saved)
+            return
+        scatter_optimizer_state(inner, self.layouts, state_by_name(saved, inner.param_groups))
+
+
+def deepspeed_trainer(
+    *,
+    stage: int,
+    offload_optimizer: bool,
+    offload_parameters: bool,
+    bucket_elements: int,
+    persistence_threshold: int,
+    timeout_seconds: float,
+    **trainer: Any,
+) -> L.Trainer:
+    """Build Lightning's trainer around a `ZeroStrategy`; other arguments are the trainer's own.
+
+    Args:
+        stage: see `ZeroStrategy`, as for the next five.
+        offload_optimizer: state and fp32 masters on the host.
+        offload_parameters: stage 3's weights on the host.
+        bucket_elements: elements reduced or gathered at a time, at least 1.
+        persistence_threshold: elements below which stage 3 keeps a parameter whole.
+        timeout_seconds: patience with other ranks, > 0.
+        trainer: of `lightning.Trainer`.
+    """
+    if trainer.get("accelerator") == "cpu" or not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks once, at its first import
+    strategy = ZeroStrategy(
+        stage=stage,
+        offload_optimizer=offload_optimizer,
+        offload_parameters=offload_parameters,
+        bucket_elements=bucket_elements,
+        persistence_threshold=persistence_threshold,
+        timeout_seconds=timeout_seconds,
+    )
+    return L.Trainer(strategy=strategy, **trainer)
+
+
+def _signature() -> inspect.Signature:
+    """Own arguments, and the trainer's: a typing error in either is found before anything is built."""
+    own = [p for p in inspect.signature(deepspeed_trainer).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    names = {p.name for p in own} | {"self", "strategy"}
+    lightning = [p for p in inspect.signature(L.Trainer).parameters.values() if p.name not in names]
+    return inspect.Signature([*own, *lightning])
+
+
+deepspeed_trainer.__signature__ = _signature()  # pyright: ignore[reportFunctionMemberAccess]

@@ -1,0 +1,26 @@
+"""The parameters of a model under ZeRO: their true shapes, and how loaded weights reach them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Return a parameter's shape, also where stage 3 holds it in parts."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def state_shapes(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's state dict with tensors of the true shapes and no storage, to be compared."""
+    return {name: torch.empty(whole_shape(t), device="meta") for name, t in module.state_dict(keep_vars=True).items()}
+
+
+@torch.no_grad()
+def refresh_parts(zero: Any) -> None:
+    """Have stage 3's parameters follow its fp32 shards, after something else than a step has written those."""
+    for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
+        zero.fp16_partitioned_groups_flat[index].data.copy_(flat.data)
+        zero._unflatten_partitioned_parameters(index)
+    if zero.persistent_parameters:  # small ones stay whole on every rank
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
