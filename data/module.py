@@ -64,6 +64,7 @@ class TokenDataModule(LightningDataModule):
         deduplicate: Whether to keep only the first of documents that are the same byte for byte.
         max_line_bytes: Documents with a longer line are left out, and counted; None keeps all.
         num_processes: Processes that tokenise; None for one a core.
+        ramp: Where the steps of a run differ in size: has `batch_tokens_at(step)` and `tokens_seen(step)`.
 
     Raises:
         ConfigError: a value out of its range.
@@ -86,6 +87,7 @@ class TokenDataModule(LightningDataModule):
         deduplicate: bool,
         max_line_bytes: int | None,
         num_processes: int | None,
+        ramp: Any = None,
     ):
         super().__init__()
         _check_range("loader.val_fraction", val_fraction, 0 < val_fraction < 1, "above 0 and below 1", "0.02")
@@ -101,7 +103,7 @@ class TokenDataModule(LightningDataModule):
         self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.max_val_tokens = val_tokens
-        self.num_workers = num_workers
+        self.num_workers, self.ramp = num_workers, ramp
         folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
         self.options = CacheOptions(folder, val_fraction, deduplicate, max_line_bytes, num_processes)
         self._cache: TokenCache | None = None
@@ -182,7 +184,12 @@ class TokenDataModule(LightningDataModule):
             world_size=world_size,
             total_steps=total_steps,
             start_step=start_step,
+            span_of_step=None if self.ramp is None else self._span_of_step,
         )
+
+    def _span_of_step(self, step: int) -> tuple[int, int]:
+        tokens = self.ramp.tokens_seen(step), self.ramp.batch_tokens_at(step)
+        return tokens[0] // self.context_length, tokens[1] // self.context_length
 
     def train_dataloader(self) -> DataLoader:
         """Return all micro-batches of the run; iteration begins at the trainer's step."""

@@ -85,6 +85,8 @@ class RunSampler:
         rank, world_size: This process among those that share each step.
         total_steps: Steps of the whole run; the length counts all their micro-batches.
         start_step: Says, when iteration begins, how many steps are done already.
+        span_of_step: Where steps differ in size: `f(step) -> (first window of the run, windows)`; micro-batches are
+            then as many as ever, and as large as the step leaves them. None for windows_per_step each time.
 
     Raises:
         ConfigError: windows_per_step does not divide into micro-batches over the ranks.
@@ -101,6 +103,7 @@ class RunSampler:
         world_size: int,
         total_steps: int,
         start_step: Callable[[], int],
+        span_of_step: Callable[[int], tuple[int, int]] | None = None,
     ):
         if windows_per_step % (micro_batch_size * world_size) or not windows_per_step:
             raise ConfigError(
@@ -115,6 +118,7 @@ class RunSampler:
         self.world_size = world_size
         self.total_steps = total_steps
         self.start_step = start_step
+        self.span_of_step = span_of_step or (lambda step: (step * windows_per_step, windows_per_step))
 
     @property
     def accumulation(self) -> int:
@@ -126,10 +130,10 @@ class RunSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         for step, micro_step in itertools.product(range(self.start_step(), self.total_steps), range(self.accumulation)):
-            block = micro_step * self.world_size + self.rank
-            first = step * self.windows_per_step + block * self.micro_batch_size
-            stop = first + self.micro_batch_size
-            yield run_windows(first, stop, num_windows=self.num_windows, seed=self.seed).tolist()
+            start, windows = self.span_of_step(step)
+            rows = windows // (self.accumulation * self.world_size)
+            first = start + (micro_step * self.world_size + self.rank) * rows
+            yield run_windows(first, first + rows, num_windows=self.num_windows, seed=self.seed).tolist()
 
 
 def validation_windows(*, num_windows: int, limit: int, rank: int, world_size: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """How tokens per update become micro-batches: the one place where accumulation is derived."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llm.errors import ConfigError
@@ -74,3 +75,63 @@ def total_steps(*, max_steps: int | None, max_tokens: int | None, batch_tokens: 
         key, value = ("max_steps", max_steps) if max_steps is not None else ("max_tokens", max_tokens)
         raise ConfigError(f"{key}={value}: gives {steps} updates of {batch_tokens} tokens; raise it")
     return steps
+
+
+@dataclass(frozen=True)
+class BatchRamp:
+    """Tokens per update over a run, in stages of equal updates: a pure function of the step."""
+
+    stages: tuple[tuple[int, int, int], ...]
+    """(first step, tokens seen before it, tokens per update), by rising step."""
+    total_steps: int
+
+    def _stage(self, step: int) -> tuple[int, int, int]:
+        return next(stage for stage in reversed(self.stages) if stage[0] <= step)
+
+    def batch_tokens_at(self, step: int) -> int:
+        """Tokens of the update that follows `step` updates."""
+        return self._stage(step)[2]
+
+    def tokens_seen(self, step: int) -> int:
+        """Tokens of the first `step` updates."""
+        first, seen, batch_tokens = self._stage(step)
+        return seen + (step - first) * batch_tokens
+
+
+def plan_ramp(changes: Mapping[int, int], *, max_steps: int | None, max_tokens: int | None) -> BatchRamp:
+    """Return the stages of a run; a stage begins with the first update that has seen its tokens.
+
+    Args:
+        changes: tokens seen -> tokens per update from then on; the first at 0.
+        max_steps: updates in the run, or None where max_tokens is given.
+        max_tokens: tokens in the run, or None.
+
+    Raises:
+        ConfigError: neither or both limits given, or one that allows no update.
+    """
+    starts = sorted(changes)
+    steps = total_steps(max_steps=max_steps, max_tokens=max_tokens, batch_tokens=changes[0])
+    stages, step, seen = [], 0, 0
+    for start, following in zip(starts, [*starts[1:], None], strict=True):
+        batch_tokens = changes[start]
+        left = steps - step if max_tokens is None else (max_tokens - seen) // batch_tokens
+        count = left if following is None else min(left, -(-max(0, following - seen) // batch_tokens))
+        if count > 0:
+            stages.append((step, seen, batch_tokens))
+            step, seen = step + count, seen + count * batch_tokens
+    return BatchRamp(tuple(stages), step)
+
+
+def check_ramp(*, plan: BatchPlan, ramp: BatchRamp) -> None:
+    """Raise ConfigError unless each stage gives every micro-batch on every device equally many windows."""
+    unit = plan.context_length * plan.accumulation * plan.world_size
+    for _, seen, batch_tokens in ramp.stages:
+        if batch_tokens % unit or batch_tokens > plan.batch_tokens:
+            below = batch_tokens // unit * unit
+            near = " or ".join(str(v) for v in (below, below + unit) if 0 < v <= plan.batch_tokens)
+            raise ConfigError(
+                f"batch_schedule: {batch_tokens} tokens an update from {seen} tokens on: must be a multiple of "
+                f"context_length {plan.context_length} x accumulation {plan.accumulation} x devices "
+                f"{plan.world_size} = {unit}, up to batch_tokens={plan.batch_tokens}; try {near}, or a larger "
+                "micro_batch_size"
+            )

@@ -15,13 +15,17 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from llm.batching import BatchPlan, micro_batch_candidates, plan_batch, total_steps
+from llm.batching import BatchPlan, BatchRamp, check_ramp, micro_batch_candidates, plan_batch, plan_ramp
 from llm.errors import ConfigError, CrucibleError
 from llm.precision import resolve_precision
+from llm.scaling.rates import Rates
 from llm.signatures import check_node, fits, suggest, target_nodes, type_name
 from llm.transformer import Transformer
 
-GROUPS = ("model", "optimizer", "schedule", "scaling", "data", "tokenizer", "trainer", "logger", "callbacks", "loader")
+GROUPS = (
+    "model", "optimizer", "schedule", "scaling", "batch_schedule", "rates", "data", "tokenizer", "trainer", "logger",
+    "callbacks", "loader",
+)  # fmt: skip
 SUPPLIED_TO = {"data.module.TokenDataModule": frozenset({"source"})}
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
 SECRET_PATTERN = re.compile(r"(^|_)(api_?key|secret|password|passwd|access_?token|auth_?token)s?$", re.IGNORECASE)
@@ -47,11 +51,6 @@ class RunConfig:
     resume: str | None
     init_from: str | None
     plan: bool
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer updates of the run."""
-        return planned_steps(vars(self))
 
 
 def instantiate(node: Any, **arguments: Any) -> Any:
@@ -136,13 +135,14 @@ def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
     """
     run_keys = {"max_steps", "max_tokens", "batch_tokens", "context_length", "micro_batch_size"}
     probes: list[tuple[set[str], Callable[[], Any]]] = [
-        (run_keys, lambda: planned_steps(cfg)),
-        (run_keys | {"trainer"}, lambda: batch_plan(cfg)),
+        (run_keys | {"batch_schedule"}, lambda: planned_steps(cfg)),
+        (run_keys | {"batch_schedule", "trainer"}, lambda: check_ramp(plan=batch_plan(cfg), ramp=batch_ramp(cfg))),
         ({"optimizer", "on_nonfinite", "trainer"}, lambda: _check_optimizer(cfg)),
-        (run_keys | {"scaling"}, lambda: instantiate(cfg["scaling"])(cfg["batch_tokens"])),
+        (run_keys | {"scaling", "batch_schedule"}, lambda: _check_scaling(cfg)),
         (run_keys | {"schedule"}, lambda: _check_schedule(cfg)),
         ({"trainer"}, lambda: resolve_precision(cfg["trainer"]["precision"], accelerator=accelerator(cfg["trainer"]))),
-        ({"model"}, lambda: build_meta_model(cfg)),
+        ({"model", "rates"}, lambda: build_meta_model(cfg)),
+        ({"optimizer", "rates"}, lambda: build_rates(cfg).check(instantiate(cfg["optimizer"]))),
         ({"data"}, lambda: instantiate(cfg["data"])),
         ({"tokenizer"}, lambda: build_tokenizer(cfg)),
     ]
@@ -164,6 +164,38 @@ def _check_schedule(cfg: Mapping[str, Any]) -> None:
     schedule = instantiate(cfg["schedule"])
     for step in (0, steps - 1):
         schedule(step, total_steps=steps)
+
+
+def _check_scaling(cfg: Mapping[str, Any]) -> None:
+    """Ask for the rate at every batch of the run; what is yet to be measured is taken as the batch itself."""
+    node = dict(cfg["scaling"])
+    if needs_probe(cfg):
+        _check_probe(cfg)
+        node["noise_scale"] = float(cfg["batch_tokens"])
+    scaling = instantiate(node)
+    for _, _, batch_tokens in batch_ramp(cfg).stages:
+        scaling(batch_tokens)
+
+
+def needs_probe(cfg: Mapping[str, Any]) -> bool:
+    """Whether the run's rates wait for a noise scale: one that is to be measured, and a batch other than the base."""
+    node = cfg["scaling"]
+    sizes = {batch_tokens for _, _, batch_tokens in batch_ramp(cfg).stages}
+    return node.get("noise_scale") == "measured" and sizes != {node.get("base_batch_tokens")}
+
+
+def _check_probe(cfg: Mapping[str, Any]) -> None:
+    base, context = cfg["scaling"].get("base_batch_tokens"), cfg["context_length"]
+    remedy = "set a number of tokens, such as noise_scale in the summary of a run with callbacks=noise_scale"
+    if world_size(cfg["trainer"]) > 1:
+        raise ConfigError(
+            f"scaling.noise_scale=measured: the probe runs on one device and this run on several; {remedy}"
+        )
+    if isinstance(base, int) and base > 0 and (base % context or base < 2 * context):
+        raise ConfigError(
+            f"scaling.noise_scale=measured: scaling.base_batch_tokens={base} must hold at least two windows of "
+            f"context_length {context}, and whole ones, to compare their gradients; {remedy}"
+        )
 
 
 def _check_optimizer(cfg: Mapping[str, Any]) -> None:
@@ -197,7 +229,14 @@ def _check_optimizer(cfg: Mapping[str, Any]) -> None:
 def build_meta_model(cfg: Mapping[str, Any], vocab_size: int = CHECK_VOCABULARY) -> Transformer:
     """Build the model without storage: its shapes and its rules, at no cost."""
     with torch.device("meta"):
-        return instantiate(cfg["model"])(vocab_size=vocab_size)
+        model = instantiate(cfg["model"])(vocab_size=vocab_size)
+        build_rates(cfg).prepare(model)
+        return model
+
+
+def build_rates(cfg: Mapping[str, Any]) -> Rates:
+    """Build what gives each tensor its rate."""
+    return instantiate(cfg["rates"]) if cfg.get("rates") else Rates()
 
 
 def accelerator(trainer: Mapping[str, Any]) -> str:
@@ -229,9 +268,16 @@ def world_size(trainer: Mapping[str, Any]) -> int:
     return int(count) * int(trainer.get("num_nodes", 1))
 
 
+def batch_ramp(cfg: Mapping[str, Any]) -> BatchRamp:
+    """Return the tokens of each update of the run."""
+    node = cfg.get("batch_schedule")
+    changes = instantiate(node)(batch_tokens=cfg["batch_tokens"]) if node else {0: cfg["batch_tokens"]}
+    return plan_ramp(changes, max_steps=cfg["max_steps"], max_tokens=cfg["max_tokens"])
+
+
 def planned_steps(cfg: Mapping[str, Any]) -> int:
     """Return the optimizer updates of the run."""
-    return total_steps(**{key: cfg[key] for key in ("max_steps", "max_tokens", "batch_tokens")})
+    return batch_ramp(cfg).total_steps
 
 
 def batch_plan(cfg: Mapping[str, Any]) -> BatchPlan:
@@ -256,13 +302,16 @@ def build_data(cfg: Mapping[str, Any], micro_batch_size: int) -> Any:
         batch_tokens=run.batch_tokens,
         micro_batch_size=micro_batch_size,
         seed=run.seed,
+        ramp=batch_ramp(cfg),
     )
 
 
 def build_model(cfg: Mapping[str, Any], vocab_size: int) -> Transformer:
     """Build the model with weights drawn from the run's seed."""
     torch.manual_seed(run_config(cfg).seed)
-    return instantiate(cfg["model"])(vocab_size=vocab_size)
+    model = instantiate(cfg["model"])(vocab_size=vocab_size)
+    build_rates(cfg).prepare(model)
+    return model
 
 
 def module_factories(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,6 +323,8 @@ def module_factories(cfg: Mapping[str, Any]) -> dict[str, Any]:
         "weight_decay": float(optimizer["weight_decay"]),
         "schedule": instantiate(cfg["schedule"]),
         "scaling": instantiate(cfg["scaling"]),
+        "ramp": batch_ramp(cfg),
+        "rates": build_rates(cfg),
     }
 
 

@@ -10,12 +10,12 @@ RESIDUAL_OUTPUTS = ("o_proj", "down_proj")
 
 
 @torch.no_grad()
-def fan_in_normal(model: nn.Module, *, num_layers: int, embedding_std: float, head_std: float) -> None:
+def fan_in_normal(model: nn.Module, *, num_layers: int, embedding_std: float, head_std: float) -> dict[str, float]:
     """Draw every matrix from N(0, 1/d_in), so that a unit-RMS input gives a unit-RMS output at any width.
 
     Projections into the residual stream are divided by sqrt(2 num_layers) more, so that the sum over all sublayers
     has unit variance. Expert stacks [experts, d_out, d_in] are drawn expert by expert with the same rule. Gains start
-    at 1 and biases at 0, as their modules made them.
+    at 1 and biases at 0, as their modules made them. Returned are the standard deviations, by name.
 
     Args:
         model: whose parameters are drawn in place, in the order of `named_parameters`.
@@ -26,6 +26,7 @@ def fan_in_normal(model: nn.Module, *, num_layers: int, embedding_std: float, he
     Source: He et al., arXiv:1502.01852, eq. 10 without the rectifier's 2; depth factor of Radford et al.,
     "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.3.
     """
+    stds = {}
     for name, parameter in model.named_parameters():
         *_, owner, _ = ("", *name.split("."))
         if parameter.ndim < 2:
@@ -39,3 +40,5 @@ def fan_in_normal(model: nn.Module, *, num_layers: int, embedding_std: float, he
             if owner in RESIDUAL_OUTPUTS:
                 std /= math.sqrt(2 * num_layers)
         parameter.normal_(0.0, std)
+        stds[name] = std
+    return stds

@@ -10,11 +10,15 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from llm.batching import BatchRamp
 from llm.checkpoint import compare_state
 from llm.contracts import Batch, ParamGroup
 from llm.errors import NonFiniteError
 from llm.loss import linear_cross_entropy
-from llm.optim.param_groups import build_param_groups
+from llm.optim.param_groups import build_param_groups, parameter_kinds
+from llm.scaling import rates as tensor_rates
+from llm.scaling.derivation import derivation
+from llm.scaling.rates import Rates
 from llm.transformer import Transformer, TransformerOutput
 
 FORWARD_AND_BACKWARD = 3
@@ -31,7 +35,7 @@ by `after_optimizer_step(statistics)`: expert counts, codebook sums."""
 class LanguageModule(L.LightningModule):
     """Trains a decoder on next-token prediction; the objective is cross-entropy plus what sublayers return as losses.
 
-        lr(step) = group.lr x scaling(batch_tokens) x schedule(step)
+        lr(step) = group.lr x scaling(batch_tokens at step) x schedule(step)
 
     Args:
         model: the decoder.
@@ -40,8 +44,9 @@ class LanguageModule(L.LightningModule):
         weight_decay: decoupled decay of matrices.
         schedule: `f(step, total_steps=…) -> lr_factor`.
         scaling: `f(batch_tokens) -> lr_scale`.
-        total_steps: optimizer updates in the run.
-        batch_tokens: tokens per update, over all devices.
+        rates: how each tensor's lr and decay follow from those of the run.
+        ramp: optimizer updates in the run, and the tokens of each.
+        batch_tokens: tokens per update, over all devices; of the largest, where they differ.
         context_length: tokens a window.
         token_bytes: bytes that each token id stands for, to give bits per byte.
         on_nonfinite: what to do with a loss or gradient that is not finite: stop (`raise`), or leave the step out
@@ -62,7 +67,8 @@ class LanguageModule(L.LightningModule):
         weight_decay: float,
         schedule: Callable[..., float],
         scaling: Callable[[int], float],
-        total_steps: int,
+        rates: Rates,
+        ramp: BatchRamp,
         batch_tokens: int,
         context_length: int,
         token_bytes: Int[Tensor, " vocab"],
@@ -72,9 +78,9 @@ class LanguageModule(L.LightningModule):
         super().__init__()
         self.model = model
         self.build_optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
-        self.schedule, self.total_steps = schedule, total_steps
+        self.schedule, self.scaling, self.rates = schedule, scaling, rates
+        self.ramp, self.total_steps = ramp, ramp.total_steps
         self.batch_tokens, self.context_length = batch_tokens, context_length
-        self.lr_scale = scaling(batch_tokens)
         self.generate, self.on_nonfinite = generate, on_nonfinite
         self.nonfinite_steps, self.nonfinite_in_a_row, self._refused_step = 0, 0, -1
         self.register_buffer("token_bytes", token_bytes.float(), persistent=False)
@@ -93,14 +99,30 @@ class LanguageModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """One optimizer over tagged groups, one factor on every group's rate, set before each update."""
-        groups = build_param_groups(self.model, lr=self.lr, weight_decay=self.weight_decay)
+        groups = rated_groups(
+            self.model, self.rates, optimizer=self.build_optimizer, lr=self.lr, weight_decay=self.weight_decay
+        )
         optimizer = self.build_optimizer(groups)
         scheduler = LambdaLR(optimizer, lambda step: self.lr_multiplier(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_multiplier(self, step: int) -> float:
         """What every group's lr is multiplied by at `step`."""
-        return self.lr_scale * self.schedule(step, total_steps=self.total_steps)
+        return self.scaling(self.batch_tokens_at(step)) * self.schedule(step, total_steps=self.total_steps)
+
+    @property
+    def lr_derivation(self) -> list[str]:
+        """How the learning rate follows from the batch: a line for each batch size of the run."""
+        sizes = dict.fromkeys(batch_tokens for _, _, batch_tokens in self.ramp.stages)
+        return [derivation(self.scaling, lr=self.lr, batch_tokens=size) for size in sizes]
+
+    def batch_tokens_at(self, step: int) -> int:
+        """Tokens of the update that follows `step` updates."""
+        return self.ramp.batch_tokens_at(step)
+
+    def tokens_seen(self, step: int) -> int:
+        """Tokens of the first `step` updates."""
+        return self.ramp.tokens_seen(step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch: mean cross-entropy in nats a token, plus the sublayers' losses."""
@@ -155,7 +177,10 @@ class LanguageModule(L.LightningModule):
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         means = {name: self._reduced(torch.stack(values).mean(0), "mean") for name, values in self._pending.items()}
         self._pending.clear()
-        rates = {f"lr/{group['kind']}": float(group["lr"]) for group in optimizer.param_groups}
+        # a kind with several rates is shown with its first
+        rates = {f"lr/{group['kind']}": float(group["lr"]) for group in reversed(optimizer.param_groups)}
+        if len(self.ramp.stages) > 1:
+            rates["batch_tokens"] = self.batch_tokens_at(self.global_step)
         self.step_metrics = {**means, **({"grad_norm": norm} if parameters else {}), **rates}
         if not bool(torch.isfinite(norm + means["train/loss"])):
             self._refuse_update(parameters, loss=float(means["train/loss"]), norm=float(norm))
@@ -212,6 +237,19 @@ class LanguageModule(L.LightningModule):
     def generate_text(self, prompts: list[str], **options: Any) -> list[str]:
         """Continue prompts with the decoder as it stands."""
         return self.generate(self.model, prompts, **options)
+
+
+def rated_groups(
+    model: Transformer, rates: Rates, *, optimizer: Callable[..., Any], lr: float, weight_decay: float
+) -> list[ParamGroup]:
+    """Return the model's tagged groups, each tensor with the rate that follows from its kind and shape."""
+    named, update, pairs = dict(model.named_parameters()), tensor_rates.update_of(optimizer), {}
+    for name, kind in parameter_kinds(model).items():
+        rows, columns = (1, *named[name].shape)[-2:]
+        tensor = tensor_rates.Tensor(name, kind, rows, columns, model.initial_stds.get(name, 0.0))
+        pair = rates.rate(tensor, lr=lr, weight_decay=weight_decay, d_model=model.d_model, update=update)
+        pairs[name] = tuple(pair)
+    return build_param_groups(model, lr=lr, weight_decay=weight_decay, rates=pairs)
 
 
 def validation_metrics(total_loss: float, num_tokens: float, num_bytes: float) -> dict[str, float]:

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llm.batching import BatchPlan
+from llm.batching import BatchPlan, BatchRamp
 from llm.config import (
     accelerator,
     batch_plan,
+    batch_ramp,
     build_meta_model,
     build_model,
     build_tokenizer,
@@ -20,8 +21,7 @@ from llm.config import (
 from llm.flops import peak_flops
 from llm.loss import CHUNK_SCORES, linear_cross_entropy
 from llm.memory import SavedBytes, optimizer_state_bytes
-from llm.module import FORWARD_AND_BACKWARD
-from llm.optim.param_groups import build_param_groups
+from llm.module import FORWARD_AND_BACKWARD, rated_groups
 from llm.optim.receipt import receipt
 from llm.precision import resolve_precision
 from llm.tables import format_bytes, format_count, format_seconds, format_table
@@ -38,13 +38,13 @@ def describe_plan(cfg: Mapping[str, Any]) -> str:
     kind = accelerator(cfg["trainer"])
     precision = resolve_precision(cfg["trainer"]["precision"], accelerator=kind)
     factories = module_factories(cfg)
-    groups = build_param_groups(model, lr=factories["lr"], weight_decay=factories["weight_decay"])
+    groups = rated_groups(model, **{key: factories[key] for key in ("rates", "optimizer", "lr", "weight_decay")})
     state = optimizer_state_bytes(groups, factories["optimizer"])
     flops = FORWARD_AND_BACKWARD * model.flops_per_token(run.context_length)
     sections = [
         f"Parameters (vocabulary {vocab_size:_})\n{_parameters(model)}",
         f"Memory on one {kind} device, {precision}\n{_memory(cfg, vocab_size, precision, sum(state.values()), plan)}",
-        f"Work\n{_work(run.total_steps, plan, flops, kind, 'bf16' in precision)}",
+        f"Work\n{_work(batch_ramp(cfg), plan, flops, kind, 'bf16' in precision)}",
         f"Optimizer receipt\n{receipt(factories['optimizer'](groups))}",
     ]
     return "\n\n".join(sections)
@@ -114,8 +114,8 @@ def activation_bytes(
         return saved.total, min(CHUNK_SCORES, micro_batch_size * context_length * vocab_size) * 4
 
 
-def _work(steps: int, plan: BatchPlan, flops: float, kind: str, bf16: bool) -> str:
-    tokens = steps * plan.batch_tokens
+def _work(ramp: BatchRamp, plan: BatchPlan, flops: float, kind: str, bf16: bool) -> str:
+    steps, tokens = ramp.total_steps, ramp.tokens_seen(ramp.total_steps)
     device = torch.device(kind)
     peak = peak_flops(device, bf16=bf16)
     rows = [

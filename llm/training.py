@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from llm.config import (
     RunConfig,
     accelerator,
     batch_plan,
+    batch_ramp,
     build_callbacks,
     build_data,
     build_loggers,
@@ -25,6 +27,8 @@ from llm.config import (
     build_trainer,
     check,
     module_factories,
+    needs_probe,
+    planned_steps,
     run_config,
     save,
     world_size,
@@ -34,11 +38,13 @@ from llm.generate import generate_text
 from llm.loss import linear_cross_entropy
 from llm.memory import SavedBytes
 from llm.micro_batch import find_micro_batch_size
-from llm.module import LanguageModule
+from llm.module import LanguageModule, rated_groups
+from llm.noise_probe import PROBE_UPDATES, measure_noise_scale
 from llm.plan import describe_plan
 from llm.precision import resolve_precision
 from llm.provenance import config_hash, versions
 from llm.run_folder import RunFolder
+from llm.scaling.derivation import mismatch, rule_and_settings
 from llm.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -69,7 +75,7 @@ def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> float | No
     quiet_lightning()
     L.seed_everything(run.seed, verbose=False)
     checkpoint = _checkpoint_to_resume(run, folder)
-    if _is_complete(checkpoint, run):
+    if _is_complete(checkpoint, planned_steps(cfg)):
         return folder.read_summary().get("val/loss")
     data = build_data(cfg, batch_plan(cfg).micro_batch_size)
     data.prepare_data()
@@ -78,6 +84,7 @@ def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> float | No
     _load_initial_weights(run, model)
     cfg["micro_batch_size"] = data.micro_batch_size = _micro_batch_size(cfg, run, model)
     plan = batch_plan(cfg)
+    cfg["scaling"] = _measured_scaling(cfg, model, data)
     save(cfg, folder.path / "config.yaml")
     data.tokenizer.save(folder.path)
     module = build_module(cfg, run, model, data.tokenizer)
@@ -118,10 +125,10 @@ def _checkpoint_to_resume(run: RunConfig, folder: RunFolder) -> FoundCheckpoint 
     return found
 
 
-def _is_complete(checkpoint: FoundCheckpoint | None, run: RunConfig) -> bool:
-    if checkpoint is None or checkpoint.step < run.total_steps:
+def _is_complete(checkpoint: FoundCheckpoint | None, total_steps: int) -> bool:
+    if checkpoint is None or checkpoint.step < total_steps:
         return False
-    log.warning("already complete at step %d; to go on, raise max_steps (now %s)", checkpoint.step, run.total_steps)
+    log.warning("already complete at step %d; to go on, raise max_steps (now %s)", checkpoint.step, total_steps)
     return True
 
 
@@ -154,6 +161,34 @@ def _micro_batch_size(cfg: dict[str, Any], run: RunConfig, model: Transformer) -
     return find_micro_batch_size(trial, candidates=candidates, device=device, context_length=run.context_length)
 
 
+def _measured_scaling(cfg: Mapping[str, Any], model: Transformer, data: Any) -> dict[str, Any]:
+    """Return the scaling rule's node; where a noise scale is to be measured and is needed, with that of a probe."""
+    node = dict(cfg["scaling"])
+    if not needs_probe(cfg):
+        return node
+    factories, total = module_factories(cfg), max(planned_steps(cfg), PROBE_UPDATES)
+    device = torch.device(accelerator(cfg["trainer"]))
+    precision = resolve_precision(cfg["trainer"]["precision"], accelerator=device.type)
+    dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
+    dataset = data.windows("train")
+    enough = -(-PROBE_UPDATES * node["base_batch_tokens"] // batch_ramp(cfg).batch_tokens_at(0))
+    groups = partial(rated_groups, **{key: factories[key] for key in ("rates", "optimizer", "lr", "weight_decay")})
+    windows = measure_noise_scale(
+        model.to(device),
+        windows=chain.from_iterable(data.train_sampler(total_steps=enough)),
+        read=lambda part: {name: tensor.to(device) for name, tensor in dataset.__getitems__(part).items()},  # type: ignore
+        windows_per_update=node["base_batch_tokens"] // cfg["context_length"],
+        micro_batch_size=data.micro_batch_size,
+        build_optimizer=lambda probe: factories["optimizer"](groups(probe)),
+        lr_factor=lambda step: factories["schedule"](step, total_steps=total),
+        clip=cfg["trainer"].get("gradient_clip_val"),
+        autocast=lambda: torch.autocast(device.type, dtype=dtype, enabled=precision.endswith("mixed")),
+    )
+    node["noise_scale"] = float(f"{windows * cfg['context_length']:.3g}")
+    log.info("noise scale  %s tokens, measured by a probe at the base batch", f"{node['noise_scale']:_.0f}")
+    return node
+
+
 def trial_step(model: Transformer, windows: int, *, device: torch.device, precision: str, context_length: int) -> int:
     """Run forward and backward on `windows` windows of zeros; return the bytes kept for the backward pass."""
     ids = torch.zeros(windows, context_length, dtype=torch.long, device=device)
@@ -176,7 +211,6 @@ def build_module(cfg: Mapping[str, Any], run: RunConfig, model: Transformer, tok
     module = LanguageModule(
         model=model,
         **module_factories(cfg),
-        total_steps=run.total_steps,
         batch_tokens=run.batch_tokens,
         context_length=run.context_length,
         token_bytes=torch.as_tensor(tokenizer.token_bytes),
@@ -196,6 +230,7 @@ def _build_trainer(cfg: Mapping[str, Any], run: RunConfig, folder: RunFolder, pl
         "peak_flops": peak_flops(device, bf16="16" in precision),
         "checkpoint_every": run.checkpoint_every,
         "accumulation": plan.accumulation,
+        "world_size": plan.world_size,
         "config": dict(cfg),
         "name": run.name,
     }
@@ -203,7 +238,7 @@ def _build_trainer(cfg: Mapping[str, Any], run: RunConfig, folder: RunFolder, pl
     return build_trainer(
         cfg,
         default_root_dir=folder.path,
-        max_steps=run.total_steps,
+        max_steps=planned_steps(cfg),
         accumulate_grad_batches=plan.accumulation,
         val_check_interval=run.val_every * plan.accumulation,
         check_val_every_n_epoch=None,
@@ -218,7 +253,7 @@ def _build_trainer(cfg: Mapping[str, Any], run: RunConfig, folder: RunFolder, pl
 
 def _announce(cfg: Mapping[str, Any], folder: RunFolder, module: LanguageModule, data: Any, plan: BatchPlan) -> None:
     parameters = sum(p.numel() for p in module.model.parameters())
-    steps, tokens = module.total_steps, module.total_steps * plan.batch_tokens
+    steps, tokens = module.total_steps, module.tokens_seen(module.total_steps)
     log.info("run folder   %s", folder.path)
     log.info("model        %s, %s parameters, vocabulary %s", cfg["name"], f"{parameters:_}", data.tokenizer.vocab_size)
     log.info("data         %s train tokens, %s validation tokens", f"{data.train_tokens:_}", f"{data.val_tokens:_}")
@@ -227,7 +262,11 @@ def _announce(cfg: Mapping[str, Any], folder: RunFolder, module: LanguageModule,
         *(f"{plan.batch_tokens:_}", plan.accumulation, plan.world_size, plan.micro_batch_size, plan.context_length),
     )
     log.info("steps        %s, %s tokens, %.2f epochs", f"{steps:_}", f"{tokens:_}", tokens / data.train_tokens)
-    log.info("lr           %.3g x %.3g (scaling) x schedule", module.lr, module.lr_scale)
+    for line in module.lr_derivation:
+        log.info(line)
+    warning = mismatch(rule_and_settings(module.scaling)[0], getattr(module.build_optimizer, "func", object))
+    if warning and any("->" in line for line in module.lr_derivation):
+        log.warning(warning)
 
 
 def _leave_if_stopped(trainer: L.Trainer, folder: RunFolder) -> None:

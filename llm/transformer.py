@@ -45,7 +45,7 @@ class Transformer(nn.Module):
         ffn: factory, called once a layer with d_model.
         norm: factory, called with dim.
         position: factory, called once with head_dim.
-        init: called once as `init(model, num_layers=…)`.
+        init: called once as `init(model, num_layers=…)`; returns the standard deviation of each matrix by name.
         first_ffn: factory of the feed-forward of the first layers, where they differ from the rest.
         first_ffn_layers: how many first layers use it, in [0, num_layers].
 
@@ -69,7 +69,7 @@ class Transformer(nn.Module):
         ffn: Callable[..., nn.Module],
         norm: Callable[..., nn.Module],
         position: Callable[..., nn.Module],
-        init: Callable[..., None],
+        init: Callable[..., dict[str, float]],
         first_ffn: Callable[..., nn.Module] | None = None,
         first_ffn_layers: int = 0,
     ) -> None:
@@ -99,7 +99,7 @@ class Transformer(nn.Module):
         self.lm_head = Head(d_model, vocab_size, bias=False)
         if tie_embeddings:
             self.lm_head.weight = self.token_embedding.weight
-        init(self, num_layers=num_layers)
+        self.initial_stds = init(self, num_layers=num_layers)
 
     def blocks(self) -> list[Block]:
         """The layers, in order."""

@@ -21,12 +21,16 @@ NEEDS = {
     "model/size=350m": None,
     "model/size=1b": None,
     "model/size=7b": None,
+    "rates=amos": ("optimizer.weight_decay=0",),
+    "scaling=adam_eps": ("scaling.base_batch_tokens=128",),  # a small batch for the probe
+    "scaling=sign": ("scaling.base_batch_tokens=128",),
+    "scaling=variance": ("scaling.base_batch_tokens=128",),
     "model/position=inv_leaky": ("model.position.train_length=32",),
     "model/attention=vq": ("model/position=none",),
 }
 """Options that need more than their name here, or that other tests cover (None)."""
-GROUPS = ("optimizer", "schedule", "scaling", "data", "tokenizer", "trainer", "logger", "model", "model/attention",
-          "model/position", "model/ffn", "model/norm", "model/size")  # fmt: skip
+GROUPS = ("optimizer", "schedule", "scaling", "batch_schedule", "rates", "data", "tokenizer", "trainer", "logger",
+          "model", "model/attention", "model/position", "model/ffn", "model/norm", "model/size")  # fmt: skip
 CHOICES = [f"{group}={name}" for group in GROUPS for name in options(group)]
 PAIRS = [(f"optimizer={o}", f"model={m}") for o in options("optimizer") for m in options("model")]
 

@@ -1,6 +1,7 @@
 """optimizer.txt: what every tensor got."""
 
 import logging
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -14,6 +15,8 @@ log = logging.getLogger(__name__)
 class OptimizerReceipt(Callback):
     """Writes each tensor's kind, rule, lr, weight decay and state bytes to optimizer.txt, and their totals to the log.
 
+    Above them stands how the learning rate follows from the batch.
+
     The receipt is read off the optimizer that the trainer really steps, after a strategy has wrapped it.
 
     Args:
@@ -23,9 +26,9 @@ class OptimizerReceipt(Callback):
     def __init__(self, *, run_folder: RunFolder) -> None:
         self.run_folder = run_folder
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write the receipt before the first update."""
-        text = receipt(trainer.optimizers[0])
+        text = "\n".join([*pl_module.lr_derivation, "", receipt(trainer.optimizers[0])])
         self.run_folder.save_text("optimizer.txt", text + "\n")
         if self.run_folder.is_writer:
             totals = text.rsplit("\n\n", 1)[-1]

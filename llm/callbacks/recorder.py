@@ -68,7 +68,7 @@ class Recorder(Callback):
         self._flush(trainer)
 
     def _collect(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
-        metrics: dict[str, Any] = {"tokens_seen": trainer.global_step * pl_module.batch_tokens}
+        metrics: dict[str, Any] = {"tokens_seen": pl_module.tokens_seen(trainer.global_step)}
         metrics.update(pl_module.step_metrics)
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             contribute = getattr(callback, "step_metrics", None)

@@ -73,7 +73,7 @@ class Summary(Callback):
 
     def _figures(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
         step = trainer.global_step
-        figures = {"steps": step, "tokens_seen": step * pl_module.batch_tokens, "seconds": self._seconds()}
+        figures = {"steps": step, "tokens_seen": pl_module.tokens_seen(step), "seconds": self._seconds()}
         metrics = trainer.callback_metrics
         return figures | {key: float(metrics[name]) for name, key in _FINAL.items() if name in metrics}
 

@@ -60,8 +60,9 @@ class Throughput(Callback):
             _wait(pl_module)
             self._is_first, self._since = False, time.perf_counter()
         else:
-            self._recent.append((pl_module.batch_tokens, self._partial))
-            self._tokens, self._seconds = self._tokens + pl_module.batch_tokens, self._seconds + self._partial
+            tokens = pl_module.batch_tokens_at(self._step - 1)
+            self._recent.append((tokens, self._partial))
+            self._tokens, self._seconds = self._tokens + tokens, self._seconds + self._partial
         self._partial = 0.0
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:

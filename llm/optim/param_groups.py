@@ -105,8 +105,9 @@ def build_param_groups(
     weight_decay: float,
     decayed_kinds: Collection[str] = ("matrix",),
     lr_multipliers: Mapping[str, float] | None = None,
+    rates: Mapping[str, tuple[float, float]] | None = None,
 ) -> list[ParamGroup]:
-    """Sort the trainable parameters of `model` into one tagged group a kind.
+    """Sort the trainable parameters of `model` into one tagged group a kind, or one for each kind and pair of rates.
 
     Args:
         model: its modules state their `parameter_kinds`; they may also state `parameter_resting_values` (a gain: 1)
@@ -115,6 +116,7 @@ def build_param_groups(
         weight_decay: decoupled decay of the kinds in `decayed_kinds`, >= 0; the others get 0.
         decayed_kinds: by default matrices only.
         lr_multipliers: factors on `lr` by kind; 1 where a kind is not named.
+        rates: (lr, weight decay) of each parameter by name, instead of all that; see `llm.scaling.rates`.
 
     Raises:
         ConfigError: an unclaimed or contradictory parameter, an unknown kind, or nothing to train.
@@ -131,15 +133,18 @@ def build_param_groups(
     parameters, heads = dict(model.named_parameters()), _heads(model)
     groups: list[ParamGroup] = []
     for kind in KINDS:
-        names = [name for name, its_kind in kinds.items() if its_kind == kind]
-        if names:
+        shared = (lr * multipliers.get(kind, 1.0), weight_decay if kind in decayed_kinds else 0.0)
+        pairs: dict[tuple[float, float], list[str]] = {}
+        for name in (name for name, its_kind in kinds.items() if its_kind == kind):
+            pairs.setdefault(shared if rates is None else rates[name], []).append(name)
+        for (its_lr, its_decay), names in pairs.items():
             groups.append(
                 TaggedGroup(
                     params=[parameters[name] for name in names],
                     names=names,
                     kind=kind,
-                    lr=lr * multipliers.get(kind, 1.0),
-                    weight_decay=weight_decay if kind in decayed_kinds else 0.0,
+                    lr=its_lr,
+                    weight_decay=its_decay,
                     resting_values=[_resting_value(model, name, kind) for name in names],
                     heads=[heads.get(name, 1) for name in names],
                 )

@@ -18,13 +18,13 @@ from llm.errors import ConfigError
 NoiseScale = float | Literal["measured"]
 
 
-def none(batch_tokens: int, *, base_batch_tokens: int) -> float:
+def none(batch_tokens: int, *, base_batch_tokens: int | None) -> float:
     """Return 1: the learning rate is used as it stands, whatever the batch."""
     _ratio(batch_tokens, base_batch_tokens)
     return 1.0
 
 
-def linear(batch_tokens: int, *, base_batch_tokens: int) -> float:
+def linear(batch_tokens: int, *, base_batch_tokens: int | None) -> float:
     """Return B/B₀, which keeps the drift of SGD per token.
 
     Assumes plain SGD, a learning rate small against the curvature, and B far below the noise scale.
@@ -39,7 +39,7 @@ def linear(batch_tokens: int, *, base_batch_tokens: int) -> float:
     return _ratio(batch_tokens, base_batch_tokens)
 
 
-def sqrt(batch_tokens: int, *, base_batch_tokens: int) -> float:
+def sqrt(batch_tokens: int, *, base_batch_tokens: int | None) -> float:
     """Return √(B/B₀), which keeps the noise that Adam or RMSprop adds per token.
 
     Assumes that gradient noise dominates the signal, B far below the noise scale. The whole rule scales 1 − β in
@@ -55,7 +55,7 @@ def sqrt(batch_tokens: int, *, base_batch_tokens: int) -> float:
     return math.sqrt(_ratio(batch_tokens, base_batch_tokens))
 
 
-def variance(batch_tokens: int, *, base_batch_tokens: int, noise_scale: NoiseScale) -> float:
+def variance(batch_tokens: int, *, base_batch_tokens: int | None, noise_scale: NoiseScale) -> float:
     """Return the best step of SGD, lr_max / (1 + B_noise / B), over that at the base batch.
 
     Rises in proportion to B far below the noise scale and ends at (1 + B_noise / B₀) far above it. Assumes a step
@@ -71,7 +71,7 @@ def variance(batch_tokens: int, *, base_batch_tokens: int, noise_scale: NoiseSca
     return _relative(lambda x: 1 / (1 + x), batch_tokens, base_batch_tokens, noise_scale)
 
 
-def sign(batch_tokens: int, *, base_batch_tokens: int, noise_scale: NoiseScale, alignment: float) -> float:
+def sign(batch_tokens: int, *, base_batch_tokens: int | None, noise_scale: NoiseScale, alignment: float) -> float:
     """Return the best step along the sign of the gradient, over that at the base batch: √(1 + x) / (q + x).
 
     Rises with √B far below the noise scale. With q <= 2 it levels off; above, it peaks at B = noise_scale / (q − 2),
@@ -95,7 +95,7 @@ def sign(batch_tokens: int, *, base_batch_tokens: int, noise_scale: NoiseScale, 
 def adam_eps(
     batch_tokens: int,
     *,
-    base_batch_tokens: int,
+    base_batch_tokens: int | None,
     noise_scale: NoiseScale,
     alignment: float,
     eps_to_gradient: float,
@@ -125,7 +125,9 @@ def adam_eps(
     return _relative(lambda x: math.sqrt(1 + rho + x) / (alignment + x), batch_tokens, base_batch_tokens, noise_scale)
 
 
-def _relative(law: Callable[[float], float], batch_tokens: int, base_batch_tokens: int, noise_scale: object) -> float:
+def _relative(
+    law: Callable[[float], float], batch_tokens: int, base_batch_tokens: int | None, noise_scale: object
+) -> float:
     """Return law(noise_scale / B) / law(noise_scale / B₀), and 1 at the base batch without asking for a measurement."""
     ratio = _ratio(batch_tokens, base_batch_tokens)
     scale = check_noise_scale(noise_scale)
@@ -133,10 +135,10 @@ def _relative(law: Callable[[float], float], batch_tokens: int, base_batch_token
         return 1.0
     if scale is None:
         raise ConfigError(
-            "scaling.noise_scale=measured: nothing has measured it yet; set a number of tokens, such as the noise_scale "
-            "in the summary of a run with callbacks=noise_scale"
+            "scaling.noise_scale=measured: nothing has measured it yet; set a number of tokens, such as noise_scale in "
+            "the summary of a run with callbacks=noise_scale"
         )
-    return law(scale / batch_tokens) / law(scale / base_batch_tokens)
+    return law(scale / batch_tokens) / law(scale / batch_tokens * ratio)
 
 
 def check_noise_scale(noise_scale: object) -> float | None:
@@ -151,8 +153,7 @@ def check_noise_scale(noise_scale: object) -> float | None:
 
 
 def _check_positive(key: str, value: object, hint: str) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and 0 < value < math.inf):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ConfigError(f"scaling.{key}={value}: must be a number above 0; {hint}")
     return float(value)
 

@@ -65,6 +65,12 @@ class TinyModule(L.LightningModule):
         self.losses: list[torch.Tensor] = []
         self.sampled: list[int] = []
 
+    def batch_tokens_at(self, step: int) -> int:
+        return self.batch_tokens
+
+    def tokens_seen(self, step: int) -> int:
+        return step * self.batch_tokens
+
     def loss(self, batch: torch.Tensor) -> torch.Tensor:
         return (self.tied(self.dropout(self.inner(batch))) - batch).square().mean()
 

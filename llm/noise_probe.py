@@ -1,0 +1,118 @@
+"""`scaling.noise_scale=measured`: a short training on a copy of the model, at the base batch, before the run."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm.contracts import Batch
+from llm.errors import ConfigError
+from llm.loss import linear_cross_entropy
+from llm.scaling.noise_scale import SmoothedNoiseScale, two_batch_estimate
+from llm.transformer import Transformer
+
+PROBE_UPDATES = 32
+"""Updates of the probe. The noise scale of a model that has learnt nothing is small, and grows fast at first."""
+SKIPPED_UPDATES = 8
+"""Its first updates, which are not measured."""
+DECAY = 0.9
+"""Of the averages, so that the end of the probe counts most: the noise scale goes on growing."""
+
+
+def measure_noise_scale(
+    model: Transformer,
+    *,
+    windows: Iterable[int],
+    read: Callable[[list[int]], Batch],
+    windows_per_update: int,
+    micro_batch_size: int,
+    build_optimizer: Callable[[Transformer], torch.optim.Optimizer],
+    lr_factor: Callable[[int], float],
+    clip: float | None,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> float:
+    """Return tr Σ / |g|² in windows, from the last of up to PROBE_UPDATES updates; the model itself stays as it is.
+
+    Args:
+        model: the decoder, which is copied.
+        windows: numbers of training windows, in the order of the run.
+        read: makes a batch of some of them.
+        windows_per_update: windows of the base batch, at least 2.
+        micro_batch_size: windows at a time, at most.
+        build_optimizer: makes the run's optimizer for a model.
+        lr_factor: `f(step) -> factor` on its rates.
+        clip: largest norm of the gradient, or None.
+        autocast: context of the forward pass.
+
+    Raises:
+        ConfigError: too few windows for the probe, or gradients without a measurable signal.
+    """
+    random_state = torch.get_rng_state()
+    probe, source = copy.deepcopy(model).train(), iter(windows)
+    optimizer, smoothed = build_optimizer(probe), SmoothedNoiseScale(decay=DECAY)
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    size = _part_size(windows_per_update, micro_batch_size)
+    for step in range(PROBE_UPDATES):
+        drawn = list(islice(source, windows_per_update))
+        if len(drawn) < windows_per_update:
+            break
+        with torch.enable_grad():
+            small, big = _gradients(
+                probe, (read(part) for part in _parts(drawn, size)), windows_per_update // size, autocast
+            )
+        if step >= SKIPPED_UPDATES:
+            signal, trace = two_batch_estimate(small, big, small=size, big=windows_per_update)
+            smoothed.update("all", signal=signal, trace=trace)
+        if clip:
+            nn.utils.clip_grad_norm_(probe.parameters(), clip)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * lr_factor(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.set_rng_state(random_state)
+    found = smoothed.value("all")
+    if found is None:
+        raise ConfigError(
+            f"scaling.noise_scale=measured: {PROBE_UPDATES} updates of {windows_per_update} windows show none, the run "
+            "is too short or its gradients too noisy; set a number of tokens"
+        )
+    return found
+
+
+def _part_size(windows: int, micro_batch_size: int) -> int:
+    """Return the largest part that divides an update into at least two and fits a micro-batch."""
+    return max(size for size in range(1, min(micro_batch_size, windows // 2) + 1) if windows % size == 0)
+
+
+def _parts(windows: list[int], size: int) -> Iterator[list[int]]:
+    return (windows[i : i + size] for i in range(0, len(windows), size))
+
+
+def _gradients(
+    model: Transformer, parts: Iterable[Batch], count: int, autocast: Callable[[], AbstractContextManager[Any]]
+) -> tuple[float, float]:
+    """Leave the mean gradient of the parts in the model; return the mean |G_part|² and |G|²."""
+    total: list[Tensor | None] = [None for _ in model.parameters()]
+    small = 0.0
+    for part in parts:
+        with autocast():
+            out = model(part["input_ids"], positions=part["positions"], document_ids=part["document_ids"])
+            loss = linear_cross_entropy(out.hidden, model.lm_head.weight, part["labels"])
+        (loss + sum(out.losses.values())).backward()
+        small += _square(model) / count
+        for i, parameter in enumerate(model.parameters()):
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                held = total[i]
+                total[i] = gradient.div_(count) if held is None else held.add_(gradient, alpha=1 / count)
+    for parameter, gradient in zip(model.parameters(), total, strict=True):
+        parameter.grad = gradient
+    return small, _square(model)
+
+
+def _square(model: nn.Module) -> float:
+    return float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])) ** 2

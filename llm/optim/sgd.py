@@ -1,0 +1,47 @@
+"""SGD with momentum: the step along the gradient itself, whose batch rules are exact."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from llm.contracts import ParamGroup
+from llm.optim import foreach
+from llm.optim.base import GroupedOptimizer, descend, gradients_of, in_range, slabs
+
+
+class SGD(GroupedOptimizer):
+    """Moves weights along their momentum, in proportion to the gradient: the reference for rules of the batch size.
+
+        m ← μ·m + g;  θ ← θ − lr·(m + λθ)
+
+    Args:
+        params: groups from `build_param_groups`.
+        lr: peak learning rate, >= 0; a constant gradient moves a weight by lr / (1 − μ) of itself.
+        weight_decay: decoupled decay, >= 0.
+        momentum: μ, in [0, 1).
+
+    Raises:
+        ConfigError: a setting out of range, or groups without kinds.
+        ShapeError: a matrix that a strategy has flattened.
+
+    Source: Polyak 1964, "Some methods of speeding up the convergence of iteration methods"; Sutskever et al. 2013, "On
+        the importance of initialization and momentum in deep learning", eqs. 1 and 2, with lr outside of the momentum.
+    """
+
+    update_family: ClassVar = "gradient"
+
+    def __init__(self, params: list[ParamGroup], *, lr: float, weight_decay: float, momentum: float) -> None:
+        self.momentum = in_range("momentum", momentum, 0.0, 1.0)
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+
+    def rule_of(self, group: dict[str, Any]) -> str:
+        """SGD, for every kind."""
+        return "sgd"
+
+    def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Advance the momenta and follow them."""
+        for slab in slabs(params, gradients_of(params), self.buffers(group, params)):
+            momenta = slab.state["momentum"]
+            foreach.mul_(momenta, self.momentum)
+            foreach.add_(momenta, slab.gradients)
+            descend(slab.params, momenta, lr=float(group["lr"]), weight_decay=float(group["weight_decay"]))

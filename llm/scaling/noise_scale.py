@@ -1,0 +1,63 @@
+"""How noisy gradients are, from gradients of two batch sizes: pure functions and their smoothing."""
+
+from llm.errors import ConfigError
+
+
+def two_batch_estimate(small_square: float, big_square: float, *, small: float, big: float) -> tuple[float, float]:
+    """Return unbiased estimates of |g|² and tr Σ from the squared norms of gradients of two batch sizes.
+
+        |g|² = (B |G_B|² − b |G_b|²) / (B − b),   tr Σ = (|G_b|² − |G_B|²) / (1/b − 1/B)
+
+    since E|G_B|² = |g|² + tr Σ / B. Either may come out negative: smooth them before they are divided.
+
+    Args:
+        small_square: |G_b|², the mean over as many small batches as there are.
+        big_square: |G_B|², of all of them together.
+        small: b, in the unit that the noise scale shall have (tokens).
+        big: B, larger than b.
+
+    Raises:
+        ConfigError: B <= b: one batch says nothing about its noise.
+
+    Source: McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv:1812.06162, eqs. A.2 and A.3.
+    """
+    if not 0 < small < big:
+        raise ConfigError(
+            f"micro_batch_size: the noise scale compares gradients of {small:g} tokens with those of {big:g}; take at "
+            "least two micro-batches an update, by a smaller micro_batch_size, or two devices"
+        )
+    signal = (big * big_square - small * small_square) / (big - small)
+    trace = (small_square - big_square) / (1 / small - 1 / big)
+    return signal, trace
+
+
+class SmoothedNoiseScale:
+    """Averages |g|² and tr Σ over updates, apart, and divides the averages: B_noise = ⟨tr Σ⟩ / ⟨|g|²⟩.
+
+    Single ratios would be biased without bound: |g|² is small and its estimate may be negative.
+
+    Args:
+        decay: of both exponential averages, in [0, 1); 0.99 looks back over some hundred measurements.
+
+    Raises:
+        ConfigError: a decay out of range.
+
+    Source: McCandlish et al., arXiv:1812.06162, appendix A.1.
+    """
+
+    def __init__(self, *, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigError(f"callbacks.noise_scale.decay={decay}: must lie in [0, 1); try 0.99")
+        self.decay = decay
+        self.averages: dict[str, list[float]] = {}
+
+    def update(self, name: str, *, signal: float, trace: float) -> None:
+        """Take one measurement into the averages of `name`."""
+        held = self.averages.setdefault(name, [0.0, 0.0])
+        for i, value in enumerate((signal, trace)):  # both start at 0: the correction for that cancels in the ratio
+            held[i] = self.decay * held[i] + (1 - self.decay) * value
+
+    def value(self, name: str) -> float | None:
+        """Return B_noise, or None while the averages are not both positive: too few measurements, or too noisy."""
+        signal, trace = self.averages.get(name, (0.0, 0.0))
+        return trace / signal if signal > 0 and trace > 0 else None

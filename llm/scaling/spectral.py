@@ -1,0 +1,62 @@
+"""Rates and starts from each matrix's own shape: the spectral condition."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from llm.scaling.mup import scale_final_norm
+from llm.scaling.rates import FINAL_NORM, Rate, Rates, Tensor, Update, check_base_width, check_knows
+
+
+class Spectral(Rates):
+    """Gives each hidden matrix weights and steps of spectral norm √(d_out / d_in), relative to a square of the base.
+
+        std = √(min(1, d_out/d_in) / d_in)
+        lr(W) = lr · [√(d_out/d_in) / |ΔW|] / [1 / |ΔW of base_d_model x base_d_model|],  |ΔW| of a step at lr = 1
+
+    From width to width it does what `mup` does; between the matrices of one model it also evens out tall and wide ones.
+    Embedding, head and norms are treated as in `mup`; lr · λ stays the same for every matrix.
+
+    Args:
+        base_d_model: width at which lr was tuned, at least 1.
+
+    Raises:
+        ConfigError: a base width below 1, or an optimizer whose steps are as large as the gradient.
+
+    Source: Yang, Simon & Bernstein, "A Spectral Condition for Feature Learning", arXiv:2310.17813, condition 1 and
+        section 5; Su, kexue.fm/archives/10795.
+    Differs: the initial depth factor of residual outputs is kept.
+    """
+
+    def __init__(self, *, base_d_model: int) -> None:
+        check_base_width("spectral", base_d_model)
+        self.base_d_model = base_d_model
+
+    def check(self, optimizer: Callable[..., Any]) -> None:
+        """Refuse SGD."""
+        check_knows("spectral", optimizer)
+
+    @torch.no_grad()
+    def prepare(self, model: nn.Module) -> None:
+        """Make matrices that narrow smaller, and the final norm with the width."""
+        stds: dict[str, float] = getattr(model, "initial_stds")  # noqa: B009
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and "token_embedding" not in name and "lm_head" not in name:
+                factor = min(1.0, parameter.shape[-2] / parameter.shape[-1]) ** 0.5
+                parameter.mul_(factor)
+                stds[name] *= factor
+        scale_final_norm(model, self.base_d_model / getattr(model, "d_model"))  # noqa: B009
+
+    def rate(self, tensor: Tensor, *, lr: float, weight_decay: float, d_model: int, update: Update) -> Rate:
+        """Compare the tensor's shape with a square of the base width."""
+        factor = 1.0
+        if tensor.kind == "matrix":
+            base = self.base_d_model
+            square = tensor._replace(rows=base, columns=base, std=tensor.std * (tensor.columns / base) ** 0.5)
+            wanted = (tensor.rows / tensor.columns) ** 0.5
+            factor = wanted * update.spectral_norm(square) / update.spectral_norm(tensor)
+        elif tensor.name.startswith(FINAL_NORM):
+            factor = self.base_d_model / d_model
+        return Rate(lr * factor, weight_decay / factor if tensor.kind == "matrix" else 0.0)
