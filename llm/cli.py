@@ -17,12 +17,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llm.config import check_name, load, to_plain
+from llm.config import check_name, load, to_plain, world_size
 from llm.errors import ConfigError, CrucibleError
 from llm.help import help_page
 from llm.overrides import diagnose, not_overrides
+from llm.launch import Launch, adopt, find_launch, note_failure, start_processes
+from llm.multirun import is_multirun, run_sweep
 from llm.resume import merge_resumed
+from llm.rendezvous import agree
 
+from llm.run_folder import RunFolder
+from llm.sweep.follow import follow_parent
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "conf"
 EXIT_MISTAKE = 2
 """Exit status of a mistake that the user can mend."""
@@ -67,7 +72,10 @@ def run_command(
             raise ConfigError("\n".join(complaints))
         _check_names(arguments)
         resume_dir = _resume_dir(arguments, config_name)
-        if not resume_dir and not {"-m", "--multirun"} & set(arguments):
+        launch = find_launch()
+        if launch is not None:
+            resume_dir += _as_one_of_several(launch, [*arguments, *resume_dir], config_name)
+        elif not resume_dir and not {"-m", "--multirun"} & set(arguments):
             check(_compose(config_name, [a for a in arguments if not a.startswith("-")]))
         sys.argv[1:] = [*arguments, *resume_dir]
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
@@ -76,7 +84,11 @@ def run_command(
     except CrucibleError as error:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
+            note_failure(error)
         _fail(diagnose(error, _default_config(config_name), CONFIG_DIR))
+        except Exception as error:
+            note_failure(error)
+            raise
     except OSError as error:
         if started:
             raise
@@ -138,6 +150,8 @@ def _check_names(arguments: list[str]) -> None:
         check_name(name)
 
 
+        if find_launch() is None and "trainer" in plain and (processes := world_size(plain["trainer"])) > 1:
+            return _start_ranks(processes, folder, stopped)
 def _resume_dir(arguments: list[str], config_name: str) -> list[str]:
     """Return the override that puts a resumed run back into its own folder."""
     given = [a.split("=", 1)[1] for a in arguments if a.startswith("resume=")]
@@ -147,6 +161,30 @@ def _resume_dir(arguments: list[str], config_name: str) -> list[str]:
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"resume={folder}: holds no config.yaml; name a run folder, such as runs/<folder>")
     return [f"hydra.run.dir='{folder}'"]
+
+def _start_ranks(processes: int, folder: Path, stopped: list[int]) -> float | None:
+    """Run this command once a device, all in this run's folder; return the validation loss."""
+    own = [f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
+    status = start_processes(
+        [sys.executable, str(Path(sys.argv[0]).resolve()), *sys.argv[1:], *own], processes=processes
+    )
+    discard_empty(folder)
+    if status:
+        stopped.append(status)
+        return None
+    return RunFolder(folder).read_summary().get("val/loss")
+
+
+def _as_one_of_several(launch: Launch, arguments: list[str], config_name: str) -> list[str]:
+    """Return the overrides that put all ranks into the first one's folder, where that one alone takes Hydra's notes."""
+    adopt(launch)
+    own = [] if launch.rank == 0 else ["hydra.output_subdir=null", f"hydra.job.name={config_name}_rank{launch.rank}"]
+    if any(a.startswith("hydra.run.dir=") for a in arguments):
+        return own
+    _compose(config_name, [a for a in arguments if not a.startswith("-")])
+    folder = agree(str(HydraConfig.get().run.dir), launch)
+    return [f"hydra.run.dir='{folder}'", *own]
+
 
 
 def _newest_run(arguments: list[str], config_name: str) -> Path:
@@ -180,3 +218,6 @@ def _fail(message: str) -> None:
     lines = message.splitlines()
     sys.stderr.write("".join(f"{line}\n" if line.startswith(" ") else f"error: {line}\n" for line in lines))
     sys.exit(EXIT_MISTAKE)
+    launch = find_launch()
+    if launch is not None and launch.rank:  # the first rank says it, or the process that started them
+        sys.exit(EXIT_MISTAKE)

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm.batching import BatchPlan, BatchRamp, check_ramp, micro_batch_candidates, plan_batch, plan_ramp
 from llm.errors import ConfigError, CrucibleError
+from llm.launch import find_launch
 from llm.precision import resolve_precision
 from llm.scaling.rates import Rates
 from llm.signatures import check_node, fits, suggest, target_nodes, type_name
@@ -258,14 +259,30 @@ def world_size(trainer: Mapping[str, Any]) -> int:
     Raises:
         ConfigError: more devices than there are.
     """
-    devices = trainer.get("devices", 1)
+    devices, nodes = topology(trainer)
+    return devices * nodes
+
+
+def topology(trainer: Mapping[str, Any]) -> tuple[int, int]:
+    """Return devices a node, and nodes; what a launcher has started settles what the trainer node leaves open.
+
+    Raises:
+        ConfigError: more devices than there are, or another number than a launcher has started processes.
+    """
+    devices, launch = trainer.get("devices", 1), find_launch()
     visible = torch.cuda.device_count() if accelerator(trainer) == "cuda" else None
     count = len(devices) if isinstance(devices, list) else devices
     if count in ("auto", -1, "-1"):
-        count = visible or 1
+        count = launch.devices if launch else visible or 1
     if visible is not None and int(count) > visible:
         raise ConfigError(f"trainer.devices={devices}: only {visible} CUDA devices are visible; ask for fewer")
-    return int(count) * int(trainer.get("num_nodes", 1))
+    nodes = int(trainer.get("num_nodes", launch.num_nodes if launch else 1))
+    if launch and int(count) * nodes != launch.world_size:
+        raise ConfigError(
+            f"trainer.devices={devices}: {launch.name} has started {launch.world_size} processes, {launch.devices} on "
+            "each node; use trainer=ddp or trainer=deepspeed, and leave trainer.devices and trainer.num_nodes out"
+        )
+    return int(count), nodes
 
 
 def batch_ramp(cfg: Mapping[str, Any]) -> BatchRamp:
@@ -355,6 +372,8 @@ def build_trainer(cfg: Mapping[str, Any], **arguments: Any) -> Any:
     """Build the Lightning trainer of the chosen node; `arguments` are what the run decides."""
     node = dict(cfg["trainer"])
     node["precision"] = resolve_precision(node["precision"], accelerator=accelerator(node))
+    if not isinstance(node.get("devices"), list):
+        node["devices"], node["num_nodes"] = topology(node)
     return instantiate(node, **arguments)
 
 

@@ -2,24 +2,26 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from llm.batching import BatchRamp
 from llm.checkpoint import compare_state
 from llm.contracts import Batch, ParamGroup
 from llm.errors import NonFiniteError
+from llm.gradients import WholeGradients
 from llm.loss import linear_cross_entropy
 from llm.optim.param_groups import build_param_groups, parameter_kinds
 from llm.scaling import rates as tensor_rates
 from llm.scaling.derivation import derivation
 from llm.scaling.rates import Rates
 from llm.transformer import Transformer, TransformerOutput
+from llm.zero.weights import state_shapes
 
 FORWARD_AND_BACKWARD = 3
 """FLOPs of a training step over those of its forward pass: the backward pass multiplies by each weight twice."""
@@ -57,6 +59,7 @@ class LanguageModule(L.LightningModule):
 
     model: Transformer
     token_bytes: Tensor
+    borrowed_parameters: ClassVar = ("model.lm_head.weight",)
 
     def __init__(
         self,
@@ -126,7 +129,7 @@ class LanguageModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch: mean cross-entropy in nats a token, plus the sublayers' losses."""
-        out = self(batch)
+        out = self.forward(batch)  # not self(batch): stage 3 frees borrowed parameters at the end of a call
         loss = linear_cross_entropy(out.hidden, self.model.lm_head.weight, batch["labels"])
         self._collect({"train/loss": loss, **{f"train/{k}": v for k, v in (out.losses | out.metrics).items()}})
         for extra in out.losses.values():
@@ -173,21 +176,26 @@ class LanguageModule(L.LightningModule):
 
         An optimizer that folds gradients into its momentum during the backward pass leaves none to measure here.
         """
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = self._gradients()
+        norm = gradients.norm()
         means = {name: self._reduced(torch.stack(values).mean(0), "mean") for name, values in self._pending.items()}
         self._pending.clear()
         # a kind with several rates is shown with its first
         rates = {f"lr/{group['kind']}": float(group["lr"]) for group in reversed(optimizer.param_groups)}
         if len(self.ramp.stages) > 1:
             rates["batch_tokens"] = self.batch_tokens_at(self.global_step)
-        self.step_metrics = {**means, **({"grad_norm": norm} if parameters else {}), **rates}
+        self.step_metrics = {**means, **({"grad_norm": norm} if gradients.exist else {}), **rates}
         if not bool(torch.isfinite(norm + means["train/loss"])):
-            self._refuse_update(parameters, loss=float(means["train/loss"]), norm=float(norm))
+            self._refuse_update(gradients, loss=float(means["train/loss"]), norm=float(norm))
         elif gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+            gradients.clip(gradient_clip_val, norm)
 
-    def _refuse_update(self, parameters: list[nn.Parameter], *, loss: float, norm: float) -> None:
+    def _gradients(self) -> Any:
+        """The gradients of the update to come: whole, or in the shards of a strategy that holds them so."""
+        sharded = getattr(self.trainer.strategy, "gradients", None)
+        return WholeGradients(self.model.parameters()) if sharded is None else sharded()
+
+    def _refuse_update(self, gradients: Any, *, loss: float, norm: float) -> None:
         """Stop, drop the gradients so that no state changes, or leave them to Tiger; many in a row always stop."""
         self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if self._refused_step == self.global_step - 1 else 1
         self._refused_step = self.global_step
@@ -204,13 +212,12 @@ class LanguageModule(L.LightningModule):
                 "back with resume"
             )
         if self.on_nonfinite == "skip":
-            for parameter in parameters:
-                parameter.grad = None
+            gradients.drop()
         self.step_metrics["nonfinite_steps"] = float(self.nonfinite_steps)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that another architecture made, before Lightning copies any."""
-        compare_state(checkpoint["state_dict"], self.state_dict(), source=f"resume=step {checkpoint['global_step']}")
+        compare_state(checkpoint["state_dict"], state_shapes(self), source=f"resume=step {checkpoint['global_step']}")
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums of loss, tokens and bytes."""
@@ -222,7 +229,7 @@ class LanguageModule(L.LightningModule):
 
     def loss_sums(self, batch: Batch) -> Tensor:
         """Return [summed loss in nats, number of labels, bytes the labels stand for] in fp64."""
-        hidden, labels = self(batch).hidden, batch["labels"]
+        hidden, labels = self.forward(batch).hidden, batch["labels"]
         losses = linear_cross_entropy(hidden, self.model.lm_head.weight, labels, reduction="none")
         counted = labels >= 0
         num_bytes = self.token_bytes[labels.clamp_min(0)][counted]
