@@ -35,11 +35,5 @@ def product_nn(a: Float[Tensor, "rows inner"], b: Float[Tensor, "inner columns"]
 
 
 def product_tn(a: Float[Tensor, "inner rows"], b: Float[Tensor, "inner columns"]) -> Float[Tensor, "rows columns"]:
-    """Return aᵀ b, the shape of a weight's gradient: oneDNN's is that of a convolution over one pixel a token."""
-    if not pays(a, b, multiplications=a.numel() * b.shape[1]):
-        return a.t() @ b
-    grad, pixels = (x.contiguous().view(1, -1, 1, x.shape[1]).permute(0, 3, 1, 2) for x in (a, b))
-    weight = a.new_empty(()).expand(a.shape[1], b.shape[1], 1, 1)  # read for its shape alone
-    one, zero, mask = [1, 1], [0, 0], [False, True, False]
-    result = torch.ops.aten.convolution_backward(grad, pixels, weight, None, one, zero, one, False, zero, 1, mask)
-    return result[1].reshape(a.shape[1], b.shape[1])
+    """Return aᵀ b, the shape of a weight's gradient."""
+    return product_nt(a.t(), b.t())

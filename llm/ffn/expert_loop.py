@@ -31,11 +31,12 @@ def expert_loop(
     """Return each token's weighted sum over its experts, and the gate and up projections for the backward pass."""
     width = gate.shape[1]
     layout = RowLayout(token_ids, offsets)
-    projected = x.new_empty(layout.num_rows, 2 * width)
+    projected, room = x.new_empty(layout.num_rows, 2 * width), x.new_empty(max(layout.sizes), width)
     out = _zero_sums(x)
     for expert, tokens_of, weight, both in layout.experts(layout.spread(row_weights), projected):
         _product_into(both, x.index_select(0, tokens_of), _joined(gate[expert], up[expert], x.dtype))
-        _add_rows(out, tokens_of, product_nt(_activate(both), down[expert].to(x.dtype)), weight)
+        hidden = _activate(both, out=room[: len(both)])
+        _add_rows(out, tokens_of, product_nt(hidden, down[expert].to(x.dtype)), weight)
     projected[sum(layout.sizes) :].zero_()
     return out.to(x.dtype, copy=False), projected
 
@@ -65,10 +66,12 @@ def expert_loop_backward(
         for stack in (d_gate, d_up, d_down):
             stack[expert].zero_()
     d_x, d_weights = _zero_sums(x), row_weights.new_empty(layout.num_rows, 1)
+    rooms = x.new_empty(max(layout.sizes), width), x.new_empty(max(layout.sizes), 2 * width)
     for expert, tokens_of, weight, d_weight, both in layout.experts(layout.spread(row_weights), d_weights, projected):
         d_out = grad.index_select(0, tokens_of)
         d_hidden = product_nn(d_out, down[expert].to(x.dtype))
-        hidden, d_both = _activate_backward(d_hidden, both, weight, d_weight)
+        hidden, d_both = (room[: len(both)] for room in rooms)
+        _activate_backward(d_hidden, both, weight, d_weight, hidden, d_both)
         d_down[expert].copy_(product_nt(d_out.t(), hidden.t()))
         d_joined = product_nt(d_both.t(), x.index_select(0, tokens_of).t())
         d_gate[expert].copy_(d_joined[:width])
@@ -134,20 +137,20 @@ def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b.t(), out=out)
 
 
-def _activate(both: Tensor) -> Tensor:
-    """Return silu(gate) ⊙ up, a few rows at a time so that they stay in the cache."""
+def _activate(both: Tensor, out: Tensor) -> Tensor:
+    """Write silu(gate) ⊙ up to `out`, a few rows at a time so that they stay in the cache; return it."""
     width = both.shape[1] // 2
-    hidden = both.new_empty(both.shape[0], width)
-    for span in _spans(hidden):
+    for span in _spans(out):
         gated, upped = both[span].split(width, dim=1)
-        torch.ops.aten.silu.out(gated, out=hidden[span]).mul_(upped)
-    return hidden
+        torch.ops.aten.silu.out(gated, out=out[span]).mul_(upped)
+    return out
 
 
-def _activate_backward(d_hidden: Tensor, both: Tensor, weight: Tensor, d_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return w ⊙ silu(gate) ⊙ up and the gradients of gate and up; write that of w, and over d_hidden."""
+def _activate_backward(
+    d_hidden: Tensor, both: Tensor, weight: Tensor, d_weight: Tensor, hidden: Tensor, d_both: Tensor
+) -> None:
+    """Write w ⊙ silu(gate) ⊙ up to hidden and the gradients to d_both and d_weight, and over d_hidden."""
     width = d_hidden.shape[1]
-    hidden, d_both = torch.empty_like(d_hidden), torch.empty_like(both)
     for span in _spans(hidden):
         gated, upped = both[span].split(width, dim=1)
         d_gated, d_upped = d_both[span].split(width, dim=1)
@@ -158,7 +161,6 @@ def _activate_backward(d_hidden: Tensor, both: Tensor, weight: Tensor, d_weight:
         part.mul_(w)
         torch.mul(activation, slope.mul_(w), out=d_upped)
         torch.ops.aten.silu_backward.grad_input(slope.mul_(upped), gated, grad_input=d_gated)
-    return hidden, d_both
 
 
 def _add_rows(sums: Tensor, token_ids: Tensor, rows: Tensor, weight: Tensor | None) -> None:
@@ -188,10 +190,13 @@ def _joined(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # the projections have none: zeros of their size are not to be made
     ctx.save_for_backward(*inputs, output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
     d_x, d_weights, *d_stacks = expert_loop_backward(grad.contiguous(), *ctx.saved_tensors)
     return d_x, d_weights, None, None, *d_stacks
 
