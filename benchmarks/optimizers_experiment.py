@@ -13,6 +13,7 @@ runs are kept in OUT and not repeated, so an interrupted sweep goes on where it 
 import argparse
 import json
 import math
+import shutil
 import statistics
 from itertools import pairwise
 from pathlib import Path
@@ -45,10 +46,8 @@ def run(
             micro = [f"micro_batch_size={min(base.micro_batch_size, batch_tokens // base.context_length)}"]
             cfg = to_plain(compose("train", ["experiment=optimizers", "name=o", *choice, *steps, *micro, *overrides]))
         check(cfg)
-        folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob("*"):
-            if left_over.is_file():
-                left_over.unlink()
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted call left
+        folder.mkdir(parents=True)
         train(cfg, folder)
     summary = json.loads((folder / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
