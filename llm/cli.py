@@ -20,14 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 from llm.config import check_name, load, to_plain, world_size
 from llm.errors import ConfigError, CrucibleError
 from llm.help import help_page
-from llm.overrides import diagnose, not_overrides
 from llm.launch import Launch, adopt, find_launch, note_failure, start_processes
-from llm.multirun import is_multirun, run_sweep
-from llm.resume import merge_resumed
+from llm.overrides import diagnose, not_overrides
 from llm.rendezvous import agree
-
+from llm.resume import merge_resumed
 from llm.run_folder import RunFolder
-from llm.sweep.follow import follow_parent
+
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "conf"
 EXIT_MISTAKE = 2
 """Exit status of a mistake that the user can mend."""
@@ -65,7 +63,11 @@ def run_command(
                 raise
             mistakes.append(error)  # raised below, past Hydra's own report of it
             discard_empty(Path(HydraConfig.get().runtime.output_dir))
+            note_failure(error)
             return None
+        except Exception as error:
+            note_failure(error)
+            raise
 
     try:
         if complaints := not_overrides(arguments):
@@ -84,11 +86,7 @@ def run_command(
     except CrucibleError as error:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-            note_failure(error)
         _fail(diagnose(error, _default_config(config_name), CONFIG_DIR))
-        except Exception as error:
-            note_failure(error)
-            raise
     except OSError as error:
         if started:
             raise
@@ -126,6 +124,8 @@ def _run_job(task: Callable[[dict[str, Any], Path], float | None], cfg: DictConf
         plain = merge_resumed(saved, plain, OmegaConf.to_container(hydra_cfg.overrides.task))  # type: ignore[arg-type]
     folder = Path(hydra_cfg.runtime.output_dir)
     try:
+        if find_launch() is None and "trainer" in plain and (processes := world_size(plain["trainer"])) > 1:
+            return _start_ranks(processes, folder, stopped)
         answer = task(plain, folder)
         discard_empty(folder)
         return answer
@@ -135,32 +135,6 @@ def _run_job(task: Callable[[dict[str, Any], Path], float | None], cfg: DictConf
             raise
         return None
 
-
-def discard_empty(folder: Path) -> None:
-    """Remove a run folder in which nothing but Hydra's own notes and a log stands: no run came of it."""
-    files = [path for path in folder.rglob("*") if not path.is_dir()]
-    if all(path.parent.name == ".hydra" or path.suffix == ".log" for path in files):
-        logging.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check_names(arguments: list[str]) -> None:
-    """Refuse run names that could leave the folder of runs, also in a sweep."""
-    for name in [n for a in arguments if a.startswith("name=") for n in a.removeprefix("name=").split(",")]:
-        check_name(name)
-
-
-        if find_launch() is None and "trainer" in plain and (processes := world_size(plain["trainer"])) > 1:
-            return _start_ranks(processes, folder, stopped)
-def _resume_dir(arguments: list[str], config_name: str) -> list[str]:
-    """Return the override that puts a resumed run back into its own folder."""
-    given = [a.split("=", 1)[1] for a in arguments if a.startswith("resume=")]
-    if not given or given[-1] in ("", "null"):
-        return []
-    folder = _newest_run(arguments, config_name) if given[-1] == "auto" else Path(given[-1])
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"resume={folder}: holds no config.yaml; name a run folder, such as runs/<folder>")
-    return [f"hydra.run.dir='{folder}'"]
 
 def _start_ranks(processes: int, folder: Path, stopped: list[int]) -> float | None:
     """Run this command once a device, all in this run's folder; return the validation loss."""
@@ -185,6 +159,30 @@ def _as_one_of_several(launch: Launch, arguments: list[str], config_name: str) -
     folder = agree(str(HydraConfig.get().run.dir), launch)
     return [f"hydra.run.dir='{folder}'", *own]
 
+
+def discard_empty(folder: Path) -> None:
+    """Remove a run folder in which nothing but Hydra's own notes and a log stands: no run came of it."""
+    files = [path for path in folder.rglob("*") if not path.is_dir()]
+    if all(path.parent.name == ".hydra" or path.suffix == ".log" for path in files):
+        logging.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_names(arguments: list[str]) -> None:
+    """Refuse run names that could leave the folder of runs, also in a sweep."""
+    for name in [n for a in arguments if a.startswith("name=") for n in a.removeprefix("name=").split(",")]:
+        check_name(name)
+
+
+def _resume_dir(arguments: list[str], config_name: str) -> list[str]:
+    """Return the override that puts a resumed run back into its own folder."""
+    given = [a.split("=", 1)[1] for a in arguments if a.startswith("resume=")]
+    if not given or given[-1] in ("", "null"):
+        return []
+    folder = _newest_run(arguments, config_name) if given[-1] == "auto" else Path(given[-1])
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"resume={folder}: holds no config.yaml; name a run folder, such as runs/<folder>")
+    return [f"hydra.run.dir='{folder}'"]
 
 
 def _newest_run(arguments: list[str], config_name: str) -> Path:
@@ -215,9 +213,9 @@ def _default_config(config_name: str) -> Mapping[str, Any]:
 
 
 def _fail(message: str) -> None:
-    lines = message.splitlines()
-    sys.stderr.write("".join(f"{line}\n" if line.startswith(" ") else f"error: {line}\n" for line in lines))
-    sys.exit(EXIT_MISTAKE)
     launch = find_launch()
     if launch is not None and launch.rank:  # the first rank says it, or the process that started them
         sys.exit(EXIT_MISTAKE)
+    lines = message.splitlines()
+    sys.stderr.write("".join(f"{line}\n" if line.startswith(" ") else f"error: {line}\n" for line in lines))
+    sys.exit(EXIT_MISTAKE)
