@@ -5,4 +5,4 @@ from llm.config import check
 from llm.training import train
 
 if __name__ == "__main__":
-    run_command(train, config_name="train", check=check)
+    run_command(train, config_name="train", check=check, sweeps=True)

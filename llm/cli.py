@@ -20,10 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 from llm.config import check_name, load, to_plain, world_size
 from llm.errors import ConfigError, CrucibleError
 from llm.help import help_page
+from llm.multirun import is_multirun, run_sweep
 from llm.launch import Launch, adopt, find_launch, note_failure, start_processes
 from llm.overrides import diagnose, not_overrides
 from llm.rendezvous import agree
 from llm.resume import merge_resumed
+from llm.sweep.follow import follow_parent
 from llm.run_folder import RunFolder
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "conf"
@@ -38,13 +40,16 @@ def run_command(
     *,
     config_name: str,
     check: Callable[[dict[str, Any]], Any],
+    sweeps: bool = False,
 ) -> None:
     """Compose the configuration from sys.argv and call `task(plain configuration, run folder)`.
 
-    `check` sees the configuration first, before any folder is made.
+    `check` sees the configuration first, before any folder is made. With `sweeps`, `-m` runs each job apart from the
+    others, keeps a manifest and ends in a report; without, it is Hydra's own.
 
     Exit status: 0 finished, 2 a mistake to mend, 128 + n stopped by signal n, 1 anything else.
     """
+    follow_parent()
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         sys.stdout.write(help_page(CONFIG_DIR, config_name))
@@ -73,6 +78,9 @@ def run_command(
         if complaints := not_overrides(arguments):
             raise ConfigError("\n".join(complaints))
         _check_names(arguments)
+        if sweeps and is_multirun(arguments):
+            status = run_sweep(arguments, task=task, config_name=config_name, config_dir=CONFIG_DIR)
+            sys.exit(status or None)
         resume_dir = _resume_dir(arguments, config_name)
         launch = find_launch()
         if launch is not None:

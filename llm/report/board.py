@@ -135,7 +135,7 @@ def verdicts(groups: Sequence[Group]) -> list[Verdict]:
         losses = [list(group.best.losses.values()) for group in (first, second)]
         diverged = not math.isfinite(sum(map(sum, losses)))
         counts = len(losses[0]), len(losses[1])
-        comparison = Comparison(*[math.nan] * 4, counts) if diverged else welch(*losses)
+        comparison = Comparison(math.nan, math.nan, math.nan, math.nan, counts) if diverged else welch(*losses)
         pairs.append((first.label, second.label, comparison))
     corrected = holm([comparison.p for *_, comparison in pairs])
     return [Verdict(a, b, comparison, p) for (a, b, comparison), p in zip(pairs, corrected, strict=True)]

@@ -99,7 +99,7 @@ def value_of(run: Run, key: str) -> str:
     if path in run.config:
         return text_of(run.config[path])
     target = run.config.get(f"{path}{TARGET}")
-    return "" if target is None else options(key).get(target, target.rpartition(".")[2])
+    return "" if target is None else options(key).get(target) or target.rpartition(".")[2]
 
 
 @cache
@@ -114,8 +114,10 @@ def options(group: str) -> dict[str, str]:
 
 def text_of(value: Any) -> str:
     """Return a value in Hydra's grammar: null, true, [1,2], 0.001."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(map(text_of, value))}]"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

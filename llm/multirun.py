@@ -1,0 +1,197 @@
+"""`-m`: Hydra's sweepers and launchers choose and place the jobs; each is a plain run, kept apart from the others."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from llm.config import load, to_plain
+from llm.report.build import write_report
+from llm.resume import merge_resumed
+from llm.sweep.job import Plan, plain_command, run_job
+from llm.sweep.manifest import Job
+from llm.sweep.options import SweepOptions, split_options
+from llm.sweep.sweep import exit_status, open_sweep, resolve_folder, resumed_command
+
+MULTIRUN = ("-m", "--multirun")
+WITH_VALUE = ("-cd", "--config-dir", "-cp", "--config-path", "-cn", "--config-name", "-p", "--package")
+Task = Callable[[dict[str, Any], Path], float | None]
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What is known of a sweep before it starts: Hydra's settings, what is swept, and the jobs where they are fixed."""
+
+    hydra: Any
+    swept: tuple[str, ...]
+    jobs: tuple[Job, ...]
+
+    @property
+    def is_basic(self) -> bool:
+        """Whether the jobs are the product of what was given, known ahead."""
+        return str(self.hydra.sweeper._target_).endswith("BasicSweeper")
+
+
+def is_multirun(arguments: Sequence[str]) -> bool:
+    """Tell whether a command line asks for a sweep."""
+    return bool({*MULTIRUN, "hydra.mode=MULTIRUN"} & set(arguments))
+
+
+def run_sweep(arguments: Sequence[str], *, task: Task, config_name: str, config_dir: Path) -> int:
+    """Run a sweep and its report; return the exit status: 0, or 1 where a job did not finish.
+
+    Raises:
+        ConfigError: a mistake in what all jobs share.
+        SystemExit: a signal stopped it.
+    """
+    options, own = split_options([a for a in arguments if a not in MULTIRUN], config_dir / "sweep.yaml")
+    command = resumed_command(options.resume, own)
+    flags, overrides = _split_flags(command)
+    ahead = look_ahead(overrides, config_name=config_name, config_dir=config_dir)
+    folder = resolve_folder(options.resume, Path(ahead.hydra.sweep.dir), command)
+    script = config_dir.parent / f"{config_name}.py"
+    plan = _plan(ahead, folder, plain_command(script, tuple(flags)))
+    with open_sweep(folder, command, ahead.jobs, options.line_every) as monitor, _leaving_in_order():
+        sys.argv[1:] = ["-m", *command, *_hydra_overrides(ahead, options, folder)]
+        function = _job(plan, None if options.isolate else task)
+        hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(function)()
+    if options.report and any(job.state != "pending" for job in monitor.manifest.jobs):
+        report = write_report([folder])
+        sys.stdout.write(f"\n{report.text}\n\nreport       {report.page}\n")
+    return exit_status(monitor.manifest)
+
+
+def _job(plan: Plan, task: Task | None) -> Callable[[DictConfig], float | None]:
+    """Return the function that Hydra's launchers call for each job, here, in workers, or on other machines."""
+
+    def job(cfg: DictConfig) -> float | None:
+        own = HydraConfig.get()
+        overrides = tuple(map(str, own.overrides.task))
+        folder = Path(own.runtime.output_dir)
+
+        def here(path: Path, is_resumed: bool) -> float | None:
+            assert task is not None
+            plain = to_plain(cfg)
+            if is_resumed:
+                plain = merge_resumed(load(path / "config.yaml"), plain | {"resume": str(path)}, [f"resume={path}"])
+            return task(plain, path)
+
+        value = run_job(plan, overrides, folder, None if task is None else here)
+        if folder.is_dir() and not any(folder.iterdir()):  # the job has a folder of an earlier start
+            folder.rmdir()
+        return value
+
+    return job
+
+
+def look_ahead(overrides: Sequence[str], *, config_name: str, config_dir: Path) -> Ahead:
+    """Compose with the first value of whatever is swept, and list the jobs where Hydra's own sweeper makes them."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        given = parser.parse_overrides(list(overrides))
+        composed = compose(config_name, overrides=[_first(o) for o in given], return_hydra_config=True)
+        HydraConfig.instance().set_config(composed)
+        settings = OmegaConf.create(OmegaConf.to_container(composed.hydra, resolve=False))
+        settings.sweep.dir = composed.hydra.sweep.dir
+        params = composed.hydra.sweeper.get("params") or {}
+        added = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
+    GlobalHydra.instance().clear()
+    everything = [o for o in [*added, *given] if not o.get_key_element().lstrip("+~").startswith("hydra")]
+    swept = tuple(o.get_key_element().lstrip("+~") for o in everything if o.is_sweep_override())
+    jobs: tuple[Job, ...] = ()
+    if str(settings.sweeper._target_).endswith("BasicSweeper"):
+        (batch,) = BasicSweeper.split_arguments(everything, None)
+        jobs = tuple(Job(overrides=tuple(job)) for job in batch)
+    return Ahead(settings, swept, jobs)
+
+
+def _first(override: Override) -> str:
+    """Return an override with the first of the values that it sweeps over."""
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    if override.is_discrete_sweep():
+        return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+    return f"{override.get_key_element()}={override.value().start}"  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+
+
+def _plan(ahead: Ahead, folder: Path, command: tuple[str, ...]) -> Plan:
+    wanted = ahead.hydra.launcher.get("n_jobs") or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    side_by_side = wanted if wanted > 0 else max(1, cores + 1 + wanted)
+    if ahead.is_basic:
+        side_by_side = min(side_by_side, len(ahead.jobs))
+    is_divided = side_by_side > 1 and "OMP_NUM_THREADS" not in os.environ
+    return Plan(
+        sweep=folder,
+        command=command,
+        owner=os.getpid(),
+        side_by_side=side_by_side,
+        threads=max(1, cores // side_by_side) if is_divided else None,
+        devices=_devices() if side_by_side > 1 else (),
+        environment={"WANDB_RUN_GROUP": folder.name, "WANDB_JOB_TYPE": "sweep"},
+        swept=ahead.swept,
+        raises=not ahead.is_basic,
+    )
+
+
+def _devices() -> tuple[str, ...]:
+    """Return the GPUs to share out; one alone is no matter of sharing."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = tuple(named.split(",")) if named else tuple(map(str, range(torch.cuda.device_count())))
+    return devices if len(devices) > 1 else ()
+
+
+def _hydra_overrides(ahead: Ahead, options: SweepOptions, folder: Path) -> list[str]:
+    """Return what Hydra itself is told: where, and to leave console and notes to the jobs."""
+    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    told = [f"hydra.sweep.dir='{quoted}'", "hydra/hydra_logging=disabled"]
+    told += ["hydra/job_logging=disabled", "hydra.output_subdir=null"] if options.isolate else _FILE_ALONE
+    if "max_failure_rate" in ahead.hydra.sweeper:  # Optuna: a failed trial is a result as well
+        told.append("hydra.sweeper.max_failure_rate=1.0")
+    sampler = ahead.hydra.sweeper.get("sampler") or {}
+    if sampler.get("seed", 0) is None:  # a resumed study asks for the same trials again
+        told.append("hydra.sweeper.sampler.seed=0")
+    return told
+
+
+_FILE_ALONE = ["hydra.job_logging.root.handlers=[file]"]
+
+
+def _split_flags(command: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return Hydra's own flags, with their values, and the overrides."""
+    flags, overrides, takes_value = [], [], False
+    for argument in command:
+        is_flag = takes_value or argument.startswith("-")
+        (flags if is_flag else overrides).append(argument)
+        takes_value = argument in WITH_VALUE
+    return flags, overrides
+
+
+@contextlib.contextmanager
+def _leaving_in_order() -> Iterator[None]:
+    """Turn what stops a sweep between two jobs into an exit that still writes the manifest."""
+
+    def leave(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

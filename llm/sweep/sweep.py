@@ -1,0 +1,157 @@
+"""The whole of a sweep: its folder found or made, held by one process, its end told."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from llm.errors import ConfigError
+from llm.run_folder import RunFolder
+from llm.sweep.manifest import MANIFEST, Job, Manifest, find_unfinished, merge, read_manifest, read_notes
+from llm.sweep.monitor import Monitor
+
+GRACE_SECONDS = 60.0
+"""How long jobs on their way out, which save a checkpoint, are waited for."""
+LOCK = ".sweep.lock"
+
+
+def resolve_folder(resume: str | None, default: Path, command: Sequence[str]) -> Path:
+    """Return the folder a sweep belongs into: the one to go on with, or `default`.
+
+    Args:
+        resume: a sweep's folder; `auto`: the newest unfinished sweep of the same command beside `default`; None: new.
+        default: where a new one would go; the sweep that is already there goes on.
+        command: the sweep's arguments.
+
+    Raises:
+        ConfigError: no sweep in the folder that is to go on, or one of another command.
+    """
+    if resume is None or resume == "auto":
+        found = find_unfinished(default.parent, command) if resume == "auto" else None
+        folder = default if found is None or is_held(found) or (default / MANIFEST).exists() else found
+    else:
+        folder = Path(resume)
+    if (folder / MANIFEST).exists() and resume != str(folder) and read_manifest(folder).command != tuple(command):
+        raise ConfigError(
+            f"hydra.sweep.dir={folder}: holds a sweep of another command; choose another folder, "
+            f"or go on with it by -m sweep.resume={folder}"
+        )
+    return folder.absolute()
+
+
+def resumed_command(resume: str | None, given: Sequence[str]) -> list[str]:
+    """Return the arguments of the sweep to go on with, those `given` where none is named.
+
+    Raises:
+        ConfigError: the folder holds no sweep, or the arguments given contradict it.
+    """
+    if resume is None or resume == "auto":
+        return list(given)
+    kept = list(read_manifest(Path(resume)).command)
+    if given and list(given) != kept:
+        raise ConfigError(
+            f"sweep.resume={resume}: goes on with its own command, {' '.join(kept)}; leave other arguments out, "
+            "or start a new sweep"
+        )
+    return kept
+
+
+def is_held(folder: Path) -> bool:
+    """Tell whether a process runs the sweep in `folder`."""
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def open_sweep(folder: Path, command: Sequence[str], jobs: Sequence[Job], line_every: float) -> Iterator[Monitor]:
+    """Hold a sweep's folder while its jobs run, and keep its manifest.
+
+    Args:
+        folder: made when missing.
+        command: the sweep's arguments.
+        jobs: those known ahead; others join when they begin.
+        line_every: seconds between lines about a running job.
+
+    Raises:
+        ConfigError: it cannot be written, or another process runs it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(f"sweep.resume={folder}: another process runs this sweep; wait for it, or stop it") from None
+    except OSError as error:
+        raise ConfigError(f"hydra.sweep.dir={folder}: {error.strerror}; choose a folder you may write to") from error
+    with lock:
+        is_resumed = (folder / MANIFEST).exists()
+        manifest = read_manifest(folder) if is_resumed else Manifest(command=tuple(command))
+        foretold = merge(manifest.jobs or tuple(jobs), read_notes(folder))
+        manifest = replace(manifest, jobs=foretold, state="running")
+        manifest.write(folder)
+        done = sum(job.state == "finished" for job in manifest.jobs)
+        told = f", {done} of {len(manifest.jobs)} jobs have finished" if is_resumed else ""
+        sys.stdout.write(f"sweep folder {_short(folder)}{told}\n")
+        monitor = Monitor(folder, manifest, line_every=line_every)
+        try:
+            with monitor:
+                try:
+                    yield monitor
+                finally:
+                    _settle(folder)
+        finally:
+            monitor.manifest = replace(monitor.manifest, state=_state(monitor.manifest))
+            monitor.manifest.write(folder)
+            sys.stderr.write(_closing_words(monitor.manifest, folder))
+
+
+def _settle(folder: Path) -> None:
+    """Wait for jobs that are saving a checkpoint, and note those as stopped whose process is gone."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    for job in read_notes(folder):
+        if job.state != "running":
+            continue
+        while RunFolder(folder / job.folder, is_writer=False).is_live() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        replace(job, state="stopped", reason="the sweep was stopped").write(folder)
+
+
+def _state(manifest: Manifest) -> str:
+    states = {job.state for job in manifest.jobs}
+    if states & {"stopped", "pending", "running"}:
+        return "stopped"
+    return "failed" if "failed" in states else "finished"
+
+
+def exit_status(manifest: Manifest) -> int:
+    """Return 0 where every job finished, else 1."""
+    return 0 if manifest.state == "finished" else 1
+
+
+def _closing_words(manifest: Manifest, folder: Path) -> str:
+    """Return what failed and why, and how to go on."""
+    failed = [job for job in manifest.jobs if job.state == "failed"]
+    open_jobs = [job for job in manifest.jobs if job.state not in ("failed", "finished")]
+    lines = [f"failed: {job.brief(manifest.jobs)}: {job.reason}; see {_short(folder / job.folder)}" for job in failed]
+    if failed or open_jobs:
+        count = len(manifest.jobs)
+        done = count - len(failed) - len(open_jobs)
+        lines.append(
+            f"{done} of {count} jobs finished, {len(failed)} failed; go on with -m sweep.resume={_short(folder)}"
+        )
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _short(path: Path) -> str:
+    """Return a path relative to here where that is inside."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,99 @@
+"""Hydra's launchers and sweepers around our jobs; each needs its plugin, extra `sweep`."""
+
+import importlib.util
+import json
+
+import pytest
+import yaml
+from catalogue import CONF
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from llm.multirun import look_ahead
+from llm.sweep.job import share
+from llm.sweep.manifest import read_manifest
+
+
+def needs(plugin):
+    return pytest.mark.skipif(importlib.util.find_spec(plugin) is None, reason=f"{plugin} is not installed")
+
+
+def starts(project):
+    (folder,) = project.sweeps
+    paths = sorted(folder.glob("*/starts.jsonl"))
+    return [json.loads(path.read_text().splitlines()[0]) for path in paths]
+
+
+@needs("hydra_joblib_launcher")
+def test_joblib_runs_jobs_side_by_side_and_divides_the_threads(project, sweep, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    status, out, err = sweep("kind=good,dies", "step_seconds=0.1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    assert status == 1, err
+    assert "killed by SIGKILL" in out
+    first, second = starts(project)
+    assert abs(first["began"] - second["began"]) < 0.7  # one job alone takes a second
+    assert [first["threads"], second["threads"]] == ["4", "4"]
+
+
+@needs("hydra_joblib_launcher")
+def test_threads_that_the_user_set_are_left_alone(project, sweep, monkeypatch):
+    status, *_ = sweep("seed=1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    assert status == 0
+    assert starts(project)[0]["threads"] is None or int(starts(project)[0]["threads"]) >= 1
+
+
+@needs("hydra_submitit_launcher")
+def test_a_cluster_is_a_choice_that_composes():
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        chosen = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=8"]
+        launcher = compose("train", overrides=chosen, return_hydra_config=True).hydra.launcher
+    GlobalHydra.instance().clear()
+    assert launcher._target_.endswith("SlurmLauncher")
+    assert (launcher.partition, launcher.gpus_per_node) == ("gpu", 8)
+
+
+@needs("hydra_submitit_launcher")
+def test_submitit_runs_each_job_where_it_is_sent(project, sweep):
+    status, _, err = sweep("kind=good,fails", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=1")
+    assert status == 1, err
+    (folder,) = project.sweeps
+    found = {job.overrides[0]: (job.state, job.reason) for job in read_manifest(folder).jobs}
+    assert found == {"kind=good": ("finished", ""), "kind=fails": ("failed", "the answer is not 42")}
+
+
+@needs("hydra_optuna_sweeper")
+def test_a_study_outlives_its_failed_trials_and_is_resumed_without_repeating_one(project, sweep):
+    space = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=3"]
+    space += ["optimizer.lr=tag(log, interval(0.001, 1.0))", "kind=choice(good, fails)"]
+    status, _, err = sweep(*space)
+    (folder,) = project.sweeps
+    manifest = read_manifest(folder)
+    states = [job.state for job in manifest.jobs]
+    assert len(states) == 6
+    assert set(states) == {"finished", "failed"}, err
+    assert status == 1
+    best = yaml.safe_load((folder / "optimization_results.yaml").read_text())
+    assert best["best_value"] == min(job.value for job in manifest.jobs if job.value is not None)
+    (project.path / "mended").touch()
+    assert sweep(*space)[0] == 0  # its sampler's seed is fixed: it asks for the same trials again
+    again = read_manifest(folder)
+    assert len(again.jobs) >= 6
+    kept = {job.key: job.attempts for job in again.jobs}
+    assert all(kept[job.key] == 1 for job in manifest.jobs if job.state == "finished")
+
+
+def test_the_jobs_of_a_sweep_are_known_ahead(project):
+    ahead = look_ahead(
+        ["seed=1,2", "optimizer.lr=0.1", "kind=a,b"], config_name="train", config_dir=project.path / "conf"
+    )
+    assert ahead.swept == ("seed", "kind")
+    assert [job.overrides for job in ahead.jobs] == [
+        (f"seed={seed}", "optimizer.lr=0.1", f"kind={kind}") for seed in (1, 2) for kind in "ab"
+    ]
+
+
+def test_devices_are_shared_out_evenly_and_doubled_up_where_there_are_too_few():
+    assert [share(tuple("01234567"), slot, 4) for slot in range(4)] == [("0", "1"), ("2", "3"), ("4", "5"), ("6", "7")]
+    assert [share(tuple("012"), slot, 2) for slot in range(2)] == [("0",), ("1", "2")]
+    assert [share(tuple("01"), slot, 3) for slot in range(3)] == [("0",), ("1",), ("0",)]

@@ -1,0 +1,202 @@
+"""Sweeps of a stand-in for train.py: jobs that fail and die, resumption, signals."""
+
+import json
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from llm.errors import ConfigError
+from llm.sweep.manifest import read_manifest
+
+
+def starts(folder):
+    return [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+
+
+def states(folder):
+    return {job.brief(read_manifest(folder).jobs): (job.state, job.reason) for job in read_manifest(folder).jobs}
+
+
+def wait_for(condition, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+GRID = ("kind=good,fails,dies", "seed=1,2", "optimizer.lr=0.01")
+
+
+def test_failed_and_killed_jobs_are_resumed_to_the_leaderboard_of_an_undisturbed_sweep(project, sweep):
+    status, out, err = sweep(*GRID)
+    (first,) = project.sweeps
+    assert status == 1
+    assert states(first) == {
+        **{f"kind=good seed={s}": ("finished", "") for s in (1, 2)},
+        **{f"kind=fails seed={s}": ("failed", "the answer is not 42") for s in (1, 2)},
+        **{f"kind=dies seed={s}": ("failed", "killed by SIGKILL") for s in (1, 2)},
+    }
+    assert read_manifest(first).state == "failed"
+    assert "2 of 6 jobs finished, 4 failed" in err
+    assert f"-m sweep.resume=multirun/{first.name}" in err
+    assert err.count("the answer is not 42") == 2
+    assert "6 runs: 4 failed, 2 finished" in out
+
+    (project.path / "mended").touch()
+    status, _, err = sweep(f"sweep.resume={first}")
+    assert status == 0, err
+    assert err == ""
+    assert {state for state, _ in states(first).values()} == {"finished"}
+    for job in read_manifest(first).jobs:
+        is_first_try = "kind=good" in job.overrides
+        assert job.attempts == (1 if is_first_try else 2)
+        again = [start["argv"] for start in starts(first / job.folder)[1:]]
+        assert again == ([] if is_first_try else [[f"resume={first / job.folder}"]])
+        steps = [json.loads(line)["step"] for line in (first / job.folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [*range(1, 11)]
+
+    status, _, err = sweep(*GRID)  # the first has finished: this is a new one, undisturbed
+    assert status == 0, err
+    assert len(project.sweeps) == 2
+    boards = [(folder / "report" / "leaderboard.csv").read_text() for folder in project.sweeps]
+    assert boards[0] == boards[1]
+    assert boards[0].count("\n") == 4
+
+
+def test_the_same_command_again_goes_on_with_what_is_unfinished(project, sweep):
+    assert sweep(*GRID)[0] == 1
+    (project.path / "mended").touch()
+    status, out, _ = sweep(*GRID)
+    assert status == 0
+    (folder,) = project.sweeps
+    assert f"sweep folder multirun/{folder.name}, 2 of 6 jobs have finished" in out
+    assert sweep(*GRID[:2], "optimizer.lr=0.02")[0] == 0  # another command is another sweep
+    assert sweep(*GRID, "sweep.resume=null")[0] == 0
+    assert len(project.sweeps) == 3
+
+
+def test_a_job_without_a_checkpoint_starts_again_from_nothing(project, sweep):
+    assert sweep("kind=nothing,good")[0] == 1
+    (folder,) = project.sweeps
+    assert states(folder)["kind=nothing"] == ("failed", "kind=nothing: cannot be; try good")
+    sweep(f"sweep.resume={folder}")
+    (job,) = [job for job in read_manifest(folder).jobs if job.state == "failed"]
+    assert job.attempts == 2
+    assert "resume" not in " ".join(starts(folder / job.folder)[-1]["argv"])
+    steps = [json.loads(line)["step"] for line in (folder / job.folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1]
+
+
+def test_each_job_is_a_plain_run_in_a_process_group_of_its_own(project, sweep):
+    sweep("seed=1,2", "optimizer.lr=0.5")
+    (folder,) = project.sweeps
+    for job in read_manifest(folder).jobs:
+        (start,) = starts(folder / job.folder)
+        assert "-m" not in start["argv"]  # child ranks repeat it
+        assert start["argv"] == [*job.overrides, f"hydra.run.dir='{folder / job.folder}'"]
+        assert start["group"]
+        assert start["wandb"] == [folder.name, "sweep", next(o for o in job.overrides if o.startswith("seed"))]
+
+
+def test_the_console_has_a_line_for_each_change_with_loss_and_time(project, sweep):
+    _, out, _ = sweep("kind=good,fails", "sweep.line_every=0.3", "step_seconds=0.15")
+    lines = [line for line in out.splitlines() if "/2  " in line]
+    assert any("running  starting" in line or "running  step" in line for line in lines)
+    assert any("running" in line and "/10" in line and "loss" in line and "left" in line for line in lines)
+    assert any(line.startswith("  1/2  finished  val/loss 3.0000") and line.endswith("kind=good") for line in lines)
+    assert any(line.startswith("  2/2  failed  the answer is not 42") for line in lines)
+
+
+def test_a_sweep_told_to_stop_saves_its_job_and_goes_on_later(project, sweep):
+    process = project.start("seed=1,2", "step_seconds=0.1")
+    wait_for(lambda: list(project.path.glob("multirun/*/0_*/checkpoints/step-5/manifest.json")))
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    (folder,) = project.sweeps
+    assert states(folder) == {"seed=1": ("stopped", "SIGTERM"), "seed=2": ("pending", "")}
+    assert read_manifest(folder).state == "stopped"
+    assert f"0 of 2 jobs finished, 0 failed; go on with -m sweep.resume=multirun/{folder.name}" in err
+    status, _, err = sweep("seed=1,2", "step_seconds=0.1")
+    assert status == 0, err
+    assert [starts(folder / job.folder)[-1]["argv"][0][:6] for job in read_manifest(folder).jobs] == [
+        "resume",
+        "seed=2",
+    ]
+
+
+def test_a_job_does_not_outlive_a_sweep_that_was_killed(project, sweep):
+    process = project.start("seed=1", "step_seconds=0.1")
+    wait_for(lambda: list(project.path.glob("multirun/*/0_*/starts.jsonl")))
+    (job,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not job.is_running() or job.status() == psutil.STATUS_ZOMBIE, seconds=5)
+    (folder,) = project.sweeps
+    assert sweep("seed=1", "step_seconds=0.1")[0] == 0
+    assert project.sweeps == [folder]
+
+
+def test_a_sweep_that_runs_is_not_taken_over(project, sweep):
+    process = project.start("seed=1", "step_seconds=0.3")
+    wait_for(lambda: list(project.path.glob("multirun/*/0_*/starts.jsonl")))
+    (folder,) = project.sweeps
+    with pytest.raises(ConfigError, match="another process runs this sweep"):
+        sweep(f"sweep.resume={folder}")
+    status, *_ = sweep("seed=1", "step_seconds=0.3")  # the same command is then a sweep of its own
+    process.communicate(timeout=60)
+    assert (status, process.returncode) == (0, 0)
+    assert len(project.sweeps) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["sweep.resme=x"], r"sweep\.resme=x: unknown key; did you mean resume\?"),
+        (["sweep.isolate=7"], r"sweep\.isolate=7: must be bool"),
+        (["sweep.line_every=0"], "must be above 0"),
+        (["sweep.resume=nowhere"], r"holds no manifest\.json"),
+    ],
+)
+def test_mistakes_in_a_sweeps_settings_are_told(project, sweep, arguments, answer):
+    with pytest.raises(ConfigError, match=answer):
+        sweep("seed=1,2", *arguments)
+    assert not (project.path / "multirun").exists()
+
+
+def test_a_named_sweep_goes_on_with_its_own_command_alone(project, sweep):
+    sweep("seed=1,2")
+    (folder,) = project.sweeps
+    with pytest.raises(ConfigError, match="goes on with its own command, seed=1,2"):
+        sweep(f"sweep.resume={folder}", "seed=3")
+    with pytest.raises(ConfigError, match="holds a sweep of another command"):
+        sweep("seed=3", f"hydra.sweep.dir={folder}")
+
+
+def test_a_folder_that_cannot_be_made_is_told(project, sweep):
+    (project.path / "file").touch()
+    with pytest.raises(ConfigError, match="choose a folder you may write to"):
+        sweep("seed=1", f"hydra.sweep.dir={project.path}/file/x")
+
+
+def test_jobs_can_share_one_process_that_a_failing_one_does_not_end(project, sweep):
+    seen = []
+
+    def task(cfg, path):
+        seen.append((os.getpid(), cfg["seed"]))
+        if cfg["seed"] == 2:
+            raise ValueError("two is too much")
+        return float(cfg["seed"])
+
+    project.task = task
+    status, _, err = sweep("seed=1,2,3", "sweep.isolate=false", "sweep.report=false")
+    assert status == 1
+    assert seen == [(os.getpid(), seed) for seed in (1, 2, 3)]
+    (folder,) = project.sweeps
+    jobs = {job.overrides[0]: job for job in read_manifest(folder).jobs}
+    assert (jobs["seed=1"].value, jobs["seed=3"].value) == (1.0, 3.0)
+    assert (jobs["seed=2"].state, jobs["seed=2"].reason) == ("failed", "two is too much")
+    assert "two is too much" in err
