@@ -14,20 +14,20 @@ before them; positions count from the start of the context. The second table is 
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-from llm.evaluation import TrainedRun, rebuild
-from llm.loss import linear_cross_entropy
+from llm.evals.base import Subject
+from llm.evals.extrapolation import Extrapolation, long_windows, loss_by_position
+from llm.evaluation import subject_of
 from llm.position.base import Position
 from llm.position.ntk import NTKMixedRoPE, NTKRoPE
 from llm.position.rerope import LeakyReRoPE, ReRoPE
 from llm.position.rope import RoPE
+from llm.rebuild import rebuild
 
 FACTORS = (1, 2, 4, 8, 16)
 LAST = 64
@@ -54,22 +54,6 @@ def positions(base: float, head_dim: int, train_length: int) -> dict[str, Positi
     }
 
 
-def long_windows(run: TrainedRun, length: int, count: int) -> Tensor:
-    """Return stretches of held-out documents, [count, length + 1] ids, spread over all that are long enough."""
-    stream, bos = run.data.cache.val, run.data.tokenizer.bos_id
-    ids = np.asarray(stream.read(0, len(stream))).astype(np.int64)
-    starts = np.flatnonzero(ids == bos)
-    ends = np.append(starts[1:], len(ids))
-    rows = [
-        ids[stop - length - 1 : stop]
-        for start, end in zip(starts, ends, strict=True)
-        for stop in range(end, start + length + 1, -length)
-    ]
-    chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
-    print(f"{len(chosen)} windows of {len(rows)} in documents of more than {length} bytes")
-    return torch.from_numpy(np.stack([rows[i] for i in chosen]))
-
-
 def use_position(model: nn.Module, position: Position) -> None:
     """Put another position in all layers."""
     model.position = position
@@ -77,38 +61,18 @@ def use_position(model: nn.Module, position: Position) -> None:
         layer.attention.position = position
 
 
-@torch.no_grad()
-def losses(model: nn.Module, windows: Tensor, rows: int) -> Tensor:
-    """Return the loss of every token of every window, [windows, length]."""
-    answer = []
-    for part in windows.split(rows):
-        places = torch.arange(part.shape[1] - 1).expand(len(part), -1)
-        hidden = model(part[:, :-1], positions=places).hidden
-        answer.append(linear_cross_entropy(hidden, model.lm_head.weight, part[:, 1:], reduction="none"))
-    return torch.cat(answer).view(len(windows), -1)
-
-
-def by_context(model: nn.Module, windows: Tensor, train_length: int) -> dict[int, tuple[float, float]]:
+def by_context(subject: Subject, windows: Tensor, train_length: int) -> dict[int, tuple[float, float]]:
     """Return the mean loss of the last tokens and its standard error over windows, by length of context."""
-    table = {}
-    for factor in FACTORS:
-        length = factor * train_length
-        loss = losses(model, windows[:, -length - 1 :], max(1, 4096 // length))[:, -LAST:].mean(1)
-        table[length] = (float(loss.mean()), float(loss.std() / math.sqrt(len(loss))))
-    return table
-
-
-def by_position(model: nn.Module, windows: Tensor, train_length: int) -> list[float]:
-    """Return the mean loss in consecutive stretches of half the training length, in one read of the longest context."""
-    loss = losses(model, windows, 2).mean(0)
-    return [float(part.mean()) for part in loss.split(train_length // 2)]
+    measure = Extrapolation(factors=list(FACTORS), last=LAST, windows=len(windows))
+    return {f * train_length: measure.loss_by_context(subject, windows, f * train_length) for f in FACTORS}
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, dict]:
     """Return both measures for every position and model."""
     run = rebuild(arguments.rope, "last")
     train_length = run.config["context_length"]
-    windows = long_windows(run, FACTORS[-1] * train_length, arguments.windows)
+    windows = long_windows(subject_of(run), FACTORS[-1] * train_length, arguments.windows)
+    print(f"{len(windows)} windows of {windows.shape[1] - 1} bytes")
     position = run.config["model"]["position"]
     head_dim = run.module.model.layers[0].attention.head_dim
     jobs = [(f"{name}", run, other) for name, other in positions(position["base"], head_dim, train_length).items()]
@@ -128,9 +92,10 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, dict]:
     for name, judged, other in jobs:
         model = judged.module.model.float().cpu().eval()
         use_position(model, other)
+        subject = replace(subject_of(judged), model=model, precision="32-true")
         results[name] = {
-            "by_context": by_context(model, windows, train_length),
-            "by_position": by_position(model, windows, train_length),
+            "by_context": by_context(subject, windows, train_length),
+            "by_position": loss_by_position(subject, windows, stretch=train_length // 2),
         }
         print(name, {n: round(loss, 4) for n, (loss, _) in results[name]["by_context"].items()}, flush=True)
     return results

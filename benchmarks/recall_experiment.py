@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from data.synthetic import AssociativeRecall
-from llm.evaluation import rebuild
+from llm.rebuild import rebuild
 
 DOCUMENTS = 400
 UNSEEN = 10_000_000

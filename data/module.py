@@ -1,7 +1,7 @@
 """TokenDataModule: the corpus as micro-batches, the same windows in the same order however the run is laid out."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +226,14 @@ class TokenDataModule(LightningDataModule):
             )
         size = self.micro_batch_size
         return self._loader("val", [windows[i : i + size].tolist() for i in range(0, len(windows), size)])
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """Yield all that one validation reads, on whatever rank this is."""
+        dataset = self.windows("val")
+        limit = self.max_val_tokens // self.context_length
+        windows = validation_windows(num_windows=len(dataset), limit=limit, rank=0, world_size=1)
+        for start in range(0, len(windows), self.micro_batch_size):
+            yield dataset.__getitems__(windows[start : start + self.micro_batch_size].tolist())
 
     def _loader(self, split: str, batches: Any) -> DataLoader:
         return DataLoader(

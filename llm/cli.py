@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,18 @@ EXIT_MISTAKE = 2
 """Exit status of a mistake that the user can mend."""
 
 log = logging.getLogger(__name__)
+
+
+def eval_folder(run_dir: str | list[str] | None, checkpoint: str) -> str:
+    """Return where an evaluation is written: into its run, or where several runs are compared, beside the runs."""
+    if run_dir is None:
+        return str(Path(checkpoint).resolve().parent.parent / "eval")
+    if isinstance(run_dir, str):
+        return f"{run_dir}/eval"
+    return f"comparisons/{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+
+
+OmegaConf.register_new_resolver("eval_folder", eval_folder, replace=True, use_cache=True)
 
 
 def run_command(
@@ -103,8 +116,12 @@ def run_command(
         sys.exit(stopped[0])
 
 
-def run_plain_command(task: Callable[[dict[str, Any]], Any], *, config_name: str) -> None:
+def run_plain_command(
+    task: Callable[[dict[str, Any]], Any], *, config_name: str, raw: frozenset[str] = frozenset()
+) -> None:
     """Compose the configuration from sys.argv and call `task(plain configuration)`: no folder, no log, no sweep.
+
+    Values of the keys in `raw` are texts that are taken as they stand, whatever commas and brackets are in them.
 
     Exit status: 0 finished, 2 a mistake to mend, 1 anything else.
     """
@@ -117,7 +134,8 @@ def run_plain_command(task: Callable[[dict[str, Any]], Any], *, config_name: str
     try:
         if complaints := not_overrides(arguments):
             raise ConfigError("\n".join(complaints))
-        task(_compose(config_name, arguments))
+        texts = dict(argument.split("=", 1) for argument in arguments if argument.split("=")[0] in raw)
+        task(_compose(config_name, [a for a in arguments if a.split("=")[0] not in texts]) | texts)
     except CrucibleError as error:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:

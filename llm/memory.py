@@ -1,5 +1,7 @@
 """Bytes that training takes, counted: optimizer state by small stand-ins, activations by what autograd keeps."""
 
+import resource
+import sys
 from collections.abc import Callable
 
 import torch
@@ -35,6 +37,14 @@ class SavedBytes:
     def __exit__(self, *exception: object) -> None:
         self._hooks.__exit__(*exception)
         self._kept.clear()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the device's peak; on a CPU the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def optimizer_state_bytes(

@@ -1,6 +1,5 @@
 """The LightningModule: one training step, one validation step, and the one line that sets the learning rate."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +15,7 @@ from llm.contracts import Batch, ParamGroup
 from llm.errors import NonFiniteError
 from llm.gradients import WholeGradients
 from llm.loss import linear_cross_entropy
+from llm.metrics import validation_metrics
 from llm.optim.param_groups import build_param_groups, parameter_kinds
 from llm.scaling import rates as tensor_rates
 from llm.scaling.derivation import derivation
@@ -257,15 +257,3 @@ def rated_groups(
         pair = rates.rate(tensor, lr=lr, weight_decay=weight_decay, d_model=model.d_model, update=update)
         pairs[name] = tuple(pair)
     return build_param_groups(model, lr=lr, weight_decay=weight_decay, rates=pairs)
-
-
-def validation_metrics(total_loss: float, num_tokens: float, num_bytes: float) -> dict[str, float]:
-    """Return val/loss in nats a token, val/bits_per_byte = loss sum / (ln 2 · bytes), and val/perplexity.
-
-    Where the labels stand for no bytes (synthetic tokens), bits per byte is left out.
-    """
-    loss = total_loss / max(num_tokens, 1.0)
-    metrics = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
-    if num_bytes:
-        metrics["val/bits_per_byte"] = total_loss / (math.log(2) * num_bytes)
-    return metrics

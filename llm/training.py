@@ -35,6 +35,8 @@ from llm.config import (
 )
 from llm.flops import peak_flops
 from llm.generate import generate_text
+from llm.huggingface.folder import is_hf_folder
+from llm.huggingface.load import load_hf_weights
 from llm.loss import linear_cross_entropy
 from llm.memory import SavedBytes
 from llm.micro_batch import find_micro_batch_size
@@ -81,7 +83,7 @@ def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> float | No
     data.prepare_data()
     data.setup("fit")
     model = build_model(cfg, data.tokenizer.vocab_size)
-    _load_initial_weights(run, model)
+    _load_initial_weights(run, model, data.tokenizer.bos_id)
     cfg["micro_batch_size"] = data.micro_batch_size = _micro_batch_size(cfg, run, model)
     plan = batch_plan(cfg)
     cfg["scaling"] = _measured_scaling(cfg, model, data)
@@ -132,10 +134,15 @@ def _is_complete(checkpoint: FoundCheckpoint | None, total_steps: int) -> bool:
     return True
 
 
-def _load_initial_weights(run: RunConfig, model: Transformer) -> None:
+def _load_initial_weights(run: RunConfig, model: Transformer, bos_id: int) -> None:
     if run.init_from is None:
         return
     source = Path(run.init_from)
+    if is_hf_folder(source):
+        hf_state = load_hf_weights(source, model, context_length=run.context_length, bos_id=bos_id)
+        model.load_state_dict(hf_state)
+        log.info("weights from %s", source)
+        return
     folder = source if (source / "manifest.json").is_file() else find_last(source).path
     state = model_state(folder)
     compare_state(state, model.state_dict(), source=f"init_from={folder}")

@@ -37,6 +37,18 @@ TINY = (
 
 
 @pytest.fixture(scope="session")
+def judging():
+    """Compose `conf/eval.yaml` with overrides into a plain dict."""
+
+    def make(*overrides: str) -> dict[str, Any]:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return to_plain(compose("eval", overrides=list(overrides)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def composed():
     """Compose `conf/train.yaml` with overrides into a plain dict; each answer is a fresh copy."""
     cache: dict[tuple[str, ...], dict[str, Any]] = {}

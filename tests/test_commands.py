@@ -109,7 +109,7 @@ def test_the_end_of_a_run_tells_loss_bits_text_and_folder(tiny, tmp_path):
     (folder,) = (tmp_path / "runs").iterdir()
     for part in ("nats a token", "bits per byte", str(folder), "parameters", "--- step 8 ---"):
         assert part in result.stdout, part
-    judged = call("eval.py", f"run_dir={folder}", "max_new_tokens=8", cwd=tmp_path)
+    judged = call("eval.py", f"run_dir={folder}", "eval.samples.max_new_tokens=8", cwd=tmp_path)
     assert judged.returncode == 0, judged.stderr
     shown = json.loads((folder / "eval/loss.json").read_text())["val/loss"]
     assert shown == pytest.approx(json.loads((folder / "summary.json").read_text())["val/loss"], abs=1e-6)

@@ -67,7 +67,7 @@ class Letters:
 
 def test_text_ends_where_the_next_document_begins(model, monkeypatch):
     drawn = iter([torch.tensor([2, 3]), torch.tensor([0, 4]), torch.tensor([5, 0])])
-    monkeypatch.setattr("llm.generate.sample_token", lambda *a, **k: next(drawn))
+    monkeypatch.setattr("llm.generate.decode.sample_token", lambda *a, **k: next(drawn))
     texts = generate_text(model, ["a", "bc"], tokenizer=Letters(), max_new_tokens=3, **GREEDY)
     assert texts == ["ab", "bccd"]
 

@@ -1,15 +1,13 @@
 """summary.json: what the run is doing now, and in the end what came out."""
 
-import resource
-import sys
 import time
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from llm.memory import peak_memory_bytes
 from llm.provenance import git_commit, versions
 from llm.run_folder import RunFolder
 
@@ -94,7 +92,7 @@ def count_parameters(pl_module: nn.Module) -> tuple[int, int]:
 def _closing_figures(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
     figures = {
         "optimizer_state_bytes": sum(_state_bytes(optimizer.state) for optimizer in trainer.optimizers),
-        "peak_memory_bytes": _peak_memory_bytes(pl_module.device),
+        "peak_memory_bytes": peak_memory_bytes(pl_module.device),
     }
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
         contribute = getattr(callback, "final_figures", None)
@@ -109,14 +107,6 @@ def _state_bytes(state: Any) -> int:
     if isinstance(state, dict):
         return sum(_state_bytes(inner) for inner in state.values())
     return 0
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    """Return the device's peak; on a CPU the process's largest resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _stop_signal(trainer: L.Trainer) -> Any:

@@ -32,6 +32,10 @@ class Position(nn.Module, ABC):
         """Whether queries are also scaled by their position."""
         return self.log_n.mode != "none"
 
+    def reach(self, train_length: int) -> float:
+        """Return how many tokens of a text a model trained on windows of train_length reads under this position."""
+        return train_length
+
     def forward(
         self,
         q: Float[Tensor, "batch time heads head_dim"],

@@ -1,5 +1,7 @@
 """No position signal beyond the causal order."""
 
+import math
+
 from torch import Tensor
 
 from llm.contracts import PositionView
@@ -24,6 +26,10 @@ class NoPosition(Position):
     def __init__(self, *, head_dim: int, log_n: LogNMode, train_length: int | None) -> None:
         super().__init__(log_n=log_n, train_length=train_length)
         self.head_dim = head_dim
+
+    def reach(self, train_length: int) -> float:
+        """No limit: no position is ever new."""
+        return math.inf
 
     def views(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[PositionView, ...]:
         """One view: the vectors themselves."""

@@ -36,6 +36,10 @@ class NTKRoPE(RoPE):
         self.factor = factor
         super().__init__(head_dim=head_dim, base=base, log_n=log_n, train_length=train_length)
 
+    def reach(self, train_length: int) -> float:
+        """`factor` times training's length."""
+        return self.factor * train_length
+
     def choose_frequencies(self, frequencies: Float[Tensor, " half"]) -> Float[Tensor, " half"]:
         """Divide frequency m by factor^(m / (half − 1))."""
         half = len(frequencies)
@@ -78,6 +82,10 @@ class NTKMixedRoPE(RoPE):
             raise ConfigError(f"model.position.exponent={exponent}: must lie in [0, 1]; 0.625 is the author's")
         self.factor, self.exponent = factor, exponent
         super().__init__(head_dim=head_dim, base=base, log_n=log_n, train_length=train_length)
+
+    def reach(self, train_length: int) -> float:
+        """`factor` times training's length."""
+        return self.factor * train_length
 
     def choose_frequencies(self, frequencies: Float[Tensor, " half"]) -> Float[Tensor, " half"]:
         """Divide frequency m by factor^((m / half)^exponent), m from 1."""

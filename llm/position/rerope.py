@@ -1,5 +1,7 @@
 """Rotary positions that are exact inside a window and clamped, or slowed, beyond it."""
 
+import math
+
 from torch import Tensor
 
 from llm.contracts import PositionView
@@ -38,6 +40,10 @@ class ReRoPE(Position):
         self.far_from = self.bare_keys_from = self.window
         self.frequencies = inverse_frequencies(head_dim=head_dim, base=base)
         self.angles = AngleMemo()
+
+    def reach(self, train_length: int) -> float:
+        """No limit: no distance is ever new."""
+        return math.inf
 
     def views(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[PositionView, ...]:
         """RoPE below the window; beyond it a constant turn of the query against bare keys."""
@@ -86,6 +92,10 @@ class LeakyReRoPE(Position):
         self.far_from = self.window
         self.frequencies = inverse_frequencies(head_dim=head_dim, base=base)
         self.angles, self.slow_angles = AngleMemo(), AngleMemo()
+
+    def reach(self, train_length: int) -> float:
+        """Until slowed distances are longer than those of training."""
+        return train_length + max(0, train_length - self.window) * max(0.0, self.slowdown - 1)
 
     def views(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[PositionView, ...]:
         """RoPE below the window; beyond it RoPE of slowed positions, the query set back so that both meet."""

@@ -1,0 +1,51 @@
+"""How concentrated attention is."""
+
+from matplotlib.axes import Axes
+
+from llm.attention.concentration import concentration_by_layer
+from llm.errors import ConfigError
+from llm.evals.base import Result, Subject, validation_batches
+
+
+class Attention:
+    """Measures each layer's entropy of attention and how few keys it rests on; see `llm.attention.concentration`.
+
+    Args:
+        windows: of the validation split, at least 1; all pairs of a window are held in memory.
+
+    Raises:
+        ConfigError: less than one window.
+    """
+
+    def __init__(self, *, windows: int) -> None:
+        if windows < 1:
+            raise ConfigError(f"eval.attention.windows={windows}: must be at least 1; try 4")
+        self.windows = windows
+
+    def __call__(self, subject: Subject) -> Result:
+        """Measure."""
+        batch = next(validation_batches(subject, 1))
+        ids, positions, documents = (batch[key][: self.windows] for key in ("input_ids", "positions", "document_ids"))
+        layers = concentration_by_layer(subject.model, ids, positions=positions, document_ids=documents)
+        names = ("entropy", "effective_keys", "sparsity")
+        rows = [[str(index), *(f"{layer[name]:.4f}" for name in names)] for index, layer in enumerate(layers)]
+        mean = {name: sum(layer[name] for layer in layers) / len(layers) for name in names}
+        return Result(
+            headline={"attention entropy": mean["entropy"], "keys in effect": mean["effective_keys"]},
+            figures=layers,
+            header=["layer", "entropy, nats", "keys in effect", "sparsity"],
+            rows=rows,
+            draw=lambda axes: _draw(axes, layers),
+        )
+
+
+def _draw(axes: Axes, layers: list[dict[str, float]]) -> None:
+    places = list(range(len(layers)))
+    axes.bar(places, [layer["entropy"] for layer in layers], color="tab:blue")
+    axes.set_xticks(places)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("entropy of attention, nats")
+    other = axes.twinx()
+    other.plot(places, [layer["effective_keys"] for layer in layers], color="tab:orange", marker="o")
+    other.set_ylabel("keys in effect", color="tab:orange")
+    other.set_ylim(bottom=0)

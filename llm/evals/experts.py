@@ -1,0 +1,84 @@
+"""How evenly and how surely a model uses its experts."""
+
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from llm.errors import ConfigError
+from llm.evals.base import Result, Subject, watch
+from llm.ffn.load import expert_counts, max_violation
+from llm.ffn.routing import Router, Routing
+
+
+class Experts:
+    """Counts, over the validation split and without any balancing at work, which experts its tokens go to.
+
+    Args:
+        batches: validation batches to read, or None for all.
+
+    Raises:
+        ConfigError: less than one batch, or a model without experts.
+    """
+
+    def __init__(self, *, batches: int | None) -> None:
+        if batches is not None and batches < 1:
+            raise ConfigError(f"eval.experts.batches={batches}: must be at least 1, or null for all; try 8")
+        self.batches = batches
+
+    def __call__(self, subject: Subject) -> Result:
+        """Count."""
+        counts: dict[int, Tensor] = {}
+        entropy: dict[int, list[float]] = {}
+
+        def see(layer: int, routing: Routing) -> None:
+            num_experts = routing.logits.shape[1]
+            own = expert_counts(routing.expert_ids, num_experts).double().cpu()
+            counts[layer] = counts.get(layer, torch.zeros_like(own)) + own
+            entropy.setdefault(layer, []).append(float(torch.special.entr(routing.probabilities).sum(-1).mean()))
+
+        if not watch(subject, Router, see, batches=self.batches):
+            raise ConfigError("eval=experts: the model has none; leave it out, or judge a run of model=moe")
+        layers = [_figures(index, counts[index], entropy[index]) for index in sorted(counts)]
+        rows = [
+            [
+                str(layer["layer"]),
+                f"{layer['max_violation']:.3f}",
+                str(layer["dead_experts"]),
+                f"{layer['top_expert_share']:.3f}",
+                f"{layer['router_entropy']:.3f}",
+            ]
+            for layer in layers
+        ]
+        worst = max(layer["max_violation"] for layer in layers)
+        dead = sum(layer["dead_experts"] for layer in layers)
+        return Result(
+            headline={"max violation": worst, "dead experts": dead},
+            figures=layers,
+            header=["layer", "max violation", "dead experts", "top expert's share", "router entropy, nats"],
+            rows=rows,
+            draw=lambda axes: _draw(axes, layers),
+        )
+
+
+def _figures(layer: int, counts: Tensor, entropy: list[float]) -> dict[str, Any]:
+    load = counts / counts.sum().clamp_min(1)
+    return {
+        "layer": layer,
+        "max_violation": float(max_violation(counts)),
+        "dead_experts": int((counts == 0).sum()),
+        "top_expert_share": float(load.max()),
+        "router_entropy": sum(entropy) / len(entropy),
+        "load": load.tolist(),
+    }
+
+
+def _draw(axes: Axes, layers: list[dict[str, Any]]) -> None:
+    loads = torch.tensor([layer["load"] for layer in layers]) * len(layers[0]["load"])
+    image = axes.imshow(loads, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+    axes.set_yticks(range(len(layers)), [str(layer["layer"]) for layer in layers])
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    assert axes.figure is not None
+    axes.figure.colorbar(image, ax=axes, label="load over an even share")

@@ -1,0 +1,108 @@
+"""Token after token: prompts of any lengths side by side, each token read once."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from llm.errors import ConfigError
+from llm.generate.sampling import check_sampling, penalize_repetition, sample_token
+
+PADDING_DOCUMENT = -1
+"""Document id of the padding to the left of a short prompt: attention never crosses documents."""
+
+
+class Decoding:
+    """Some prompts being continued; iterating gives the next token of every row, [batch], max_new_tokens times.
+
+    Prompts of different lengths are padded to the left with a document of their own, which no real token sees.
+
+    Args:
+        model: a decoder with `new_caches` and `logits`.
+        prompts: token ids, at least one each.
+        max_new_tokens: how many tokens to draw for each prompt.
+        temperature: 0 is greedy.
+        top_k: see `filter_logits`.
+        top_p: see `filter_logits`.
+        seed: of the draw.
+        repetition_penalty: see `penalize_repetition`.
+        use_cache: read each token once; without it the whole text is read again for every token (the definition).
+
+    Raises:
+        ConfigError: a setting out of range, or an empty prompt.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        seed: int,
+        repetition_penalty: float = 1.0,
+        use_cache: bool = True,
+    ) -> None:
+        self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        check_sampling(max_new_tokens=max_new_tokens, repetition_penalty=repetition_penalty, **self.sampling)
+        self.model, self.max_new_tokens, self.penalty = model, max_new_tokens, repetition_penalty
+        self.generator = torch.Generator().manual_seed(seed)
+        device = next(model.parameters()).device
+        self.ids, self.positions, self.documents = _pad_left(prompts, device)
+        self.is_padded = len({len(prompt) for prompt in prompts}) > 1
+        self.caches = _new_caches(model, self.ids, max_new_tokens) if use_cache else None
+
+    def __iter__(self) -> Iterator[Int[Tensor, " batch"]]:
+        fresh = slice(None)
+        for _ in range(self.max_new_tokens):
+            yield self._step(fresh)
+            fresh = slice(None) if self.caches is None else slice(-1, None)
+
+    @torch.inference_mode()
+    def _step(self, fresh: slice) -> Int[Tensor, " batch"]:
+        """Read the fresh tokens, draw the next one of each row, and put it behind the others."""
+        documents = self.documents[:, fresh] if self.is_padded else None
+        hidden = self.model(
+            self.ids[:, fresh], positions=self.positions[:, fresh], document_ids=documents, caches=self.caches
+        ).hidden
+        logits = self.model.logits(hidden[:, -1:])[:, 0]
+        if self.penalty != 1.0:
+            logits = penalize_repetition(logits, self.ids.where(self.documents >= 0, -1), self.penalty)
+        token = sample_token(logits, **self.sampling, generator=self.generator)
+        self.ids = torch.cat([self.ids, token[:, None]], 1)
+        self.positions = torch.cat([self.positions, self.positions[:, -1:] + 1], 1)
+        self.documents = torch.cat([self.documents, self.documents[:, -1:]], 1)
+        return token
+
+    def cache_bytes(self) -> int:
+        """Bytes that the caches hold."""
+        return sum(cache.nbytes() for cache in self.caches or ())
+
+
+def stream_tokens(model: Any, prompts: Sequence[Sequence[int]], **sampling: Any) -> Iterator[Int[Tensor, " batch"]]:
+    """Yield the next token of every prompt, max_new_tokens times; see `Decoding`."""
+    yield from Decoding(model, prompts, **sampling)
+
+
+def _new_caches(model: Any, ids: Tensor, max_new_tokens: int) -> list[Any]:
+    kind = ids.device.type
+    weights = next(model.parameters()).dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights
+    return model.new_caches(batch=ids.shape[0], max_length=ids.shape[1] + max_new_tokens, dtype=dtype)
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    if not prompts or not all(len(p) for p in prompts):
+        raise ConfigError("prompt=[]: each prompt needs at least one token; begin with the tokenizer's bos_id")
+    longest = max(len(p) for p in prompts)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    positions, documents = torch.zeros_like(ids), torch.full_like(ids, PADDING_DOCUMENT)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.as_tensor(list(prompt))
+        positions[row, longest - len(prompt) :] = torch.arange(len(prompt))
+        documents[row, longest - len(prompt) :] = 0
+    return ids.to(device), positions.to(device), documents.to(device)

@@ -1,0 +1,1 @@
+"""Decoders as Hugging Face folders, and Hugging Face folders as decoders."""

@@ -1,0 +1,15 @@
+"""The three numbers that a validation gives."""
+
+import math
+
+
+def validation_metrics(total_loss: float, num_tokens: float, num_bytes: float) -> dict[str, float]:
+    """Return val/loss in nats a token, val/bits_per_byte = loss sum / (ln 2 · bytes), and val/perplexity.
+
+    Where the labels stand for no bytes (synthetic tokens), bits per byte is left out.
+    """
+    loss = total_loss / max(num_tokens, 1.0)
+    metrics = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))}
+    if num_bytes:
+        metrics["val/bits_per_byte"] = total_loss / (math.log(2) * num_bytes)
+    return metrics

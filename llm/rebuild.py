@@ -1,0 +1,180 @@
+"""A trained run rebuilt from its folder: the decoder and its tokenizer, and with its data all that training had."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm.averaging import last_checkpoints, mean_state
+from llm.checkpoint import compare_state
+from llm.config import (
+    accelerator,
+    batch_plan,
+    build_data,
+    build_model,
+    build_tokenizer,
+    check,
+    load,
+    run_config,
+    world_size,
+)
+from llm.errors import CheckpointError, ConfigError
+from llm.module import LanguageModule
+from llm.precision import resolve_precision
+from llm.training import build_module
+from llm.transformer import Transformer
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A decoder with a checkpoint's weights, and the tokenizer that it was trained with."""
+
+    folder: Path
+    config: dict[str, Any]
+    model: Transformer
+    tokenizer: Any
+    device: torch.device
+    precision: str
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run with its data beside the decoder: what is needed to measure losses."""
+
+    folder: Path
+    config: dict[str, Any]
+    data: Any
+    module: LanguageModule
+    device: torch.device
+    precision: str
+
+
+def rebuild_model(
+    folder: Path, checkpoint: str, *, average: int = 1, device: str | None = None, **changes: Any
+) -> TrainedModel:
+    """Rebuild a run's decoder and tokenizer; the corpus is not needed.
+
+    Args:
+        folder: the run folder.
+        checkpoint: name of a checkpoint in it.
+        average: take the mean of so many checkpoints, this one and those before it.
+        device: where to, or None for what the run's trainer would choose here.
+        changes: see `read_config`.
+
+    Raises:
+        ConfigError: the folder holds no run, or its configuration is not valid.
+        CheckpointError: the checkpoint is missing, damaged, or does not fit the configuration or the tokenizer.
+    """
+    cfg = read_config(folder, **changes)
+    weights = checkpoint_folder(folder, checkpoint)
+    state = trained_state(folder, weights, average)
+    tokenizer = saved_tokenizer(folder, cfg)
+    check_vocabulary(state, tokenizer.vocab_size, weights)
+    model = _model_with(cfg, tokenizer.vocab_size, state, weights)
+    kind = torch.device(device or accelerator(cfg["trainer"]))
+    precision = resolve_precision(cfg["trainer"]["precision"], accelerator=kind.type)
+    return TrainedModel(folder, cfg, model.to(kind).eval(), tokenizer, kind, precision)
+
+
+def rebuild(folder: Path, checkpoint: str, *, average: int = 1, **changes: Any) -> TrainedRun:
+    """Rebuild data, model and weights of a run from its folder.
+
+    Args:
+        folder: the run folder.
+        checkpoint: name of a checkpoint in it.
+        average: take the mean of so many checkpoints, this one and those before it.
+        changes: see `read_config`.
+
+    Raises:
+        ConfigError: the folder holds no run, or its configuration is not valid.
+        CheckpointError: the checkpoint is missing, damaged, or does not fit the configuration or the tokenizer.
+    """
+    cfg = read_config(folder, **changes)
+    weights = checkpoint_folder(folder, checkpoint)
+    data = build_data(cfg, batch_plan(cfg).micro_batch_size)
+    data.prepare_data()
+    data.setup("validate")
+    state = trained_state(folder, weights, average)
+    check_vocabulary(state, data.tokenizer.vocab_size, weights)
+    model = _model_with(cfg, data.tokenizer.vocab_size, state, weights)
+    module = build_module(cfg, run_config(cfg), model, data.tokenizer)
+    device = torch.device(accelerator(cfg["trainer"]))
+    precision = resolve_precision(cfg["trainer"]["precision"], accelerator=device.type)
+    return TrainedRun(folder, cfg, data, module.to(device).eval(), device, precision)
+
+
+def read_config(
+    folder: Path, *, position: Mapping[str, Any] | None = None, context_length: int | None = None
+) -> dict[str, Any]:
+    """Return a run's checked configuration.
+
+    Args:
+        folder: the run folder.
+        position: node of another position to read with, or None for the run's own.
+        context_length: tokens a window, or None for the run's own.
+    """
+    cfg = load(folder / "config.yaml")
+    if position is not None:
+        cfg["model"]["position"] = dict(position)
+    if context_length is not None:
+        _set_context_length(cfg, context_length)
+    if "path" in cfg.get("tokenizer", {}) and (folder / TOKENIZER).is_file():  # made elsewhere; the run keeps a copy
+        cfg["tokenizer"]["path"] = str(folder / TOKENIZER)
+    check(cfg)
+    return cfg
+
+
+def _set_context_length(cfg: dict[str, Any], context_length: int) -> None:
+    """Read windows of another length, as many tokens at a time as before."""
+    if context_length < 1:
+        raise ConfigError(f"context_length={context_length}: must be at least 1; try {4 * cfg['context_length']}")
+    windows = max(1, batch_plan(cfg).micro_batch_size * cfg["context_length"] // context_length)
+    cfg["context_length"], cfg["micro_batch_size"] = context_length, windows
+    cfg["batch_tokens"] = context_length * windows * world_size(cfg["trainer"])
+
+
+def trained_state(folder: Path, weights: Path, average: int) -> dict[str, torch.Tensor]:
+    """Return the decoder's own weights: those of a checkpoint, or the mean of several."""
+    state = mean_state(last_checkpoints(folder, weights, average))
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+
+def _model_with(cfg: Mapping[str, Any], vocab_size: int, state: dict[str, torch.Tensor], weights: Path) -> Transformer:
+    model = build_model(cfg, vocab_size)
+    compare_state(state, model.state_dict(), source=f"checkpoint={weights}")
+    model.load_state_dict(state)
+    return model
+
+
+def saved_tokenizer(folder: Path, cfg: Mapping[str, Any]) -> Any:
+    """Return the tokenizer that the run saved beside its weights."""
+    file = folder / TOKENIZER
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing, and without it tokens have no text; restore it from a copy")
+    tokenizer = build_tokenizer(cfg)
+    if not tokenizer.is_trained:
+        tokenizer.load(file.read_text(encoding="utf-8"))
+    return tokenizer
+
+
+def check_vocabulary(state: Mapping[str, torch.Tensor], vocab_size: int, source: Path) -> None:
+    """Raise CheckpointError where the weights were trained with a vocabulary of another size."""
+    trained = state["token_embedding.weight"].shape[0]
+    if trained != vocab_size:
+        raise CheckpointError(
+            f"tokenizer: has {vocab_size} tokens and the weights in {source} were trained with {trained}; use the "
+            "tokenizer.json in the run folder (tokenizer=pretrained tokenizer.path=<run folder>)"
+        )
+
+
+def checkpoint_folder(folder: Path, checkpoint: str) -> Path:
+    """Return the folder of a named checkpoint; raise CheckpointError with what there is instead."""
+    path = folder / "checkpoints" / checkpoint
+    if path.is_dir():
+        return path.resolve()
+    there = sorted(p.name for p in (folder / "checkpoints").glob("*") if p.is_dir())
+    raise CheckpointError(f"checkpoint={checkpoint}: not in {folder / 'checkpoints'}; choose one of {there}")

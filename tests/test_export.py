@@ -1,0 +1,243 @@
+"""Decoders as Hugging Face folders and back: the same logits, the same weights, or a refusal that says why."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm.config import build_model, build_tokenizer
+from llm.errors import CheckpointError, ConfigError
+from llm.export import TOLERANCE, ExportConfig, compare_logits, export, sample_ids, write_model
+from llm.huggingface.families import find_family
+from llm.huggingface.load import load_hf_weights
+from llm.rebuild import TrainedModel
+from llm.settings import settings
+from llm.training import train
+
+SMALL = (
+    "model.d_model=32", "model.num_layers=3", "model.num_heads=4", "model.num_kv_heads=2", "model.ffn.d_ff=48",
+    "tokenizer=bytes", "context_length=24",
+)  # fmt: skip
+MOE = ("model=moe", "model.ffn.num_experts=5", "model.ffn.top_k=2")
+SOFTMAX = (*MOE, "model/ffn/router=softmax", "model/ffn/balance=aux_loss")
+QK_NORM = "model.attention.qk_norm=true"
+
+FAMILIES = {
+    "LlamaForCausalLM": (),
+    "LlamaForCausalLM, head of its own": ("model.tie_embeddings=false", "model.position.base=500000.0"),
+    "LlamaForCausalLM, wide heads": ("model.head_dim=16", "model.norm.eps=1e-5"),
+    "LlamaForCausalLM, raised base": ("model/position=ntk", "model.position.factor=4.0"),
+    "MistralForCausalLM": ("model.attention.window=7",),
+    "Qwen3ForCausalLM": (QK_NORM,),
+    "Qwen3ForCausalLM, window": (QK_NORM, "model.attention.window=7"),
+    "Qwen3ForCausalLM, some layers with a window": (
+        "model=hybrid", "model.attention.kinds.local.window=5", "model.attention.kinds.local.qk_norm=true",
+        "model.attention.kinds.softmax.qk_norm=true", "model.attention.pattern=[local,softmax]",
+    ),
+    "MixtralForCausalLM": (*SOFTMAX, "model.ffn.router.normalize=true"),
+    "Qwen3MoeForCausalLM": (*SOFTMAX, QK_NORM),
+    "Qwen3MoeForCausalLM, normalised, a dense layer": (
+        *SOFTMAX, QK_NORM, "model.ffn.router.normalize=true", "model.first_ffn_layers=1",
+    ),
+    "Glm4MoeForCausalLM": MOE,
+    "Glm4MoeForCausalLM, all of it": (
+        *MOE, QK_NORM, "model.ffn.num_shared_experts=2", "model.first_ffn_layers=1", "model.ffn.d_ff=64",
+        "model/ffn/balance=quantile", "model.tie_embeddings=false",
+    ),
+    "Glm4MoeForCausalLM, no bias": (*MOE, "model/ffn/balance=none", "model.ffn.router.normalize=false"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def random_model(composed):
+    """Build a decoder in which no weight has a value that hides a mistake: gains and biases are random as well."""
+
+    def make(*overrides):
+        cfg = composed(*SMALL, *overrides)
+        tokenizer = build_tokenizer(cfg)
+        model = build_model(cfg, tokenizer.vocab_size).eval()
+        with torch.no_grad():
+            for tensor in [*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("balance.bias"))]:
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+        return TrainedModel(Path("run"), cfg, model, tokenizer, torch.device("cpu"), "32-true")
+
+    return make
+
+
+def load_back(folder, trained):
+    cfg = trained.config
+    fresh = build_model({**cfg, "seed": 1}, trained.tokenizer.vocab_size)
+    return load_hf_weights(folder, fresh, context_length=cfg["context_length"], bos_id=trained.tokenizer.bos_id)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_model_has_the_logits_and_gives_back_the_very_weights(random_model, tmp_path, family):
+    pytest.importorskip("transformers")
+    trained = random_model(*FAMILIES[family])
+    assert write_model(trained, tmp_path, dtype=torch.float32) == family.split(",")[0]
+    assert compare_logits(trained, tmp_path, sample_ids(trained, 72)) < TOLERANCE
+    back, own = load_back(tmp_path, trained), trained.model.state_dict()
+    assert back.keys() == own.keys()
+    assert all(torch.equal(back[name], own[name]) for name in own)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("model/attention=vq", "model/position=rerope"), "model/attention is VQAttention"),
+        (("model/attention=performer",), "model/attention is PerformerAttention"),
+        (("model/position=rerope",), "model/position is ReRoPE"),
+        (("model/norm=layer",), "model/norm is LayerNorm"),
+        (("model.attention.key_norm=true",), "key_norm"),
+        (("model.position.log_n=clipped", "model.position.train_length=24"), "log_n"),
+        ((QK_NORM, "model.norm.eps=1e-5"), "differ in eps"),
+        ((*MOE, "model.ffn.normalize_outputs=true"), "normalize_outputs"),
+        ((*MOE, "model/ffn/router=threshold", "model/ffn/balance=budget"), "ThresholdRouter"),
+        ((*SOFTMAX, "model/ffn/balance=loss_free"), "a balance that biases the choice"),
+        (SOFTMAX, "not normalised, without"),
+    ],
+)
+def test_what_no_class_computes_is_refused_with_the_reason(random_model, overrides, reason):
+    model = random_model(*overrides).model
+    with pytest.raises(ConfigError, match=reason):
+        find_family(model, context_length=24, bos_id=256)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        (("model.num_layers=2",), r"model\.num_layers is 2, there it is 3"),
+        (("model.position.base=500.0",), r"model\.position\.base is 500\.0, there it is 10000\.0"),
+        ((QK_NORM,), r"a llama has model\.attention\.qk_norm=false"),
+        (("model.tie_embeddings=false",), r"model\.tie_embeddings is False, there it is True"),
+        (("model.attention.window=9",), "its model_type is llama, this decoder would be a mistral"),
+        (("model/attention=vq", "model/position=rerope"), "of a kind that Hugging Face has no class for"),
+        (MOE, "would be a glm4_moe"),
+    ],
+)
+def test_a_folder_of_another_architecture_is_refused_with_what_to_change(random_model, tmp_path, overrides, hint):
+    write_model(random_model(), tmp_path, dtype=torch.float32)
+    with pytest.raises(CheckpointError, match=hint):
+        load_back(tmp_path, random_model(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "gpt2"}, "its model_type is gpt2; only llama"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "scales positions"),
+        ({"attention_bias": True}, "have biases"),
+        ({"hidden_act": "gelu"}, "uses gelu"),
+    ],
+)
+def test_a_folder_that_computes_something_else_is_refused(random_model, tmp_path, change, reason):
+    trained = random_model()
+    write_model(trained, tmp_path, dtype=torch.float32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=reason):
+        load_back(tmp_path, trained)
+
+
+def test_weights_in_several_files_and_a_padded_vocabulary_are_read(random_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    trained = random_model()
+    write_model(trained, tmp_path, dtype=torch.float32)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    first = {name: torch.cat([weights.pop(name), torch.ones(7, 32)])}
+    files = {"model-00001-of-00002.safetensors": first, "model-00002-of-00002.safetensors": weights}
+    for file, part in files.items():
+        save_file(part, tmp_path / file)
+    index = {"weight_map": {key: file for file, part in files.items() for key in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model.safetensors").unlink()
+    back, own = load_back(tmp_path, trained), trained.model.state_dict()
+    assert all(torch.equal(back[key], own[key]) for key in own)
+
+
+@pytest.fixture(scope="module")
+def run_folder(composed, tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    train(composed(*tiny, "max_steps=2", "val_every=2"), folder)
+    return folder
+
+
+def exporting(run_folder, out, **changes):
+    keys = {"checkpoint": "last", "average": 1, "format": "hf", "dtype": "float32", "tokens": 64}
+    return export(settings(ExportConfig, {"run_dir": str(run_folder), "out": str(out), **keys, **changes}))
+
+
+CLEAN = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+encoded = tokenizer("3 plus 4 é", return_tensors="pt")
+ids = encoded.input_ids
+loss = model(input_ids=ids, labels=ids).loss.item()
+out = model.generate(ids, attention_mask=encoded.attention_mask, max_new_tokens=8, do_sample=False, eos_token_id=None)
+assert "llm" not in sys.modules and "data" not in sys.modules
+print(ids[0].tolist(), loss, out[0].tolist(), tokenizer.decode(ids[0], skip_special_tokens=True), sep="|")
+"""
+
+
+def test_an_exported_run_works_in_a_process_without_this_project(run_folder, tmp_path):
+    pytest.importorskip("transformers")
+    from llm.generate import stream_tokens
+    from llm.rebuild import rebuild_model
+
+    out = exporting(run_folder, tmp_path / "hf")
+    answer = subprocess.run(
+        [sys.executable, "-I", "-c", CLEAN, str(out)], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert answer.returncode == 0, answer.stderr
+    ids, loss, generated, text = answer.stdout.strip().split("|")
+    trained = rebuild_model(run_folder, "last")
+    own = [trained.tokenizer.bos_id, *trained.tokenizer.encode("3 plus 4 é").tolist()]
+    assert json.loads(ids) == own
+    assert text == "3 plus 4 é"
+    tokens = torch.tensor([own])
+    with torch.no_grad():
+        logits = trained.model.logits(trained.model(tokens, positions=torch.arange(len(own))[None]).hidden)
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:])
+    assert float(loss) == pytest.approx(float(expected), abs=1e-5)  # fp32 in another order
+    greedy = {"max_new_tokens": 8, "temperature": 0.0, "top_k": None, "top_p": None, "seed": 0}
+    drawn = [int(token) for token in stream_tokens(trained.model, [own], **greedy)]
+    assert json.loads(generated) == own + drawn
+
+
+def test_training_goes_on_from_an_exported_folder(run_folder, composed, tiny, tmp_path):
+    pytest.importorskip("transformers")
+    from llm.rebuild import rebuild_model
+
+    out = exporting(run_folder, tmp_path / "hf")
+    again = tmp_path / "again"
+    train(composed(*tiny, "max_steps=1", "val_every=1", "optimizer.lr=1e-12", f"init_from={out}"), again)
+    own, back = (rebuild_model(folder, "last").model.state_dict() for folder in (run_folder, again))
+    for name, tensor in own.items():
+        torch.testing.assert_close(back[name], tensor, atol=1e-9, rtol=1e-6)  # one update at a rate of 1e-12
+
+
+def test_half_precision_is_half_the_size_and_is_compared_as_rounded(run_folder, tmp_path):
+    pytest.importorskip("transformers")
+    whole, half = (exporting(run_folder, tmp_path / d, dtype=d) for d in ("float32", "bfloat16"))
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (whole, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_a_folder_in_use_is_refused_and_nothing_is_left_of_an_export_that_differs(run_folder, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("")
+    with pytest.raises(ConfigError, match=r"out=.*not empty"):
+        exporting(run_folder, tmp_path / "full")
+    monkeypatch.setattr("llm.export.compare_logits", lambda *a, **k: 1.0)
+    with pytest.raises(CheckpointError, match="logits differ by 1"):
+        exporting(run_folder, tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
