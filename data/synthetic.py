@@ -167,9 +167,11 @@ class AssociativeRecall(_Generated):
             raise ConfigError(f"data.num_pairs={num_pairs}: must be 1 to {len(_KEYS)}; try 8")
         needed = 1 + 4 * num_pairs + distance
         if distance < 0 or needed > length:
+            room = length - 1 - 4 * num_pairs
+            remedy = f"choose 0 to {room}" if room >= 0 else f"choose data.length of at least {needed}, or fewer pairs"
             raise ConfigError(
                 f"data.distance={distance}: the document needs 1 + 4 * num_pairs + distance = {needed} of its "
-                f"data.length={length} tokens; choose 0 to {length - 1 - 4 * num_pairs}"
+                f"data.length={length} tokens; {remedy}"
             )
         self.num_pairs = num_pairs
         self.distance = distance
