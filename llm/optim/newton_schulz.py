@@ -177,7 +177,8 @@ def run_section(
         update = symmetric_product(gram, gram, add=gram, beta=b, alpha=c, panels=panels)  # b·A + c·A²
         if len(coefficients) == 1:
             pair = (x, update) if is_tall else (update, x)
-            return multiply(*pair, add=x, beta=a * scale, alpha=scale)  # with a on the diagonal instead, bfloat16 breaks the bounds
+            # not with a on the diagonal of the update: rounded to bfloat16 there, it breaks the bounds
+            return multiply(*pair, add=x, beta=a * scale, alpha=scale)
         if i < len(coefficients) - 1:
             half = symmetric_product(update, gram, add=gram, beta=a, panels=panels)  # P·A; A and P commute
             gram = symmetric_product(update, half, add=half, beta=a, panels=panels)
