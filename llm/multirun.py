@@ -6,11 +6,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -19,7 +19,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from llm.config import load, to_plain
 from llm.report.build import write_report
 from llm.resume import merge_resumed
 from llm.sweep.job import Plan, plain_command, run_job
@@ -67,7 +66,7 @@ def run_sweep(arguments: Sequence[str], *, task: Task, config_name: str, config_
     plan = _plan(ahead, folder, plain_command(script, tuple(flags)))
     with open_sweep(folder, command, ahead.jobs, options.line_every) as monitor, _leaving_in_order():
         sys.argv[1:] = ["-m", *command, *_hydra_overrides(ahead, options, folder)]
-        function = _job(plan, None if options.isolate else task)
+        function = JobFunction(plan, None if options.isolate else task)
         hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(function)()
     if options.report and any(job.state != "pending" for job in monitor.manifest.jobs):
         report = write_report([folder])
@@ -75,27 +74,35 @@ def run_sweep(arguments: Sequence[str], *, task: Task, config_name: str, config_
     return exit_status(monitor.manifest)
 
 
-def _job(plan: Plan, task: Task | None) -> Callable[[DictConfig], float | None]:
-    """Return the function that Hydra's launchers call for each job, here, in workers, or on other machines."""
+@dataclass(frozen=True)
+class JobFunction:
+    """What Hydra's launchers call for each job, here, in workers, or on other machines: hence an object to pickle.
 
-    def job(cfg: DictConfig) -> float | None:
+    Args:
+        plan: what the jobs have in common.
+        task: runs a job in the caller's process; None: each has a process of its own.
+    """
+
+    plan: Plan
+    task: Task | None
+
+    def __call__(self, cfg: DictConfig) -> float | None:
         own = HydraConfig.get()
-        overrides = tuple(map(str, own.overrides.task))
         folder = Path(own.runtime.output_dir)
-
-        def here(path: Path, is_resumed: bool) -> float | None:
-            assert task is not None
-            plain = to_plain(cfg)
-            if is_resumed:
-                plain = merge_resumed(load(path / "config.yaml"), plain | {"resume": str(path)}, [f"resume={path}"])
-            return task(plain, path)
-
-        value = run_job(plan, overrides, folder, None if task is None else here)
+        here = None if self.task is None else partial(self._here, self.task, cfg)
+        value = run_job(self.plan, tuple(map(str, own.overrides.task)), folder, here)
         if folder.is_dir() and not any(folder.iterdir()):  # the job has a folder of an earlier start
             folder.rmdir()
         return value
 
-    return job
+    @staticmethod
+    def _here(task: Task, cfg: DictConfig, path: Path, is_resumed: bool) -> float | None:
+        from llm.config import load, to_plain  # with torch behind it, which workers that only wait do without
+
+        plain = to_plain(cfg)
+        if is_resumed:
+            plain = merge_resumed(load(path / "config.yaml"), plain | {"resume": str(path)}, [f"resume={path}"])
+        return task(plain, path)
 
 
 def look_ahead(overrides: Sequence[str], *, config_name: str, config_dir: Path) -> Ahead:
@@ -151,6 +158,8 @@ def _plan(ahead: Ahead, folder: Path, command: tuple[str, ...]) -> Plan:
 
 def _devices() -> tuple[str, ...]:
     """Return the GPUs to share out; one alone is no matter of sharing."""
+    import torch
+
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = tuple(named.split(",")) if named else tuple(map(str, range(torch.cuda.device_count())))
     return devices if len(devices) > 1 else ()

@@ -125,7 +125,6 @@ class Project:
         monkeypatch.chdir(self.path)
         monkeypatch.setattr(sys, "argv", ["train.py"])
         monkeypatch.setenv("PYTHONPATH", self.environment["PYTHONPATH"])
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         capfd.readouterr()
         status = run_sweep(arguments, task=self.task, config_name="train", config_dir=self.path / "conf")
         told = capfd.readouterr()
@@ -150,4 +149,5 @@ def project(tmp_path) -> Project:
 @pytest.fixture
 def sweep(project, monkeypatch, capfd):
     """Call `sweep("seed=1,2", …)`: (exit status, standard output, standard error)."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return lambda *arguments: project.sweep(*arguments, monkeypatch=monkeypatch, capfd=capfd)

@@ -1,6 +1,6 @@
 """Hydra's launchers and sweepers around our jobs; each needs its plugin, extra `sweep`."""
 
-import importlib.util
+import importlib.metadata
 import json
 
 import pytest
@@ -15,7 +15,8 @@ from llm.sweep.manifest import read_manifest
 
 
 def needs(plugin):
-    return pytest.mark.skipif(importlib.util.find_spec(plugin) is None, reason=f"{plugin} is not installed")
+    there = any(found.name == plugin for found in importlib.metadata.distributions())
+    return pytest.mark.skipif(not there, reason=f"{plugin} is not installed")
 
 
 def starts(project):
@@ -24,25 +25,25 @@ def starts(project):
     return [json.loads(path.read_text().splitlines()[0]) for path in paths]
 
 
-@needs("hydra_joblib_launcher")
+@needs("hydra-joblib-launcher")
 def test_joblib_runs_jobs_side_by_side_and_divides_the_threads(project, sweep, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    status, out, err = sweep("kind=good,dies", "step_seconds=0.1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    status, out, err = sweep("kind=good,dies", "step_seconds=0.3", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     assert status == 1, err
     assert "killed by SIGKILL" in out
     first, second = starts(project)
-    assert abs(first["began"] - second["began"]) < 0.7  # one job alone takes a second
+    assert abs(first["began"] - second["began"]) < 2  # either takes at least 2.1 s: they overlap
     assert [first["threads"], second["threads"]] == ["4", "4"]
 
 
-@needs("hydra_joblib_launcher")
+@needs("hydra-joblib-launcher")
 def test_threads_that_the_user_set_are_left_alone(project, sweep, monkeypatch):
-    status, *_ = sweep("seed=1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    assert status == 0
-    assert starts(project)[0]["threads"] is None or int(starts(project)[0]["threads"]) >= 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert sweep("seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")[0] == 0
+    assert [start["threads"] for start in starts(project)] == ["3", "3"]
 
 
-@needs("hydra_submitit_launcher")
+@needs("hydra-submitit-launcher")
 def test_a_cluster_is_a_choice_that_composes():
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -53,7 +54,7 @@ def test_a_cluster_is_a_choice_that_composes():
     assert (launcher.partition, launcher.gpus_per_node) == ("gpu", 8)
 
 
-@needs("hydra_submitit_launcher")
+@needs("hydra-submitit-launcher")
 def test_submitit_runs_each_job_where_it_is_sent(project, sweep):
     status, _, err = sweep("kind=good,fails", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=1")
     assert status == 1, err
@@ -62,7 +63,7 @@ def test_submitit_runs_each_job_where_it_is_sent(project, sweep):
     assert found == {"kind=good": ("finished", ""), "kind=fails": ("failed", "the answer is not 42")}
 
 
-@needs("hydra_optuna_sweeper")
+@needs("hydra-optuna-sweeper")
 def test_a_study_outlives_its_failed_trials_and_is_resumed_without_repeating_one(project, sweep):
     space = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=3"]
     space += ["optimizer.lr=tag(log, interval(0.001, 1.0))", "kind=choice(good, fails)"]
