@@ -19,8 +19,8 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 class Generation:
     """Continued texts, and what they cost."""
 
-    texts: list[str]
-    """Prompt and continuation."""
+    prompts: list[str]
+    continuations: list[str]
     num_tokens: int
     """Tokens drawn that are part of a text or end it, over all texts."""
     prefill_seconds: float
@@ -29,6 +29,11 @@ class Generation:
     """For all tokens after the first."""
     decode_steps: int
     cache_bytes: int
+
+    @property
+    def texts(self) -> list[str]:
+        """Each prompt with its continuation."""
+        return [prompt + text for prompt, text in zip(self.prompts, self.continuations, strict=True)]
 
     @property
     def tokens_per_second(self) -> float:
@@ -100,19 +105,27 @@ class Continuation:
 
     Args:
         model: a decoder; left in the mode it was in.
-        prompts: texts; an empty one starts a document.
+        prompts: texts, an empty one starting a document; or their ids, as they are to be read.
         tokenizer: with `bos_id`, `encode_batch` and `decode`.
         stop: strings that end a text and are no part of it.
         sampling: see `Decoding`.
     """
 
     def __init__(
-        self, model: Any, prompts: Sequence[str], *, tokenizer: Any, stop: Sequence[str] = (), **sampling: Any
+        self,
+        model: Any,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        **sampling: Any,
     ) -> None:
         if "" in stop:
             raise ConfigError("stop=['']: an empty string ends every text at once; leave it out")
-        self.model, self.prompts = model, list(prompts)
-        self.decoding = Decoding(model, encode_prompts(prompts, tokenizer), **sampling)
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        ids = [list(prompt) for prompt in prompts if not isinstance(prompt, str)] or encode_prompts(texts, tokenizer)
+        self.model, self.prompts = model, texts or [tokenizer.decode(row) for row in ids]
+        self.decoding = Decoding(model, ids, **sampling)
         self.texts = [GrowingText(tokenizer, stop) for _ in prompts]
         self.prefill_seconds, self.decode_seconds, self.decode_steps = 0.0, 0.0, 0
 
@@ -139,7 +152,8 @@ class Continuation:
     def result(self) -> Generation:
         """Return the texts as they stand, and what they cost."""
         return Generation(
-            texts=[prompt + text.finished() for prompt, text in zip(self.prompts, self.texts, strict=True)],
+            prompts=self.prompts,
+            continuations=[text.finished() for text in self.texts],
             num_tokens=sum(text.num_drawn for text in self.texts),
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
@@ -148,7 +162,7 @@ class Continuation:
         )
 
 
-def generate(model: Any, prompts: Sequence[str], **options: Any) -> Generation:
+def generate(model: Any, prompts: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> Generation:
     """Continue prompts side by side; see `Continuation`."""
     continuation = Continuation(model, prompts, **options)
     for _ in continuation:

@@ -1,0 +1,92 @@
+"""The field's own tasks, by EleutherAI's harness."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from llm.errors import ConfigError, did_you_mean
+from llm.evals.base import Result, Subject
+
+
+class LMEval:
+    """Runs tasks of EleutherAI's harness, those that it brings and those of your own.
+
+    Args:
+        tasks: their names.
+        include_path: a folder with YAML files of more tasks, or None.
+        num_fewshot: examples before each question, or None for what the task says.
+        limit: questions a task at most, or None for all.
+        batch_size: texts side by side, at least 1.
+
+    Raises:
+        ConfigError: `lm_eval` is not installed, a task that there is none of, or a folder that is not there.
+
+    Source: Gao et al., "A framework for few-shot language model evaluation", zenodo.10256836.
+    """
+
+    def __init__(
+        self, *, tasks: list[str], include_path: str | None, num_fewshot: int | None, limit: int | None, batch_size: int
+    ) -> None:
+        if not tasks:
+            raise ConfigError("eval.lm_eval.tasks=[]: names no task; try [lambada_openai]")
+        if include_path is not None and not Path(include_path).is_dir():
+            raise ConfigError(f"eval.lm_eval.include_path={include_path}: no such folder; name one with task files")
+        self.tasks, self.include_path = tasks, include_path
+        self.num_fewshot, self.limit, self.batch_size = num_fewshot, limit, batch_size
+
+    def __call__(self, subject: Subject) -> Result:
+        """Run the tasks."""
+        try:
+            from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+            from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+            from llm.evals.harness import HarnessModel
+        except ImportError as error:
+            raise ConfigError("eval=lm_eval: the package is not installed; pip install '.[eval]'") from error
+        manager = TaskManager(include_path=self.include_path)
+        check_tasks(self.tasks, manager.all_tasks)
+        model = HarnessModel(
+            subject.model,
+            subject.data.tokenizer,
+            max_length=subject.context_length,
+            batch_size=self.batch_size,
+            autocast=subject.autocast(),
+        )
+        quiet = logging.getLogger("lm_eval")
+        quiet.setLevel(logging.ERROR)
+        found: Any = simple_evaluate(
+            model=model,
+            tasks=list(self.tasks),
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=0,
+        )
+        return _result(found["results"], found.get("n-samples", {}))
+
+
+def check_tasks(tasks: list[str], known: list[str]) -> None:
+    """Raise ConfigError for the names that the harness has no task of."""
+    problems = [f"eval.lm_eval.tasks={name}: no such task{did_you_mean(name, known)}" for name in tasks]
+    missing = [line for name, line in zip(tasks, problems, strict=True) if name not in known]
+    if missing:
+        remedy = "name one of the harness's, or put its file into eval.lm_eval.include_path"
+        raise ConfigError("\n".join(f"{line}; {remedy}" for line in missing))
+
+
+def _result(results: dict[str, dict[str, Any]], counts: dict[str, Any]) -> Result:
+    """Make a table of tasks and their measures."""
+    rows, headline = [], {}
+    for task, measures in results.items():
+        for name, value in measures.items():
+            metric, _, variant = name.partition(",")
+            if metric.endswith("_stderr") or not isinstance(value, int | float) or not variant:
+                continue
+            error = measures.get(f"{metric}_stderr,{variant}")
+            shown = f"{error:.4f}" if isinstance(error, int | float) else "-"
+            count = counts.get(task, {}).get("effective", "-")
+            rows.append([task, metric, f"{value:.4f}", shown, str(count)])
+            headline[f"{task} {metric}"] = float(value)
+    header = ["task", "measure", "value", "standard error", "questions"]
+    return Result(headline=headline, figures=results, header=header, rows=rows)

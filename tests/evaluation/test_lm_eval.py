@@ -1,0 +1,146 @@
+"""The harness's tasks, from files of the test's own: no network is touched."""
+
+import json
+
+import pytest
+
+from llm.errors import ConfigError
+from llm.evaluation import evaluate
+from llm.export import ExportConfig, export
+
+lm_eval = pytest.importorskip("lm_eval")
+
+CHOICE = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/choice.json}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: "{{{{choices}}}}"
+metric_list: [{{metric: acc}}]
+"""
+ROLLING = """
+task: local_rolling
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/choice.json}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
+"""
+UNTIL = """
+task: local_until
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/choice.json}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{text}}}}"
+generation_kwargs: {{until: ["and"], max_gen_toks: 8, do_sample: false}}
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [
+        {
+            "question": f"{n} plus {n} makes",
+            "choices": [f" {2 * n},", f" {3 * n + 1}.", " and"],
+            "answer": n % 3,
+            "text": f"{n} plus 1 makes {n + 1}, and {n} times 7 makes {7 * n}. It goes on for more than one window.",
+        }
+        for n in range(10)
+    ]
+    (folder / "choice.json").write_text("\n".join(map(json.dumps, rows)))
+    for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("until", UNTIL)):
+        (folder / f"{name}.yaml").write_text(text.format(folder=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judged(trained, tasks, judging, tmp_path_factory, monkeypatch_module):
+    out = tmp_path_factory.mktemp("out")
+    names = "eval.lm_eval.tasks=[local_choice,local_rolling,local_until]"
+    evaluate(judging(f"run_dir={trained[0]}", "eval=[lm_eval]", names, f"eval.lm_eval.include_path={tasks}"), out)
+    return json.loads((out / "lm_eval.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_OFFLINE", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("hf")))
+        yield
+
+
+def test_scores_equal_those_of_the_exported_model_under_the_harness_s_own_class(trained, tasks, judged, tmp_path):
+    pytest.importorskip("transformers")
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    keys = {"checkpoint": "last", "average": 1, "format": "hf", "dtype": "float32", "tokens": 64}
+    out = export(ExportConfig(run_dir=str(trained[0]), out=str(tmp_path / "hf"), **keys))
+    manager = TaskManager(include_path=str(tasks))
+    options = {"task_manager": manager, "bootstrap_iters": 0, "log_samples": True}
+    alike = HFLM(pretrained=str(out), device="cpu", dtype="float32", batch_size=4)
+    theirs = simple_evaluate(model=alike, tasks=["local_choice", "local_until"], **options)["results"]
+    assert judged["local_choice"]["acc,none"] == theirs["local_choice"]["acc,none"]
+    assert judged["local_until"]["exact_match,none"] == theirs["local_until"]["exact_match,none"]
+    bare = HFLM(pretrained=str(out), device="cpu", dtype="float32", batch_size=4, add_bos_token=False)
+    rolling = simple_evaluate(model=bare, tasks=["local_rolling"], **options)["results"]["local_rolling"]
+    for name in ("word_perplexity,none", "bits_per_byte,none"):
+        # fp32 sums over some 90 tokens, in another order
+        assert judged["local_rolling"][name] == pytest.approx(rolling[name], rel=1e-5)
+
+
+def test_single_answers_equal_those_of_the_exported_model(trained, tasks, tmp_path):
+    pytest.importorskip("transformers")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from llm.harness import CrucibleLM
+
+    keys = {"checkpoint": "last", "average": 1, "format": "hf", "dtype": "float32", "tokens": 64}
+    out = export(ExportConfig(run_dir=str(trained[0]), out=str(tmp_path / "hf"), **keys))
+    theirs = HFLM(pretrained=str(out), device="cpu", dtype="float32", batch_size=3)
+    ours = CrucibleLM(run_dir=str(trained[0]), batch_size=3)
+    pairs = [("", "3 plus"), ("3 plus 4", " makes 7,"), ("12 times 3 makes ", "36"), ("x" * 60, " and")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    for (score, greedy), (their_score, their_greedy) in zip(
+        ours.loglikelihood(requests), theirs.loglikelihood(requests), strict=True
+    ):
+        assert score == pytest.approx(their_score, abs=1e-4)  # fp32 in another order
+        assert greedy == their_greedy
+    prompts = [("3 plus 4 makes", {"until": ["and", "."], "max_gen_toks": 12}), ("9", {"until": [], "max_gen_toks": 6})]
+    asked = [Instance("generate_until", {}, prompt, i) for i, prompt in enumerate(prompts)]
+    assert ours.generate_until(asked) == theirs.generate_until(asked)
+
+
+def test_a_task_that_is_not_there_is_named(trained, tasks, judging, tmp_path):
+    settings = (f"run_dir={trained[0]}", "eval=[lm_eval]")
+    wrong = judging(*settings, "eval.lm_eval.tasks=[local_choise]", f"eval.lm_eval.include_path={tasks}")
+    with pytest.raises(
+        ConfigError, match=r"eval\.lm_eval\.tasks=local_choise: no such task; did you mean local_choice"
+    ):
+        evaluate(wrong, tmp_path)
+    with pytest.raises(ConfigError, match=r"include_path=nowhere: no such folder"):
+        evaluate(judging(*settings, "eval.lm_eval.tasks=[x]", "eval.lm_eval.include_path=nowhere"), tmp_path)
+
+
+def test_a_task_that_leaves_no_room_for_its_prompt_is_refused(trained):
+    from lm_eval.api.instance import Instance
+
+    from llm.harness import CrucibleLM
+
+    model = CrucibleLM(run_dir=str(trained[0]))
+    with pytest.raises(ConfigError, match="max_gen_toks=256: no room for a prompt in the 32 tokens"):
+        model.generate_until([Instance("generate_until", {}, ("3 plus", {"until": ["."]}), 0)])
+    with pytest.raises(ConfigError, match="num_beams"):
+        model.generate_until([Instance("generate_until", {}, ("3", {"num_beams": 2, "max_gen_toks": 4}), 0)])
