@@ -176,7 +176,7 @@ def run_section(
     for i, (a, b, c) in enumerate(coefficients):
         update = symmetric_product(gram, gram, add=gram, beta=b, alpha=c, panels=panels)  # b·A + c·A²
         if len(coefficients) == 1:
-            pair = (x, update) if is_tall else (update, x)
+            pair = (x, update.mT) if is_tall else (update, x)
             # not with a on the diagonal of the update: rounded to bfloat16 there, it breaks the bounds
             return multiply(*pair, add=x, beta=a * scale, alpha=scale)
         if i < len(coefficients) - 1:
@@ -190,7 +190,7 @@ def run_section(
     if total is None:
         return x
     total = total.mul_(scale) if scale != 1 else total
-    return x @ total if is_tall else total @ x
+    return x @ total.mT if is_tall else total @ x  # `total` is not quite symmetric by now
 
 
 def multiply(left: Tensor, right: Tensor, *, add: Tensor, beta: float, alpha: float = 1.0) -> Tensor:

@@ -189,3 +189,16 @@ def test_an_unknown_iteration_is_an_error_with_a_suggestion():
 def test_the_fast_dtype_is_one_of_the_two_that_are_tested():
     assert fast_dtype("cuda") == BF16
     assert fast_dtype("cpu") in (FP32, BF16)
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_a_falling_spectrum_stays_within_the_published_bounds_in_bfloat16_from_either_side(tall):
+    index = torch.arange(1, 129)
+    singular_values = index**-0.8 * (1 - index / 130)  # about as a gradient of a feed-forward has them
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        left = torch.linalg.qr(torch.randn(256, 128, generator=generator)).Q
+        right = torch.linalg.qr(torch.randn(128, 128, generator=generator)).Q
+        x = (left * singular_values) @ right
+        out = orthogonalize((x if tall else x.mT.contiguous())[None], iteration="quintic", dtype=torch.bfloat16)
+        assert torch.linalg.svdvals(out[0].float()).max() < 1.23  # 1.203 and bfloat16's rounding
