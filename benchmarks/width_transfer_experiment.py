@@ -1,0 +1,200 @@
+"""Does the learning rate of a narrow model serve a wide one, with and without rates that know the width?
+
+    python benchmarks/width_transfer_experiment.py --out runs/width_transfer --docs docs/width_transfer
+    python benchmarks/width_transfer_experiment.py --docs docs/width_transfer --coordinate-check
+
+Every run is `experiment=width_transfer` at one of four widths, depth, head size and d_ff / d_model held. For each
+optimizer, width and kind of rates the learning rates of a grid of factors of 2 are walked until the lowest validation
+loss has a higher one on both sides; the optimum is the vertex of the parabola through those three. At the base width
+all rates but `spectral` are the plain ones. Finished runs are kept in OUT and not repeated.
+
+The coordinate check trains a few updates on one batch and compares, from width 64 to 1024, how far each layer's
+activations and scores moved: a width that is accounted for leaves them at one size.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from grid import Curve, composed, index_of, loss_of, lowest, rate_of, run, vertex, walk
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from llm.config import build_model, module_factories
+from llm.loss import linear_cross_entropy
+from llm.module import rated_groups
+
+EXPERIMENT = "experiment=width_transfer"
+HEAD_DIM = 16
+CHECK_UPDATES = 4
+
+
+def overrides(optimizer: str, rates: str, width: int, base: int) -> list[str]:
+    """Return the choices of one model."""
+    heads = width // HEAD_DIM
+    shape = [f"model.d_model={width}", f"model.num_heads={heads}", f"model.num_kv_heads={heads}"]
+    known = [f"rates={rates}"] + ([] if rates == "plain" else [f"rates.base_d_model={base}"])
+    return [EXPERIMENT, f"optimizer={optimizer}", *shape, f"model.ffn.d_ff={2 * width}", *known]
+
+
+def curve_of(arguments: argparse.Namespace, optimizer: str, rates: str, width: int, start: int) -> Curve:
+    """Walk the rates of one model."""
+
+    def measure(index: int) -> float:
+        folder = arguments.out / f"{optimizer}_{rates}_width{width}_rate{index:+d}"
+        line = overrides(optimizer, rates, width, arguments.widths[0])
+        return loss_of(run(folder, [*line, f"optimizer.lr={rate_of(index)}", *arguments.override]))
+
+    return walk(start, measure)
+
+
+def study(arguments: argparse.Namespace, optimizer: str) -> dict[str, Any]:
+    """Find the best rate at every width, with each kind of rates."""
+    start = round(index_of(composed([EXPERIMENT, f"optimizer={optimizer}"])["optimizer"]["lr"]))
+    results: dict[str, Any] = {}
+    for rates in arguments.rates:
+        curves: dict[int, Curve] = {}
+        for width in arguments.widths:
+            is_plain_there = width == arguments.widths[0] and rates == "mup" and "plain" in results
+            curve = results["plain"][width] if is_plain_there else curve_of(arguments, optimizer, rates, width, start)
+            curves[width], start = curve, lowest(curve)
+            print(optimizer, rates, width, {f"{rate_of(i):.2g}": round(x, 4) for i, x in curve.items()}, flush=True)
+        results[rates], start = curves, lowest(curves[arguments.widths[0]])
+    return {
+        rates: {
+            "curves": {w: {rate_of(i): x for i, x in c.items()} for w, c in curves.items()},
+            "best_lr": {w: rate_of(vertex(c)[0]) for w, c in curves.items()},
+            "best_loss": {w: vertex(c)[1] for w, c in curves.items()},
+            "shift": shift([vertex(c)[0] for c in curves.values()]),
+        }
+        for rates, curves in results.items()
+    }
+
+
+def shift(indices: list[float]) -> float:
+    """Return the factor between the largest and the smallest best rate."""
+    return 2.0 ** (max(indices) - min(indices))
+
+
+def table(results: dict[str, Any], widths: list[int]) -> str:
+    """Return the best rate at each width as Markdown."""
+    lines = [
+        "| optimizer | rates | " + " | ".join(f"best lr at {w}" for w in widths) + " | largest over smallest | loss at "
+        f"{widths[-1]} |",
+        "|---" * (len(widths) + 4) + "|",
+    ]
+    for optimizer, by_rates in results.items():
+        for rates, r in by_rates.items():
+            cells = " | ".join(f"{r['best_lr'][w]:.2g}" for w in widths)
+            lines.append(f"| {optimizer} | {rates} | {cells} | {r['shift']:.2f} | {r['best_loss'][widths[-1]]:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(results: dict[str, Any], widths: list[int], path: Path) -> None:
+    """Draw loss over lr, a line a width, a row an optimizer, a column a kind of rates."""
+    columns = list(next(iter(results.values())))
+    figure = Figure(figsize=(3.6 * len(columns), 2.8 * len(results)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(results), len(columns), squeeze=False, sharex="row", sharey="row")
+    for row, (optimizer, by_rates) in zip(panels, results.items(), strict=True):
+        for axes, rates in zip(row, columns, strict=True):
+            for shade, width in zip(np.linspace(0.25, 1, len(widths)), widths, strict=True):
+                points = [(lr, x) for lr, x in by_rates[rates]["curves"][width].items() if math.isfinite(x)]
+                axes.plot(
+                    *zip(*points, strict=True), "o-", color=(0.1, 0.3, 0.6, shade), markersize=3, label=str(width)
+                )
+            axes.set(xscale="log", title=f"{optimizer}, rates={rates}")
+            lowest_loss = min(by_rates[rates]["best_loss"].values())
+            axes.set_ylim(lowest_loss - 0.1, lowest_loss + 1.2)
+    panels[0][0].legend(title="d_model", fontsize=7)
+    figure.supxlabel("learning rate")
+    figure.supylabel("validation loss")
+    figure.savefig(path, dpi=110)
+
+
+def movements(optimizer: str, rates: str, width: int, base: int) -> dict[str, float]:
+    """Return the RMS by which each activation moved in a few updates on one batch, averaged over two draws."""
+    found: dict[str, list[float]] = {}
+    for seed in (0, 1):
+        cfg = composed([*overrides(optimizer, rates, width, base), f"seed={seed}"])
+        model, factories = build_model(cfg, vocab_size=256), module_factories(cfg)
+        rating = {key: factories[key] for key in ("rates", "optimizer", "lr", "weight_decay")}
+        step = factories["optimizer"](rated_groups(model, **rating))
+        ids = torch.randint(256, (4, 33), generator=torch.Generator().manual_seed(seed))
+        before = activations(model, ids)
+        for _ in range(CHECK_UPDATES):
+            out = model(ids[:, :-1], positions=torch.arange(32).expand(4, -1))
+            step.zero_grad()
+            linear_cross_entropy(out.hidden, model.lm_head.weight, ids[:, 1:]).backward()
+            step.step()
+        for name, value in activations(model, ids).items():
+            found.setdefault(name, []).append(float((value - before[name]).square().mean().sqrt()))
+    return {name: statistics.mean(values) for name, values in found.items()}
+
+
+@torch.no_grad()
+def activations(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what each sublayer writes, and the scores."""
+    seen: dict[str, torch.Tensor] = {}
+    hooks = []
+    for i, layer in enumerate(model.blocks()):
+        for part in ("attention", "ffn"):
+            keep = lambda _, __, out, name=f"{part} {i}": seen.update({name: out.hidden.clone()})  # noqa: E731
+            hooks.append(getattr(layer, part).register_forward_hook(keep))
+    hidden = model(ids[:, :-1], positions=torch.arange(32).expand(4, -1)).hidden
+    for hook in hooks:
+        hook.remove()
+    return seen | {"scores": model.logits(hidden)}
+
+
+def growth(values: dict[int, float]) -> float:
+    """Return the exponent p of movement ∝ width^p."""
+    widths = np.log(list(values))
+    return float(np.polyfit(widths, np.log(list(values.values())), 1)[0])
+
+
+def coordinate_check(arguments: argparse.Namespace) -> str:
+    """Return the growth exponents of every activation as Markdown."""
+    widths, lines, header = [64, 128, 256, 512, 1024], [], ""
+    for optimizer in arguments.optimizers.split(","):
+        for rates in arguments.rates:
+            moved = {w: movements(optimizer, rates, w, widths[0]) for w in widths}
+            names = list(moved[widths[0]])
+            exponents = [growth({w: moved[w][name] for w in widths}) for name in names]
+            header = "| optimizer | rates | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 2) + "|"
+            lines.append(f"| {optimizer} | {rates} | " + " | ".join(f"{e:+.2f}" for e in exponents) + " |")
+            print(lines[-1], flush=True)
+    return "\n".join([header, *lines]) + "\n"
+
+
+def main() -> None:
+    """Run what is missing, write tables, plot and figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the runs")
+    parser.add_argument("--docs", type=Path, required=True, help="folder of the tables, rates.png and results.json")
+    parser.add_argument("--optimizers", default="adamw,lion,tiger,muon")
+    parser.add_argument("--rates", default="plain,mup,spectral", type=lambda text: text.split(","))
+    parser.add_argument("--widths", default="32,64,128,256", type=lambda text: [int(w) for w in text.split(",")])
+    parser.add_argument("--coordinate-check", action="store_true")
+    parser.add_argument("override", nargs="*", help="further overrides for every run")
+    arguments = parser.parse_args()
+    arguments.docs.mkdir(parents=True, exist_ok=True)
+    if arguments.coordinate_check:
+        (arguments.docs / "coordinates.md").write_text(coordinate_check(arguments))
+        return
+    results = {}
+    for optimizer in arguments.optimizers.split(","):
+        results[optimizer] = study(arguments, optimizer)
+        (arguments.docs / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (arguments.docs / "table.md").write_text(table(results, arguments.widths))
+        picture(results, arguments.widths, arguments.docs / "rates.png")
+    print(table(results, arguments.widths))
+
+
+if __name__ == "__main__":
+    main()
