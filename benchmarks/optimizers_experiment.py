@@ -44,7 +44,7 @@ def run(
             steps += [f"val_every={max(1, base.val_every * base.batch_tokens // batch_tokens)}"]
             choice = [f"optimizer={optimizer}", f"optimizer.lr={rate}", f"seed={seed}", f"batch_tokens={batch_tokens}"]
             micro = [f"micro_batch_size={min(base.micro_batch_size, batch_tokens // base.context_length)}"]
-            cfg = to_plain(compose("train", ["experiment=optimizers", "name=o", *choice, *steps, *micro, *overrides]))
+            cfg = to_plain(compose("train", ["experiment=optimizers", "name=o", *overrides, *choice, *steps, *micro]))
         check(cfg)
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted call left
         folder.mkdir(parents=True)
