@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llm.report.board import default_target, leaderboard, to_csv, to_text, verdicts
 from llm.report.fits import fit_all
-from llm.report.groups import group_runs, swept_keys
+from llm.report.groups import LR, group_runs, swept_keys
 from llm.report.page import report_data, to_html
 from llm.report.runs import RunReader, find_runs
 
@@ -46,7 +46,7 @@ def write_report(
     paths = find_runs(folders)
     reader = reader or RunReader()
     runs = [reader.read(path) for path in paths]
-    groups = group_runs(runs, swept_keys(runs))
+    groups = group_runs(runs, swept_keys(runs) or [LR])  # where nothing else differs, rates are what is compared
     goal = default_target(groups) if target is None else target
     rows, pairs = leaderboard(groups, goal), verdicts(groups)
     made = datetime.now().strftime("%Y-%m-%d %H:%M:%S")

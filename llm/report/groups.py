@@ -63,7 +63,8 @@ class Group:
     @property
     def label(self) -> str:
         """The settings as they would stand on a command line, values alone where a group's option says enough."""
-        shown = [(key, value) for key, value in self.settings.items() if value]
+        is_one = len({run.config.get(LR) for run in self.runs}) == 1 and set(self.settings) == {LR}
+        shown = [("lr" if is_one else key, value) for key, value in self.settings.items() if value]
         words = [value if key in _SPEAKING else f"{key}={value}" for key, value in shown]
         return " ".join(words) or str(self.cells[0].runs[0].config.get("name", "all runs"))
 

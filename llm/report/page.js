@@ -49,7 +49,7 @@ function header() {
 function headline() {
   const [first, second] = DATA.rows.filter((row) => row.rank !== null);
   if (!first) return "No run has finished yet.";
-  const rate = first.lr === null ? "" : ` at lr ${compact(first.lr)}`;
+  const rate = first.lr === null || first.group.startsWith("lr=") ? "" : ` at lr ${compact(first.lr)}`;
   if (!second) return `${first.group}${rate}: loss ${fixed(first.loss, 4)}.`;
   const pair = between(first.group, second.group);
   const gap = fixed(Math.abs(second.loss - first.loss), 4);
@@ -171,8 +171,10 @@ function board() {
 }
 
 function rates() {
-  const series = DATA.groups.map((group, index) => ({ name: group.label, color: color(index), marks: true,
-    points: group.rates.filter((r) => r.mean !== null && r.lr !== null).map((r) => [r.lr, r.mean]) })).filter((s) => s.points.length > 1);
+  const pointsOf = (group) => group.rates.filter((r) => r.mean !== null && r.lr !== null).map((r) => [r.lr, r.mean]);
+  const isByRate = DATA.groups.every((group) => Object.keys(group.settings).join() === "optimizer.lr"); // one series, a group a point
+  const series = isByRate ? [{ name: "mean of seeds", color: color(0), marks: true, points: DATA.groups.flatMap(pointsOf).sort((a, b) => a[0] - b[0]) }].filter((s) => s.points.length > 1)
+    : DATA.groups.map((group, index) => ({ name: group.label, color: color(index), marks: true, points: pointsOf(group) })).filter((s) => s.points.length > 1);
   if (!series.length) return;
   const host = el("div");
   place("rates").append(head("Loss against learning rate"), host);

@@ -23,7 +23,8 @@ from llm.sweep.manifest import NOTE, Job, read_notes, signal_name
 
 CONSOLE = "console.log"
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-KEPT_AFTER_FAILURE = (NOTE, CONSOLE)
+KEPT = (NOTE, ".hydra")
+"""What stays of a start that is begun anew, beside its logs."""
 
 
 class JobError(CrucibleError):
@@ -118,7 +119,7 @@ def _claim(plan: Plan, overrides: tuple[str, ...], folder: Path) -> Job:
 def _clear(path: Path) -> None:
     """Remove what a start without a checkpoint left: nothing of it can be gone on with."""
     for left in path.iterdir():
-        if left.name in KEPT_AFTER_FAILURE:
+        if left.name in KEPT or left.suffix == ".log":
             continue
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)
