@@ -20,7 +20,7 @@ from llm.errors import ConfigError, CrucibleError
 from llm.launch import find_launch
 from llm.precision import resolve_precision
 from llm.scaling.rates import Rates
-from llm.signatures import check_node, fits, suggest, target_nodes, type_name
+from llm.signatures import check_node, fits, locate, suggest, target_nodes, type_name
 from llm.transformer import Transformer
 
 GROUPS = (
@@ -142,6 +142,7 @@ def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
         (run_keys | {"scaling", "batch_schedule"}, lambda: _check_scaling(cfg)),
         (run_keys | {"schedule"}, lambda: _check_schedule(cfg)),
         ({"trainer"}, lambda: resolve_precision(cfg["trainer"]["precision"], accelerator=accelerator(cfg["trainer"]))),
+        ({"trainer", "compile"}, lambda: _check_trainer(cfg)),
         ({"model", "rates"}, lambda: build_meta_model(cfg)),
         ({"optimizer", "rates"}, lambda: build_rates(cfg).check(instantiate(cfg["optimizer"]))),
         ({"data"}, lambda: instantiate(cfg["data"])),
@@ -218,6 +219,10 @@ def _check_optimizer(cfg: Mapping[str, Any]) -> None:
             "set optimizer=tiger optimizer.shrink_ratio=0.99 on_nonfinite=tiger together, or none"
         )
     if getattr(optimizer, "folds_gradients", False):
+        if world_size(cfg["trainer"]) > 1 or "stage" in cfg["trainer"]:
+            raise ConfigError(
+                "optimizer.accumulate=momentum: works on one device with whole tensors; set optimizer.accumulate=buffer"
+            )
         clip = cfg["trainer"].get("gradient_clip_val")
         if clip or policy == "skip":
             key = f"trainer.gradient_clip_val={clip}" if clip else "on_nonfinite=skip"
@@ -225,6 +230,15 @@ def _check_optimizer(cfg: Mapping[str, Any]) -> None:
                 f"{key}: optimizer.accumulate=momentum leaves no gradient to act on; set "
                 "trainer.gradient_clip_val=null and on_nonfinite=raise or tiger, or optimizer.accumulate=buffer"
             )
+
+
+def _check_trainer(cfg: Mapping[str, Any]) -> None:
+    """Ask a trainer that has rules of its own."""
+    node = cfg["trainer"]
+    check_own = getattr(locate(node["_target_"]), "check_settings", None)
+    if check_own is not None:
+        precision = resolve_precision(node["precision"], accelerator=accelerator(node))
+        check_own(node, precision=precision, compiled=cfg["compile"] is True)
 
 
 def build_meta_model(cfg: Mapping[str, Any], vocab_size: int = CHECK_VOCABULARY) -> Transformer:

@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 FAILURES = "CRUCIBLE_FAILURES"
 """Variable naming the folder in which ranks that fail leave a note."""
 
+AT_START = dict(os.environ)
+"""What a launcher left: Lightning removes parts of it when a trainer is done."""
+
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PATIENCE = 10.0
 """Seconds that the other ranks have to fail by themselves after one has, and to note why."""
@@ -43,7 +46,7 @@ def find_launch(environment: Mapping[str, str] | None = None) -> Launch | None:
     torchrun, the deepspeed launcher, srun, and `python train.py trainer.devices=N` are known by what they leave in the
     environment.
     """
-    env = os.environ if environment is None else environment
+    env = AT_START if environment is None else environment
     if "LOCAL_WORLD_SIZE" in env and "RANK" in env:
         name = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "train.py"
         return Launch(name, int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"]))

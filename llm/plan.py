@@ -25,6 +25,15 @@ from llm.module import FORWARD_AND_BACKWARD, rated_groups
 from llm.optim.receipt import receipt
 from llm.precision import resolve_precision
 from llm.tables import format_bytes, format_count, format_seconds, format_table
+from llm.zero.memory import bytes_a_rank
+from llm.zero.settings import STAGES
+
+EXAMPLE_DEVICES = 8
+"""Devices that memory by stage is shown for where the run has one."""
+
+DEVICE_GIGABYTES = (8, 16, 24, 40, 48, 80, 141, 192)
+USABLE = 0.9
+"""Share of a device's memory that a run can count on; the rest goes to the driver, buffers and fragments."""
 
 ASSUMED_MFU = 0.4
 """Share of the device's peak that the estimated time assumes; a finished run states its own."""
@@ -41,9 +50,11 @@ def describe_plan(cfg: Mapping[str, Any]) -> str:
     groups = rated_groups(model, **{key: factories[key] for key in ("rates", "optimizer", "lr", "weight_decay")})
     state = optimizer_state_bytes(groups, factories["optimizer"])
     flops = FORWARD_AND_BACKWARD * model.flops_per_token(run.context_length)
+    passing = activation_bytes(cfg, vocab_size, precision, plan.micro_batch_size, plan.context_length)
     sections = [
         f"Parameters (vocabulary {vocab_size:_})\n{_parameters(model)}",
-        f"Memory on one {kind} device, {precision}\n{_memory(cfg, vocab_size, precision, sum(state.values()), plan)}",
+        f"Memory on one {kind} device, {precision}\n{_memory(model, precision, sum(state.values()), plan, passing)}",
+        _memory_by_stage(model, precision, sum(state.values()), plan, sum(passing)),
         f"Work\n{_work(batch_ramp(cfg), plan, flops, kind, 'bf16' in precision)}",
         f"Optimizer receipt\n{receipt(factories['optimizer'](groups))}",
     ]
@@ -83,10 +94,10 @@ def _parameters(model: nn.Module) -> str:
     return format_table(["part", "parameters", "active a token"], [*rows, ["all", f"{total:_}", f"{active:_}"]])
 
 
-def _memory(cfg: Mapping[str, Any], vocab_size: int, precision: str, state: int, plan: BatchPlan) -> str:
-    weights = sum(p.numel() for p in build_meta_model(cfg, vocab_size).parameters())
+def _memory(model: nn.Module, precision: str, state: int, plan: BatchPlan, passing: tuple[int, int]) -> str:
+    weights = sum(p.numel() for p in model.parameters())
     size = 2 if precision.endswith("-true") and "16" in precision else 4
-    activations, logits = activation_bytes(cfg, vocab_size, precision, plan.micro_batch_size, plan.context_length)
+    activations, logits = passing
     parts = {
         "weights": weights * size,
         "gradients": weights * size,
@@ -96,6 +107,20 @@ def _memory(cfg: Mapping[str, Any], vocab_size: int, precision: str, state: int,
     }
     rows = [[name, format_bytes(value)] for name, value in parts.items()]
     return format_table(["part", "bytes"], [*rows, ["all", format_bytes(sum(parts.values()))]])
+
+
+def _memory_by_stage(model: nn.Module, precision: str, state: int, plan: BatchPlan, passing: int) -> str:
+    """What each device would hold at each stage of `trainer=deepspeed`, and the smallest usual device for it."""
+    ranks = plan.world_size if plan.world_size > 1 else EXAMPLE_DEVICES
+    parameters = sum(p.numel() for p in model.parameters())
+    rows = []
+    for stage in STAGES:
+        held = bytes_a_rank(parameters=parameters, state_bytes=state, stage=stage, ranks=ranks, precision=precision)
+        needed = held.total + passing
+        fits = next((f"{size} GB" for size in DEVICE_GIGABYTES if needed <= size * 1e9 * USABLE), "none of these")
+        rows.append([f"stage {stage}", *(format_bytes(int(part)) for part in (*held, needed)), fits])
+    header = ["ZeRO", "weights", "gradients", "state, masters", "all, with activations", "smallest device"]
+    return f"Memory on each of {ranks} devices, {precision}\n{format_table(header, rows)}"
 
 
 def activation_bytes(

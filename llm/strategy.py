@@ -17,7 +17,7 @@ from llm.optim.receipt import unwrap
 from llm.optim.shard import ShardLayout, check_coverage
 from llm.zero.gradients import ShardedGradients
 from llm.zero.layouts import read_layouts
-from llm.zero.settings import check_trainable, engine_config, precision_config, require_deepspeed
+from llm.zero.settings import check_settings, check_trainable, engine_config, precision_config, require_deepspeed
 from llm.zero.state import (
     gather_optimizer_state,
     gather_whole,
@@ -159,6 +159,17 @@ class ZeroStrategy(DeepSpeedStrategy):
         """Do nothing: at the end of a micro-batch the engine decides by its boundary what to send."""
         yield
 
+    @property
+    def forwards_together(self) -> bool:
+        """Whether a forward pass needs all ranks, since each holds a part of every weight."""
+        return self.stage == 3
+
+    def squared_gradients(self, parameters: list[Any]) -> Tensor:
+        """Return |G|² of some parameters over the whole update, before it is clipped."""
+        if self._sharded_gradients is None:
+            return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).float().square()
+        return self._sharded_gradients.squares_of({self._names[id(parameter)] for parameter in parameters})
+
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Run the backward pass; the trainer has divided the loss by the accumulation, the engine is not to."""
         assert self.lightning_module is not None
@@ -268,4 +279,5 @@ def _signature() -> inspect.Signature:
     return inspect.Signature([*own, *lightning])
 
 
+deepspeed_trainer.check_settings = check_settings  # pyright: ignore[reportFunctionMemberAccess]
 deepspeed_trainer.__signature__ = _signature()  # pyright: ignore[reportFunctionMemberAccess]

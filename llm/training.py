@@ -224,7 +224,8 @@ def build_module(cfg: Mapping[str, Any], run: RunConfig, model: Transformer, tok
         on_nonfinite=run.on_nonfinite,
         generate=partial(generate_text, tokenizer=tokenizer),
     )
-    if run.compile is True or (run.compile == "auto" and accelerator(cfg["trainer"]) == "cuda"):
+    by_itself = accelerator(cfg["trainer"]) == "cuda" and cfg["trainer"].get("stage") != 3  # its hooks do not compile
+    if run.compile is True or (run.compile == "auto" and by_itself):
         module.compile_model()
     return module
 

@@ -31,6 +31,14 @@ class OptimizerStats(Callback):
         self.every, self.orthogonality_samples = every, orthogonality_samples
         self._step, self._before, self._norms = -1, [], {}
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Refuse what it could not measure: updates of tensors that no rank holds whole."""
+        if getattr(trainer.strategy, "layouts", None):
+            raise ConfigError(
+                "callbacks.optimizer_stats: reads whole tensors, and this run holds them in parts; use trainer.stage=0 "
+                "or trainer=ddp, or leave the callback out"
+            )
+
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
         """Copy the parameters and measure the gradients, before they are clipped, when the coming update is due."""
         step = trainer.global_step + 1

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from llm.callbacks.rows import log_rows
 from llm.errors import ConfigError
 from llm.run_folder import RunFolder
 
@@ -63,9 +64,10 @@ class Samples(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Show a last sample; a run that was told to stop has no time for it."""
-        if trainer.global_step == trainer.max_steps and trainer.is_global_zero:
+        if trainer.global_step == trainer.max_steps:
             text = self._sample(trainer, pl_module)
-            log.info("%s", text)
+            if trainer.is_global_zero:
+                log.info("%s", text)
 
     def state_dict(self) -> dict[str, int]:
         """Return how many validations there were."""
@@ -76,7 +78,7 @@ class Samples(Callback):
         self._validations = state_dict["validations"]
 
     def _sample(self, trainer: L.Trainer, pl_module: Any) -> str:
-        if not trainer.is_global_zero:
+        if not (trainer.is_global_zero or getattr(trainer.strategy, "forwards_together", False)):
             return ""
         step = trainer.global_step
         if self._sampled[0] != step:
@@ -84,4 +86,6 @@ class Samples(Callback):
             shown = [f"[{prompt!r}] {text}" for prompt, text in zip(self.prompts, texts, strict=True)]
             self._sampled = (step, f"--- step {step} ---\n" + "\n\n".join(shown) + "\n")
             self.run_folder.append_text("samples.txt", self._sampled[1] + "\n")
+            rows = [[step, prompt, text] for prompt, text in zip(self.prompts, texts, strict=True)]
+            log_rows(trainer, pl_module, "samples", ("step", "prompt", "text"), rows)
         return self._sampled[1]

@@ -1,5 +1,6 @@
 """summary.json: what the run is doing now, and in the end what came out."""
 
+import math
 import time
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from llm.memory import peak_memory_bytes
 from llm.provenance import git_commit, versions
 from llm.run_folder import RunFolder
+from llm.zero.weights import whole_shape
 
 _FINAL = {"val/loss": "val/loss", "val/bits_per_byte": "bits_per_byte", "val/perplexity": "perplexity"}
 
@@ -84,8 +86,9 @@ def count_parameters(pl_module: nn.Module) -> tuple[int, int]:
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                total += parameter.numel()
-                active += round(parameter.numel() * getattr(module, "active_fraction", 1.0))
+                numel = math.prod(whole_shape(parameter))
+                total += numel
+                active += round(numel * getattr(module, "active_fraction", 1.0))
     return total, active
 
 

@@ -29,6 +29,7 @@ class SGD(GroupedOptimizer):
     """
 
     update_family: ClassVar = "gradient"
+    is_elementwise: ClassVar = True
 
     def __init__(self, params: list[ParamGroup], *, lr: float, weight_decay: float, momentum: float) -> None:
         self.momentum = in_range("momentum", momentum, 0.0, 1.0)

@@ -1,7 +1,7 @@
 """How an optimizer of the project steps flat shards: the part of its base that several ranks need."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ class ShardSteps:
     """Holds the layouts of an optimizer's flat shards, and hands each shard to `update_shard`."""
 
     _layouts: dict[int, ShardLayout]
+    is_elementwise: ClassVar[bool] = False
+    """Whether `update` looks at each element alone, so that it may be given a flat shard as it is."""
     owned_state: dict[str, dict[str, Tensor]]
     """State of whole tensors, on the rank that works on them."""
 
@@ -49,10 +51,17 @@ class ShardSteps:
 
     def update_shard(self, group: dict[str, Any], flat: Tensor, layout: ShardLayout) -> None:
         """Update a flat shard, as `update` would update the whole tensors; called by all ranks together."""
+        if self.is_elementwise:
+            self.update(group, [flat])
+            return
         raise ConfigError(
             f"optimizer={type(self).__name__}: has no `update_shard`, so it cannot step tensors that are cut up; use "
             "trainer=ddp or trainer.stage=0"
         )
+
+    def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Update whole tensors."""
+        raise NotImplementedError
 
     def load_owned_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Take over the state of whole tensors, by name."""

@@ -46,6 +46,18 @@ class ShardedGradients:
             totals[index] = layout.all_reduce(total, dist.ReduceOp.SUM)
         return torch.stack(list(totals.values())).sum().sqrt().float()
 
+    def squares_of(self, names: set[str]) -> Tensor:
+        """Sum of squares of the gradients of some parameters, over all ranks."""
+        total = torch.zeros((), dtype=torch.float64, device=self.layouts[0].comm_device)
+        for index, layout in enumerate(self.layouts):
+            held = zip(layout.slices, self._parts(index), strict=False)
+            if len(parts := self._parts(index)) == 1 and parts[0].numel() == layout.flat.numel():
+                held = ((piece, piece.of(parts[0].flatten())) for piece in layout.slices)
+            for piece, part in held:
+                if piece.name in names and piece.numel:
+                    total += torch.linalg.vector_norm(part.float()).double().square().to(total.device)
+        return self.layouts[0].all_reduce(total, dist.ReduceOp.SUM).float()
+
     def clip(self, max_norm: float, norm: Tensor) -> None:
         """Scale the gradients so that their norm is at most `max_norm`, as `torch.nn.utils` does."""
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -72,6 +72,41 @@ def require_deepspeed() -> None:
         )
 
 
+def check_settings(trainer: Mapping[str, Any], *, precision: str, compiled: bool) -> None:
+    """Refuse what ZeRO cannot do, before anything is built.
+
+    Args:
+        trainer: the trainer's node.
+        precision: resolved.
+        compiled: whether compilation is asked for.
+
+    Raises:
+        ConfigError: with every problem found, or DeepSpeed is not installed.
+    """
+    require_deepspeed()
+    stage, problems = trainer["stage"], []
+    if stage not in STAGES:
+        raise ConfigError(f"trainer.stage={stage}: must be one of 0, 1, 2, 3; 2 is usual")
+    if precision == "bf16-true" and stage < 2:
+        problems.append(
+            f"trainer.precision=bf16-true: at trainer.stage={stage} the engine holds no fp32 gradients (and at stage 0 "
+            "takes a step of its own at the start); use trainer.stage=2 or 3, or trainer.precision=bf16-mixed"
+        )
+    if precision == "64-true":
+        problems.append("trainer.precision=64-true: the engine has no fp64; use 32-true, or trainer=ddp")
+    if trainer["offload_parameters"] and stage != 3:
+        problems.append(f"trainer.offload_parameters=true: at trainer.stage={stage} weights stay; use trainer.stage=3")
+    if trainer["offload_optimizer"] and stage == 0:
+        problems.append("trainer.offload_optimizer=true: stage 0 keeps all on the device; use trainer.stage=1, 2 or 3")
+    if compiled and stage == 3:
+        problems.append("compile=true: stage 3 fetches weights in hooks that a compiled model lacks; set compile=false")
+    for key, least in (("bucket_elements", 2), ("persistence_threshold", 0), ("timeout_seconds", 1)):
+        if trainer[key] < least:
+            problems.append(f"trainer.{key}={trainer[key]}: must be at least {least}; see conf/trainer/deepspeed.yaml")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
 def check_trainable(model: nn.Module, names: Mapping[int, str], *, stage: int) -> None:
     """Raise ConfigError for a parameter that stage 3 would cut up though no optimizer group has it."""
     left = [name for name, parameter in model.named_parameters() if id(parameter) not in names]
