@@ -239,7 +239,8 @@ class LanguageModule(L.LightningModule):
         """Log loss, bits per byte and perplexity over the whole validation set, of all ranks."""
         sums = self._reduced(self._validation, "sum")
         for name, value in validation_metrics(*sums.tolist()).items():
-            self.log(name, value, sync_dist=self.trainer.world_size > 1)
+            # the recorder hands them to the loggers, with tokens_seen beside them
+            self.log(name, value, logger=False, sync_dist=self.trainer.world_size > 1)
 
     def generate_text(self, prompts: list[str], **options: Any) -> list[str]:
         """Continue prompts with the decoder as it stands."""

@@ -240,6 +240,7 @@ def _build_trainer(cfg: Mapping[str, Any], run: RunConfig, folder: RunFolder, pl
         "accumulation": plan.accumulation,
         "world_size": plan.world_size,
         "config": dict(cfg),
+        "describe": partial(describe_plan, cfg),
         "name": run.name,
     }
     manifest = {"world_size": plan.world_size, "versions": versions(), "config_hash": config_hash(cfg)}

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from llm.callbacks.rows import log_rows
 from llm.errors import ConfigError
 from llm.run_folder import RunFolder
 
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 LOAD = "expert_load_global"
 MOST_TIMES = 200
 """Columns of the picture; longer runs are averaged down to it."""
+MOST_ROWS_TIMES = 50
+"""Steps in the table that loggers are given."""
 
 
 class ExpertLoad(Callback):
@@ -84,7 +87,22 @@ class ExpertLoad(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Draw, once every line is written."""
         if self._idle and trainer.is_global_zero:
-            draw_expert_load(self.run_folder.read_metrics(), self.run_folder.path / "expert_load.png")
+            lines = self.run_folder.read_metrics()
+            draw_expert_load(lines, self.run_folder.path / "expert_load.png")
+            log_rows(trainer, pl_module, "expert_load", ("step", "layer", "expert", "load"), load_rows(lines))
+
+
+def load_rows(lines: list[dict[str, Any]]) -> list[list[Any]]:
+    """Return (step, layer, expert, load over an even share) at up to MOST_ROWS_TIMES steps, the last among them."""
+    told = [line for line in lines if any(name.endswith(LOAD) for name in line)]
+    stride = -(-len(told) // MOST_ROWS_TIMES) or 1
+    return [
+        [line["step"], int(name.split("/")[1].removeprefix("layer")), expert, share * len(load)]
+        for line in told[::-1][::stride][::-1]
+        for name, load in line.items()
+        if name.endswith(LOAD) and isinstance(load, list)
+        for expert, share in enumerate(load)
+    ]
 
 
 def expert_layers(pl_module: Any) -> Iterator[tuple[int, Tensor]]:

@@ -7,7 +7,7 @@ import threading
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -23,18 +23,25 @@ from llm.run_folder import RunFolder
 log = logging.getLogger(__name__)
 
 MODES = ("auto", "online", "offline", "disabled")
+AXIS = "tokens_seen"
+"""What everything is drawn against."""
+FILES = ("plan.txt", "optimizer.txt", "samples.txt", "curves.png", "expert_load.png")
+"""What a run folder gives to W&B at the end, where it is there."""
 _ID_FILE = "wandb_run_id.txt"
 
 
 class WandbRunLogger(WandbLogger):
     """Logs to W&B; a resumed run goes on in the W&B run that its folder names, and secrets never leave.
 
-    The key comes from `wandb login` or WANDB_API_KEY, never from a configuration.
+    The key comes from `wandb login` or WANDB_API_KEY, never from a configuration. Metrics are drawn against
+    tokens_seen under the names of metrics.jsonl; samples and expert load are tables; the plan and the optimizer's
+    receipt are files. The jobs of a sweep share a group, and have the swept values as tags.
 
     Args:
         run_folder: holds the run's id and `wandb/`.
         name: shown name of the run.
         config: the resolved configuration; what looks like a secret is redacted.
+        describe: gives the text of the run's plan.
         project: W&B project.
         entity: user or team, None for the key's own.
         mode: `auto` is online with a key and a network, else offline with one warning; `online` raises without them.
@@ -49,6 +56,7 @@ class WandbRunLogger(WandbLogger):
         run_folder: RunFolder,
         name: str,
         config: Mapping[str, Any],
+        describe: Callable[[], str],
         project: str,
         entity: str | None,
         mode: Literal["auto", "online", "offline", "disabled"],
@@ -61,6 +69,7 @@ class WandbRunLogger(WandbLogger):
             if seconds <= 0:
                 raise ConfigError(f"logger.{key}={seconds}: must be above 0 seconds; try 5")
         self.run_folder, self.mode, self.timeout, self.finish_timeout = run_folder, mode, timeout, finish_timeout
+        self.describe = describe
         try:
             super().__init__(name=name, save_dir=run_folder.path, project=project, entity=entity, config=redact(config))
         except ModuleNotFoundError as error:
@@ -72,9 +81,18 @@ class WandbRunLogger(WandbLogger):
         """The W&B run, begun at the first use, on the first rank only."""
         if self._experiment is None:
             self._experiment = self._begin()
-            self._experiment.define_metric("trainer/global_step")
-            self._experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+            self._experiment.define_metric(AXIS)
+            self._experiment.define_metric("*", step_metric=AXIS, step_sync=True)
+            self.run_folder.save_text("plan.txt", self.describe() + "\n")
         return self._experiment
+
+    @rank_zero_only
+    def log_rows(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, tokens_seen: int) -> None:
+        """Show rows as a table."""
+        import wandb
+
+        table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+        self.experiment.log({name: table, AXIS: tokens_seen})
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -89,6 +107,9 @@ class WandbRunLogger(WandbLogger):
         run, self._experiment = self._experiment, None
         offline = getattr(run, "offline", False)
         folder = Path(run.dir).parent if offline else None
+        for name in FILES:
+            if (self.run_folder.path / name).is_file():
+                run.save(str(self.run_folder.path / name), base_path=str(self.run_folder.path), policy="now")
         run.finish(exit_code=0 if status == "success" else 1)
         if folder is not None:
             log.info("W&B recorded offline; upload with: wandb sync %s", folder)
@@ -113,7 +134,8 @@ class WandbRunLogger(WandbLogger):
         import wandb
 
         id_path = self.run_folder.path / _ID_FILE
-        run_id = id_path.read_text().strip() if id_path.exists() else uuid.uuid4().hex[:8]
+        given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None  # by W&B's own agent
+        run_id = id_path.read_text().strip() if id_path.exists() else given or uuid.uuid4().hex[:8]
         self.run_folder.save_text(_ID_FILE, run_id + "\n")
         wanted = {"init_timeout": self.timeout, "finish_timeout": self.finish_timeout, "console": "off"}
         known = getattr(wandb.Settings, "model_fields", wanted)

@@ -1,3 +1,4 @@
+import json
 import os
 import socket
 import subprocess
@@ -5,10 +6,15 @@ import sys
 import time
 
 import pytest
+import yaml
+from catalogue import CONF
+from wandb.proto import wandb_internal_pb2
 
 from llm.callbacks.wandb_logger import WandbRunLogger, has_key, is_reachable
+from llm.config import check
 from llm.errors import ConfigError
 
+ROOT = CONF.parent
 LOG_A_FEW = """
 import logging, sys, time
 logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -16,12 +22,15 @@ from llm.callbacks.wandb_logger import WandbRunLogger
 from llm.run_folder import RunFolder
 logger = WandbRunLogger(
     run_folder=RunFolder(sys.argv[1]), name="n", project="p", entity=None, mode="auto", timeout=2.0, finish_timeout=2.0,
-    config={"batch_tokens": 64, "data": {"hf_token": "very-secret", "url": "http://me:very-secret@host/"}},
+    describe=lambda: "the plan", config={"batch_tokens": 64, "data": {"hf_token": "very-secret", "url": "http://me:very-secret@host/"}},
 )
 began = time.monotonic()
-logger.log_metrics({"train/loss": 1.0}, step=1)
+logger.log_metrics({"train/loss": 1.0, "tokens_seen": 64.0}, step=1)
 logger.log_hyperparams({"other_password": "very-secret"})
 print("began in", time.monotonic() - began)
+logger.log_metrics({"val/loss": 0.5, "tokens_seen": 128.0}, step=2)
+logger.log_rows("samples", ("step", "text"), [[2, "once upon"]], tokens_seen=128)
+logger.run_folder.save_text("optimizer.txt", "the receipt")
 logger.finalize("success")
 """
 
@@ -59,6 +68,61 @@ def test_without_a_key_it_goes_on_offline_in_the_run_its_folder_names_and_keeps_
     assert any(b"batch_tokens" in content for content in recorded)
 
 
+def read_back(folder):
+    """Return the records of the one offline run in `folder`, by kind.
+
+    The file is a LevelDB log behind seven bytes of heading: blocks of 32 KiB with records of checksum (4 bytes),
+    length (2), kind (1: whole, 4: last part) and content, a protocol buffer once its parts are joined.
+    """
+    (path,) = folder.rglob("*.wandb")
+    data, at, whole, found = path.read_bytes(), 7, b"", {}
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record.FromString(whole)
+            name = record.WhichOneof("record_type")
+            found.setdefault(name, []).append(getattr(record, name))
+            whole = b""
+    return found
+
+
+def test_what_an_offline_run_really_wrote_has_the_axis_the_names_the_table_the_files_and_the_sweep(tmp_path):
+    sweep = {"WANDB_RUN_GROUP": "multirun-7", "WANDB_JOB_TYPE": "sweep", "WANDB_TAGS": "optimizer=muon,seed=3"}
+    result = run_without_terminal(tmp_path, WANDB_SWEEP_ID="s", WANDB_RUN_ID="agent123", **sweep)
+    assert result.returncode == 0, result.stderr
+    records = read_back(tmp_path)
+    (run,) = {(r.run_id, r.run_group, r.job_type, r.display_name, tuple(r.tags)) for r in records["run"]}
+    assert run == ("agent123", "multirun-7", "sweep", "n", ("optimizer=muon", "seed=3"))  # the agent names the run
+    metrics = {m.glob_name or m.name: m.step_metric for m in records["metric"]}
+    assert metrics == {"tokens_seen": "", "*": "tokens_seen"}
+    history = [{i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in h.item} for h in records["history"]]
+    assert [(line["tokens_seen"], line.get("train/loss"), line.get("val/loss")) for line in history] == [
+        (64.0, 1.0, None), (128.0, None, 0.5), (128, None, None),
+    ]  # fmt: skip
+    assert history[2]["samples/_type"] == "table-file"
+    (table,) = tmp_path.rglob("*.table.json")
+    assert json.loads(table.read_text()) == {"columns": ["step", "text"], "data": [[2, "once upon"]]}
+    saved = {item.path for files in records["files"] for item in files.files}
+    assert {"plan.txt", "optimizer.txt"} <= saved
+    assert (tmp_path / "plan.txt").read_text() == "the plan\n"
+
+
+def test_the_sweep_for_wandbs_own_agent_gives_command_lines_that_compose(composed):
+    sweep = yaml.safe_load((ROOT / "docs" / "wandb_sweep.yaml").read_text())
+    values = {k: v["values"][0] if "values" in v else v["min"] for k, v in sweep["parameters"].items()}
+    whole = {"${env}": [], "${interpreter}": [], "${args_no_hyphens}": [f"{k}={v}" for k, v in values.items()]}
+    arguments = [part for word in sweep["command"] for part in whole.get(word, [word]) if word != "${program}"]
+    assert "logger=wandb" in arguments
+    check(composed(*arguments))
+    assert (ROOT / sweep["program"]).is_file()
+    assert sweep["metric"] == {"name": "val/loss", "goal": "minimize"}
+
+
 def test_with_a_key_and_a_silent_network_it_is_offline_within_ten_seconds(tmp_path):
     server, host = unanswering_server()
     with server:
@@ -72,7 +136,8 @@ def test_with_a_key_and_a_silent_network_it_is_offline_within_ten_seconds(tmp_pa
 
 def make(folder, **options):
     given = {"mode": "online", "timeout": 0.5, "finish_timeout": 1.0} | options
-    return WandbRunLogger(run_folder=folder, name="n", config={}, project="p", entity=None, **given)
+    supplied = {"run_folder": folder, "name": "n", "config": {}, "describe": str}
+    return WandbRunLogger(**supplied, project="p", entity=None, **given)
 
 
 def test_mode_online_without_a_key_or_a_network_is_an_error(folder, monkeypatch, tmp_path):

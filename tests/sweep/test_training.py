@@ -55,7 +55,7 @@ def losses(folder):
 
 def test_a_real_job_killed_halfway_goes_on_to_the_losses_of_an_undisturbed_one(tiny, tmp_path):
     script = str(CONF.parent / "train.py")
-    jobs = [*tiny, "max_steps=400", "callbacks.samples=null", "seed=1", "optimizer.lr=4e-3,-1"]
+    jobs = [*tiny, "max_steps=60", "callbacks.samples=null", "seed=1", "optimizer.lr=4e-3,-1"]
     start = [sys.executable, script, "-m", *jobs, f"hydra.sweep.dir={tmp_path}/disturbed", "sweep.line_every=5"]
     process = subprocess.Popen(start, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline, is_killed = time.monotonic() + 600, False
