@@ -19,6 +19,7 @@ from llm.batching import BatchPlan, BatchRamp, check_ramp, micro_batch_candidate
 from llm.errors import ConfigError, CrucibleError
 from llm.launch import find_launch
 from llm.precision import resolve_precision
+from llm.safety import escaping_paths, secrets_in
 from llm.scaling.rates import Rates
 from llm.signatures import check_node, fits, locate, suggest, target_nodes, type_name
 from llm.transformer import Transformer
@@ -82,7 +83,7 @@ def check(cfg: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: one line a problem, each naming key, value, rule and remedy.
     """
-    problems = [*_check_run_keys(cfg), *_check_secrets(cfg)]
+    problems = [*_check_run_keys(cfg), *secrets_in(cfg), *escaping_paths(cfg)]
     nodes = {group: cfg.get(group) for group in GROUPS}
     if isinstance(nodes["trainer"], Mapping):  # `resolve_precision` judges it: Lightning knows no `auto`
         nodes["trainer"] = {key: value for key, value in nodes["trainer"].items() if key != "precision"}

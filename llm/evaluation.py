@@ -16,8 +16,9 @@ from llm.errors import ConfigError
 from llm.evals.base import Evaluation, Result, Subject, save_plot
 from llm.other_text import open_source, source_patterns
 from llm.rebuild import TrainedRun, rebuild
+from llm.safety import secrets_in
 from llm.settings import settings
-from llm.signatures import check_node
+from llm.signatures import check_node, target_nodes
 from llm.tables import format_table
 
 DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
@@ -69,7 +70,8 @@ def evaluate(cfg: dict[str, Any], path: Path) -> float | None:
 def check_eval(cfg: Mapping[str, Any]) -> EvalConfig:
     """Return the evaluation's settings, or raise ConfigError with every mistake in them."""
     config = settings(EvalConfig, cfg)
-    problems = [problem for name, node in config.eval.items() for problem in check_node(f"eval.{name}", node)]
+    nodes = target_nodes(config.eval, "eval")
+    problems = [*secrets_in(cfg), *(problem for path, node in nodes for problem in check_node(path, node))]
     if problems:
         raise ConfigError("\n".join(problems))
     if not config.eval:

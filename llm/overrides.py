@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import did_you_mean
+from llm.safety import secrets_on_the_command_line
 from llm.signatures import suggest
 
 
@@ -46,8 +47,13 @@ def suggest_key(key: str, config: Mapping[str, Any], config_dir: Path) -> str:
 
 
 def not_overrides(arguments: Iterable[str]) -> list[str]:
-    """Return complaints about arguments in the `--key value` manner, which Hydra does not take."""
+    """Return complaints about arguments that must not be composed.
+
+    Those are secrets, which Hydra would write down, and the `--key value` manner, which it does not take.
+    """
     arguments = list(arguments)
+    if secrets := secrets_on_the_command_line(arguments):
+        return secrets
     flags = {"-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "-c", "--cfg", "-p", "--package"}
     flags |= {"--resolve", "--info", "-i", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
     complaints = []

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llm.safety import is_secret_key
+
 _PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "deepspeed")
-_SECRET = re.compile(r"(^|_)(api_?)?(key|token|secret|password|passwd|credentials?)$|secret|password", re.IGNORECASE)
 
 
 def versions() -> dict[str, str]:
@@ -48,7 +49,7 @@ def redact(value: Any) -> Any:
     """
     if isinstance(value, Mapping):
         return {
-            key: "<redacted>" if isinstance(inner, str) and inner and _SECRET.search(str(key)) else redact(inner)
+            key: "<redacted>" if isinstance(inner, str) and inner and is_secret_key(str(key)) else redact(inner)
             for key, inner in value.items()
         }
     if isinstance(value, list | tuple):

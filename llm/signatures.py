@@ -19,6 +19,17 @@ ALLOWED_TARGETS = (
 )
 """What `_target_` may name: configuration is data, not code."""
 
+MACHINERY = (
+    "llm.checkpoint", "llm.cli", "llm.config", "llm.evaluation", "llm.export", "llm.harness", "llm.help",
+    "llm.huggingface", "llm.launch", "llm.multirun", "llm.other_text", "llm.plan", "llm.provenance", "llm.rebuild",
+    "llm.rendezvous", "llm.replay", "llm.report", "llm.resume", "llm.run_folder", "llm.signatures", "llm.sweep",
+    "llm.training", "data.build", "data.pool", "data.prepare", "data.worker",
+)  # fmt: skip
+"""Modules of ours that hold no pieces: what starts processes, writes files or builds other things."""
+
+DEFINED_IN = ("llm.", "data.", "torch.optim.", "lightning.pytorch.")
+"""Where the thing itself has to come from: `llm.launch.subprocess.Popen` has the name, and not the origin."""
+
 HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
 SYNONYMS = {
     "learning_rate": "lr", "wd": "weight_decay", "n_embd": "d_model", "dim": "d_model", "hidden_size": "d_model",
@@ -41,6 +52,15 @@ def target_nodes(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, 
     elif isinstance(node, Sequence) and not isinstance(node, str):
         for i, value in enumerate(node):
             yield from target_nodes(value, f"{path}[{i}]")
+
+
+def is_allowed(target: Any) -> bool:
+    """Tell whether a `_target_` is on the allow-list, by its name alone: nothing is imported."""
+    if not isinstance(target, str) or not target.startswith(ALLOWED_TARGETS):
+        return False
+    if any(part.startswith("_") for part in target.split(".")):
+        return False
+    return not any(target.startswith((f"{module}.", f"{module}_")) for module in MACHINERY)
 
 
 def locate(target: str) -> Any:
@@ -69,13 +89,15 @@ def check_node(path: str, node: Mapping[str, Any], supplied: frozenset[str] = fr
         supplied: arguments that the parent hands over when it finishes a factory.
     """
     target = node["_target_"]
-    if not isinstance(target, str) or not target.startswith(ALLOWED_TARGETS):
+    if not is_allowed(target):
         allowed = " ".join(f"{prefix}*" if prefix.endswith(".") else prefix for prefix in ALLOWED_TARGETS)
         return [f"{path}._target_={target}: not on the allow-list; use one of {allowed}"]
     try:
         function = locate(target)
     except (ImportError, AttributeError) as error:
         return [f"{path}._target_={target}: cannot be imported ({error}); check the spelling"]
+    if not callable(function) or not str(getattr(function, "__module__", "")).startswith(DEFINED_IN):
+        return [f"{path}._target_={target}: no piece of its module, which only imports it; name one that it defines"]
     return [*_check_keys(path, node, function), *_check_missing(path, node, function, supplied)]
 
 
