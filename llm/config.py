@@ -26,11 +26,10 @@ from llm.transformer import Transformer
 
 GROUPS = (
     "model", "optimizer", "schedule", "scaling", "batch_schedule", "rates", "data", "tokenizer", "trainer", "logger",
-    "callbacks", "loader",
+    "callbacks", "loader", "eval", "averaging",
 )  # fmt: skip
 SUPPLIED_TO = {"data.module.TokenDataModule": frozenset({"source"})}
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
-SECRET_PATTERN = re.compile(r"(^|_)(api_?key|secret|password|passwd|access_?token|auth_?token)s?$", re.IGNORECASE)
 CHECK_VOCABULARY = 64
 """Vocabulary of the throw-away model that `check` builds without storage."""
 
@@ -116,18 +115,6 @@ def check_name(name: str) -> None:
     """Raise ConfigError for a run name that is not plain letters, digits, dot, dash and underscore."""
     if not NAME_PATTERN.fullmatch(name) or ".." in name:
         raise ConfigError(f"name={name}: letters, digits, dot, dash and underscore only; try name=my-run")
-
-
-def _check_secrets(node: Any, path: str = "") -> list[str]:
-    if not isinstance(node, Mapping):
-        return []
-    problems = []
-    for key, value in node.items():
-        where = f"{path}.{key}" if path else str(key)
-        if SECRET_PATTERN.search(str(key)) and value is not None:
-            problems.append(f"{where}=…: secrets do not belong in a configuration; set an environment variable")
-        problems += _check_secrets(value, where)
-    return problems
 
 
 def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
