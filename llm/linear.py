@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llm.products import pays, product_nn, product_nt, product_tn
+from llm.products import is_read_only, pays, product_nn, product_nt, product_tn, read_only_product
 
 
 class Linear(nn.Linear):
@@ -17,6 +17,8 @@ class Linear(nn.Linear):
         """Project the last axis."""
         multiplications = input.numel() * self.out_features
         is_plain = self.bias is not None or torch.is_autocast_enabled(input.device.type)
+        if not is_plain and is_read_only(input, self.weight, multiplications):
+            return read_only_product(input, self.weight)
         if is_plain or not pays(input, self.weight, multiplications=multiplications):
             return F.linear(input, self.weight, self.bias)
         return onednn_linear(input, self.weight)

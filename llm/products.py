@@ -11,6 +11,9 @@ from torch import Tensor
 WORTHWHILE = 1 << 22
 """Multiplications below which the call costs more than the product."""
 
+WORTHWHILE_READING = 1 << 18
+"""Likewise without a gradient, where the product is called directly."""
+
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -18,6 +21,21 @@ def pays(*tensors: Tensor, multiplications: int) -> bool:
     """Whether a product of these tensors goes through oneDNN."""
     is_fp32 = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
     return _ONEDNN and is_fp32 and multiplications >= WORTHWHILE
+
+
+def is_read_only(x: Tensor, weight: Tensor, multiplications: int) -> bool:
+    """Whether a product that no gradient will ask for goes through oneDNN: of one token with one matrix already."""
+    if torch.is_grad_enabled() or multiplications < WORTHWHILE_READING or not _ONEDNN:
+        return False
+    is_fp32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+    return is_fp32 and not torch.compiler.is_compiling()
+
+
+def read_only_product(
+    x: Float[Tensor, "*shape inner"], weight: Float[Tensor, "columns inner"]
+) -> Float[Tensor, "*shape columns"]:
+    """Return x weightᵀ where `is_read_only`."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 
 def product_nt(a: Float[Tensor, "rows inner"], b: Float[Tensor, "columns inner"]) -> Float[Tensor, "rows columns"]:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from llm.block import Block
 from llm.contracts import LayerCache
 from llm.errors import ConfigError
+from llm.products import is_read_only, read_only_product
 
 
 class TransformerOutput(NamedTuple):
@@ -134,7 +135,11 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "batch time d_model"]) -> Float[Tensor, "batch time vocab"]:
         """Vocabulary scores of hidden states."""
-        return self.lm_head(hidden)
+        weight = self.lm_head.weight
+        is_plain = torch.is_autocast_enabled(hidden.device.type)
+        if is_plain or not is_read_only(hidden, weight, hidden.numel() * self.vocab_size):
+            return self.lm_head(hidden)
+        return read_only_product(hidden, weight)
 
     def new_caches(self, *, batch: int, max_length: int, dtype: torch.dtype) -> list[LayerCache]:
         """Empty caches, one a layer, for decoding up to max_length tokens."""

@@ -27,6 +27,7 @@ class KeyValueCache:
         self._keys: list[Tensor] = []
         self._values: Tensor | None = None
         self._document_ids = torch.zeros(batch, max_length, dtype=torch.long, device=device)
+        self._is_one_document = True
 
     @property
     def length(self) -> int:
@@ -38,8 +39,10 @@ class KeyValueCache:
         views: tuple[PositionView, ...],
         v: Float[Tensor, "batch time kv_heads value_dim"],
         document_ids: Int[Tensor, "batch time"] | None,
-    ) -> tuple[tuple[PositionView, ...], Tensor, Tensor]:
+    ) -> tuple[tuple[PositionView, ...], Tensor, Tensor | None]:
         """Store the new tokens; return views whose keys, values and document ids cover all tokens seen.
+
+        The ids are None as long as none were given: every row is one document.
 
         Raises:
             ShapeError: more tokens than max_length.
@@ -53,10 +56,12 @@ class KeyValueCache:
         for keys, view in zip(self._keys, views, strict=True):
             keys[:, start:end] = view.k
         self._values[:, start:end] = v
-        self._document_ids[:, start:end] = 0 if document_ids is None else document_ids
+        if document_ids is not None:
+            self._is_one_document = False
+            self._document_ids[:, start:end] = document_ids
         self._length = end
         whole = tuple(view._replace(k=keys[:, :end]) for keys, view in zip(self._keys, views, strict=True))
-        return whole, self._values[:, :end], self._document_ids[:, :end]
+        return whole, self._values[:, :end], None if self._is_one_document else self._document_ids[:, :end]
 
     def _buffer(self, like: Tensor) -> Tensor:
         return torch.zeros(self.batch, self.max_length, *like.shape[2:], dtype=self.dtype, device=self.device)

@@ -58,7 +58,10 @@ def causal_attention(
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, *, document_ids: Tensor | None, scale: float, window: int | None
 ) -> Tensor:
-    """A few queries against many keys: torch's own attention under a mask of time x time_k."""
+    """A few queries against many keys: torch's own attention, under a mask of time x time_k where one is needed."""
+    if q.shape[1] == 1 and document_ids is None:
+        reach = k.shape[1] if window is None else min(window, k.shape[1])
+        return sdpa(q, k[:, -reach:], v[:, -reach:], scale=scale, is_causal=False, mask=None)
     visible = visible_keys(
         time=q.shape[1], time_k=k.shape[1], device=q.device, document_ids=document_ids, window=window
     )
