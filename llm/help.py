@@ -19,6 +19,8 @@ def help_page(config_dir: Path, config_name: str) -> str:
     """Return the help text of the configuration in `config_dir`, read from the first comment of each file."""
     lines = [_first_comment(config_dir / f"{config_name}.yaml"), "", "Usage: python train.py [key=value …] [-m]", ""]
     lines += ["Run-level keys", *_run_keys(config_dir / f"{config_name}.yaml"), ""]
+    if config_name == "train":
+        lines += ["Of a sweep, with -m", *_sweep_keys(config_dir / "sweep.yaml"), ""]
     lines += [
         "Groups: choose with <group>=<option>, change a value inside with <group>.<key>=<value>; * is the default"
     ]
@@ -49,11 +51,18 @@ def _first_comment(file: Path) -> str:
 
 
 def _run_keys(file: Path) -> list[str]:
-    body = file.read_text().split("\n\n", 1)[1].split("\nloader:")[0]
+    return _settings(file.read_text().split("\n\n", 1)[1].split("\nloader:")[0])
+
+
+def _sweep_keys(file: Path) -> list[str]:
+    return _settings(file.read_text(), prefix="sweep.")
+
+
+def _settings(body: str, prefix: str = "") -> list[str]:
     rows = []
     for line in body.splitlines():
         if ":" not in line or line.startswith((" ", "#", "defaults")):
             continue
         setting, _, comment = line.partition("#")
-        rows.append(f"  {setting.strip().replace(': ', '='):<28} {comment.strip()}".rstrip())
+        rows.append(f"  {prefix + setting.strip().replace(': ', '='):<28} {comment.strip()}".rstrip())
     return rows

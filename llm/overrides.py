@@ -10,6 +10,10 @@ from llm.safety import secrets_on_the_command_line
 from llm.signatures import suggest
 
 
+PLUGIN_GROUPS = ("hydra/launcher", "hydra/sweeper")
+"""Groups whose options come with plugins of Hydra's."""
+
+
 def diagnose(error: Exception, config: Mapping[str, Any], config_dir: Path) -> str:
     """Return what a composition error means, as `<key>=<value>: <rule broken>; <what to do>`.
 
@@ -22,7 +26,9 @@ def diagnose(error: Exception, config: Mapping[str, Any], config_dir: Path) -> s
     if missing:
         group, _, option = str(missing).rpartition("/")
         options = sorted(getattr(error, "options", None) or [])
-        return f"{group}={option}: no such option{did_you_mean(option, options)}; choose one of {', '.join(options)}"
+        plugins = "; pip install -e '.[sweep]' brings joblib, submitit_slurm and optuna"
+        remedy = f"choose one of {', '.join(options)}{plugins if group in PLUGIN_GROUPS else ''}"
+        return f"{group}={option}: no such option{did_you_mean(option, options)}; {remedy}"
     key = getattr(error.__cause__, "full_key", None)
     if key:
         return f"{key}: unknown key{suggest_key(str(key), config, config_dir)}"

@@ -31,6 +31,7 @@ def complaint(composed):
         ("batch_size=3", "batch_size: unknown key; did you mean batch_tokens?"),
         ("model.num_heads=[1", "model.num_heads=[1: not key=value"),
         ("model.num_heads=1,2", "--multirun"),
+        ("hydra/launcher=nowhere", "pip install -e '.[sweep]' brings joblib"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_answered_with_what_was_meant(complaint, override, answer):

@@ -7,7 +7,6 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from llm.callbacks.rows import log_rows
-from llm.callbacks.rows import log_rows
 from llm.errors import ConfigError
 from llm.run_folder import RunFolder
 
@@ -87,8 +86,6 @@ class Samples(Callback):
             shown = [f"[{prompt!r}] {text}" for prompt, text in zip(self.prompts, texts, strict=True)]
             self._sampled = (step, f"--- step {step} ---\n" + "\n\n".join(shown) + "\n")
             self.run_folder.append_text("samples.txt", self._sampled[1] + "\n")
-            rows = [[step, prompt, text] for prompt, text in zip(self.prompts, texts, strict=True)]
-            log_rows(trainer, pl_module, "samples", ("step", "prompt", "text"), rows)
             rows = [[step, prompt, text] for prompt, text in zip(self.prompts, texts, strict=True)]
             log_rows(trainer, pl_module, "samples", ("step", "prompt", "text"), rows)
         return self._sampled[1]

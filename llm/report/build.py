@@ -50,7 +50,7 @@ def write_report(
     goal = default_target(groups) if target is None else target
     rows, pairs = leaderboard(groups, goal), verdicts(groups)
     made = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-    title = ", ".join(folder.resolve().name for folder in folders[:3]) + (" …" if len(folders) > 3 else "")
+    title = ", ".join(folder.absolute().name for folder in folders[:3]) + (" …" if len(folders) > 3 else "")
     data = report_data(runs, groups, rows, pairs, fit_all(groups), title=title, target=goal, made=made)
     out = out or folders[0] / "report"
     out.mkdir(parents=True, exist_ok=True)

@@ -154,9 +154,9 @@ function drawChart(view, series, options, state, redraw) {
   const inside = shape(svg, "g", { "clip-path": `url(#${id})` });
   if (options.line) {
     shape(inside, "line", { class: "cross", x1: left, x2: width - right, y1: Y(options.line.y), y2: Y(options.line.y) });
-    shape(inside, "text", { x: left + 6, y: Y(options.line.y) - 5 }, options.line.text);
   }
   for (const s of visible) drawSeries(inside, s, X, Y, options);
+  if (options.line) shape(svg, "text", { class: "note", x: left + 6, y: Y(options.line.y) - 5 }, options.line.text);
   pointer(view, svg, visible, { x0, x1, left, right: width - right, top, bottom: height - bottom, X, Y, fx, fy, width }, options, state, redraw);
 }
 

@@ -59,7 +59,7 @@ def report_data(
         "runs": [_run(run, shared) | {"group": group_of.get(id(run)), "is_best": id(run) in best} for run in runs],
         "shared": {key: text_of(value) for key, value in shared.items()},
         "pairs": [
-            {"first": v.first, "second": v.second, "p": v.p, "word": v.word, **v.comparison._asdict()} for v in pairs
+            v.comparison._asdict() | {"first": v.first, "second": v.second, "p": v.p, "word": v.word} for v in pairs
         ],
         "fits": [asdict(fit) | {"law": fit.law._asdict()} for fit in fits],
     }

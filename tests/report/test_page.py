@@ -44,18 +44,25 @@ def sweep(make_run, tmp_path):
     folder = make_run("sweep/9_</script><b>x", status="failed: </script><img src=x>", steps=3, **LION, seed=7)
     (folder / "eval").mkdir()
     (folder / "eval" / "extrapolation.json").write_text(
-        json.dumps({"by_context": {"10": [2.0, 0.1], "20": [2.5, 0.1]}})
+        json.dumps({"by_context": {"10": {"loss": 2.0}, "20": {"loss": 2.5}}})
     )
     return tmp_path / "sweep"
 
 
 def test_the_page_holds_all_it_needs_and_no_text_can_break_out_of_it(sweep):
-    page = write_report([sweep]).page.read_text()
+    report = write_report([sweep])
+    page = report.page.read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
     assert "</script><b>x" not in page
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1))
     assert len(data["runs"]) == 10
     assert data["refresh_seconds"] is None
+    shown = {(pair["first"], pair["second"]): (pair["word"], pair["p"]) for pair in data["pairs"]}
+    text = report.text
+    for (first, second), (word, p) in shown.items():
+        line = next(line for line in text.splitlines() if f"{first} against {second}" in line)
+        assert word in line
+        assert p is None or f"p = {p:.2g}" in line  # the same correction in both
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on the path")
