@@ -21,13 +21,13 @@ from omegaconf.errors import OmegaConfBaseException
 from llm.config import check_name, load, to_plain, world_size
 from llm.errors import ConfigError, CrucibleError
 from llm.help import help_page
-from llm.multirun import is_multirun, run_sweep
 from llm.launch import Launch, adopt, find_launch, note_failure, start_processes
+from llm.multirun import is_multirun, run_sweep
 from llm.overrides import diagnose, not_overrides
 from llm.rendezvous import agree
 from llm.resume import merge_resumed
-from llm.sweep.follow import follow_parent
 from llm.run_folder import RunFolder
+from llm.sweep.follow import follow_parent
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "conf"
 EXIT_MISTAKE = 2
