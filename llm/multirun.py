@@ -46,8 +46,8 @@ class Ahead:
 
 
 def is_multirun(arguments: Sequence[str]) -> bool:
-    """Tell whether a command line asks for a sweep."""
-    return bool({*MULTIRUN, "hydra.mode=MULTIRUN"} & set(arguments))
+    """Tell whether a command line asks for a sweep; plans, which train nothing, are left to Hydra to print in turn."""
+    return bool({*MULTIRUN, "hydra.mode=MULTIRUN"} & set(arguments)) and "plan=true" not in arguments
 
 
 def run_sweep(arguments: Sequence[str], *, task: Task, config_name: str, config_dir: Path) -> int:

@@ -146,8 +146,10 @@ def test_a_sweep_gives_each_job_a_folder(tiny, tmp_path):
     result = call("train.py", "-m", *tiny, "max_steps=2", "seed=1,2", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     (sweep,) = (tmp_path / "multirun").iterdir()
-    seeds = {json.loads((job / "summary.json").read_text())["val/loss"] for job in sweep.iterdir() if job.is_dir()}
+    seeds = {json.loads(path.read_text())["val/loss"] for path in sweep.glob("*/summary.json")}
     assert len(seeds) == 2
+    assert (sweep / "report" / "index.html").is_file()
+    assert [job["state"] for job in json.loads((sweep / "manifest.json").read_text())["jobs"]] == ["finished"] * 2
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from catalogue import CONF
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from llm.multirun import look_ahead
+from llm.multirun import is_multirun, look_ahead
 from llm.sweep.job import share
 from llm.sweep.manifest import read_manifest
 
@@ -92,6 +92,12 @@ def test_the_jobs_of_a_sweep_are_known_ahead(project):
     assert [job.overrides for job in ahead.jobs] == [
         (f"seed={seed}", "optimizer.lr=0.1", f"kind={kind}") for seed in (1, 2) for kind in "ab"
     ]
+
+
+def test_plans_are_no_sweep():
+    assert is_multirun(["-m", "seed=1,2"])
+    assert not is_multirun(["-m", "seed=1,2", "plan=true"])
+    assert not is_multirun(["seed=1"])
 
 
 def test_devices_are_shared_out_evenly_and_doubled_up_where_there_are_too_few():

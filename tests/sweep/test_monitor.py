@@ -1,0 +1,79 @@
+import json
+import time
+
+import pytest
+from rich.console import Console
+
+from llm.sweep.manifest import Job, Manifest, read_manifest, read_notes
+from llm.sweep.monitor import Monitor
+from llm.sweep.progress import ProgressReader, last_line
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    jobs = [
+        Job(overrides=("a=1", "seed=1"), folder="0", state="finished", value=1.25, seconds=61.0),
+        Job(overrides=("a=1", "seed=2"), folder="1", state="running", attempts=1),
+        Job(overrides=("a=1", "seed=[3]"), folder="2", state="failed", reason="killed by SIGKILL", seconds=2.0),
+    ]
+    for job in jobs:
+        (tmp_path / job.folder).mkdir()
+        job.write(tmp_path)
+    manifest = Manifest(command=("a=1", "seed=1,2,[3],4"), jobs=(*jobs, Job(overrides=("a=1", "seed=4"))))
+    manifest.write(tmp_path)
+    return tmp_path
+
+
+def write_run(folder, *, steps, total=10):
+    (folder / "config.yaml").write_text(f"max_steps: {total}\nmax_tokens: null\nbatch_tokens: 4\n")
+    lines = [json.dumps({"step": step, "train/loss": 5.0 - step}) for step in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 99, "trai')
+
+
+def test_a_terminal_shows_a_line_a_job_with_state_step_loss_and_time(sweep):
+    write_run(sweep / "1", steps=3)
+    monitor = Monitor(sweep, read_manifest(sweep), line_every=1.0)
+    monitor._table()  # the first sight of a job starts its clock
+    time.sleep(0.05)
+    write_run(sweep / "1", steps=4)
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(monitor._table())
+    shown = console.export_text().splitlines()
+    for line, parts in zip(
+        shown[1:],
+        [
+            ("finished", "val/loss 1.2500", "1 min 1 s", "seed=1"),
+            ("running", "step 4/10", "loss 1.0000", "left", "seed=2"),
+            ("failed", "killed by SIGKILL", "2 s", "seed=[3]"),
+            ("pending", "seed=4"),
+        ],
+        strict=True,
+    ):
+        assert all(part in line for part in parts), line
+        assert "a=1" not in line  # what all jobs share says nothing
+
+
+def test_the_time_left_follows_from_the_speed_seen(tmp_path, monkeypatch):
+    reader = ProgressReader()
+    monkeypatch.setattr("llm.sweep.progress.time.monotonic", lambda: clock)
+    clock = 100.0
+    assert reader.read(tmp_path) is None
+    write_run(tmp_path, steps=2)
+    assert reader.read(tmp_path) == (2, 10, 3.0, None)
+    clock = 106.0
+    write_run(tmp_path, steps=4)
+    assert reader.read(tmp_path) == (4, 10, 1.0, 18.0)  # two steps took 6 seconds, and six are left
+
+
+def test_the_last_whole_line_is_found_behind_one_that_is_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert last_line(path) is None
+    path.write_text('{"step": 1}\n{"step": 2, "x": 1}\n{"ste')
+    assert last_line(path) == {"step": 2, "x": 1}
+
+
+def test_notes_that_cannot_be_read_are_passed_over(sweep):
+    (sweep / "3").mkdir()
+    (sweep / "3" / "job.json").write_text("{")
+    assert [note.folder for note in read_notes(sweep)] == ["0", "1", "2"]
+    assert [job.state for job in read_manifest(sweep).jobs] == ["finished", "running", "failed", "pending"]
