@@ -254,7 +254,7 @@ class Muon(GroupedOptimizer):
         """The running mean square of each row of each parameter's blocks."""
         for parameter in params:
             if "row_moment" not in self.state[parameter]:
-                self.state[parameter]["row_moment"] = blocks.new_zeros(*blocks.shape[1:-1], 1)
+                self.state[parameter]["row_moment"] = blocks.new_zeros(*blocks.shape[1:-1], 1, dtype=torch.float32)
         return [self.state[parameter]["row_moment"] for parameter in params]
 
     def _descend(self, group: dict[str, Any], weight: Tensor, direction: Tensor, used: Tensor | None) -> None:
