@@ -6,7 +6,8 @@ name by one rename, so a folder that has the name is whole, and the manifest pro
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llm.background import BackgroundWriter
 from llm.checkpoint_files import list_checkpoints, publish, read_manifest, remove_checkpoint, verify
 from llm.errors import CheckpointError
+from llm.plain import map_tensors, plain, tensors_in
 
 MODEL, TRAINING = "model.safetensors", "training.pt"
 _SEVERAL = 8  # names listed in one error
@@ -49,9 +52,37 @@ def save_checkpoint(
     Raises:
         CheckpointError: the disk is full, or `training_state` holds something that is not plain data.
     """
+    write_contents(folder, contents_of(model_state, training_state), manifest=manifest)
+
+
+class Contents(NamedTuple):
+    """What a checkpoint is made of, in the form in which it is written."""
+
+    tensors: dict[str, Tensor]
+    tied: dict[str, str]
+    training: Any
+
+
+def contents_of(
+    model_state: Mapping[str, Tensor], training_state: Mapping[str, Any], *, is_copy: bool = False
+) -> Contents:
+    """Return the contents of a checkpoint; a copy stays as it is while training goes on.
+
+    Raises:
+        CheckpointError: `training_state` holds something that is not plain data.
+    """
     tensors, tied = _untie(model_state)
     training = plain(training_state)
-    needed = sum(t.numel() * t.element_size() for t in [*tensors.values(), *_tensors_in(training)])
+    if is_copy:
+        tensors = {name: _copied(tensor) for name, tensor in tensors.items()}
+        training = map_tensors(training, _copied)
+    return Contents(tensors, tied, training)
+
+
+def write_contents(folder: Path, contents: Contents, *, manifest: Mapping[str, Any]) -> None:
+    """Write a whole checkpoint to `folder`, or leave everything as it was; see `save_checkpoint`."""
+    tensors, tied, training = contents
+    needed = sum(t.numel() * t.element_size() for t in [*tensors.values(), *tensors_in(training)])
     with publish(folder, manifest=dict(manifest) | {"tied": tied}, needed=needed) as temporary:
         save_file(tensors, str(temporary / MODEL), metadata={"format": "pt"})
         with open(temporary / TRAINING, "wb") as file:
@@ -70,9 +101,8 @@ def load_model(folder: Path, *, check: bool = True) -> dict[str, Tensor]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
     except (OSError, SafetensorError) as error:
         raise _unusable(folder, f"{MODEL} cannot be read ({error})") from error
-    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if bad:
-        raise _unusable(folder, f"{', '.join(bad[:_SEVERAL])} holds values that are not finite")
+    if bad := _not_finite(state):
+        raise _unusable(folder, f"{bad} holds values that are not finite")
     return state | {name: state[stored] for name, stored in manifest.get("tied", {}).items()}
 
 
@@ -135,57 +165,42 @@ def compare_state(model_state: Mapping[str, Tensor], expected: Mapping[str, Tens
         )
 
 
-def plain(value: Any, *, where: str = "training state") -> Any:
-    """Return `value` in types that can be loaded without running code.
-
-    Raises:
-        CheckpointError: something in it has no plain form; the message says where.
-    """
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, Mapping):
-        return {plain(key, where=where): plain(inner, where=f"{where}.{key}") for key, inner in value.items()}
-    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
-        inner = [plain(item, where=f"{where}[{index}]") for index, item in enumerate(value)]
-        return inner if isinstance(value, list) else tuple(inner)
-    if value is None or isinstance(value, bool | bytes | torch.Size | torch.dtype | torch.device):
-        return value
-    for kind in (int, float, str):  # NumPy's float64 and enums are subclasses that would be stored as code
-        if isinstance(value, kind):
-            return kind(value)
-    raise CheckpointError(f"{where}: {type(value).__name__} cannot be stored in a checkpoint; make it a tensor or text")
-
-
 class FolderCheckpointIO(CheckpointIO):
     """Lets Lightning save and load checkpoints as folders (pass it in `Trainer(plugins=[...])`).
 
+    Saving holds training up for as long as a copy of the state in memory takes; a thread writes it. One copy at a time
+    is kept: where a checkpoint is due before the last one is written, training waits for that.
+
     Args:
         manifest: what each manifest.json records about the run: world_size, versions, config_hash.
+
+    Attributes:
+        writer: has a queue for what should follow when the checkpoint is there, and raises what went wrong.
     """
 
     def __init__(self, *, manifest: Mapping[str, Any]) -> None:
         self.manifest = dict(manifest)
+        self.writer = BackgroundWriter()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Write Lightning's dictionary as a checkpoint folder at `path`."""
+        """Copy Lightning's dictionary, and have it written as a checkpoint folder at `path`."""
         if storage_options is not None:
             raise CheckpointError(f"storage_options={storage_options}: a checkpoint folder has none; leave them out")
         state = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
         training = {name: value for name, value in checkpoint.items() if name != "state_dict"}
         training["state_dict_extra"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in state}
-        save_checkpoint(
-            Path(path),
-            model_state=state,
-            training_state=training,
-            manifest=self.manifest | {"step": checkpoint["global_step"]},
-        )
+        self.writer.wait()
+        contents = contents_of(state, training, is_copy=True)
+        manifest = self.manifest | {"step": checkpoint["global_step"]}
+        self.writer.submit(partial(_write_finite, Path(path), contents, manifest=manifest))
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Return Lightning's dictionary; always as plain data, whatever `weights_only` says, and on the CPU."""
+        self.writer.wait()
         folder = Path(path)
         training = load_training(folder)
         extra = training.pop("state_dict_extra", {})
@@ -193,7 +208,12 @@ class FolderCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete the checkpoint folder at `path`."""
+        self.writer.wait()
         remove_checkpoint(Path(path))
+
+    def teardown(self) -> None:
+        """Wait for what is still being written."""
+        self.writer.wait()
 
 
 def _untie(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -216,12 +236,24 @@ def _untie(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     return stored, tied
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(inner)
+def _write_finite(folder: Path, contents: Contents, *, manifest: Mapping[str, Any]) -> None:
+    """Write a checkpoint of a run, whose weights must be numbers: it would replace one that can be gone on from."""
+    if bad := _not_finite(contents.tensors):
+        raise CheckpointError(
+            f"checkpoint={folder}: {bad} holds values that are not finite, so it was not saved; go on from the one "
+            "before with a lower optimizer.lr, in a new run with init_from=<run folder>"
+        )
+    write_contents(folder, contents, manifest=manifest)
+
+
+def _not_finite(state: Mapping[str, Tensor]) -> str:
+    """Return the first names of tensors that hold NaN or infinity, `""` for none."""
+    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    return ", ".join(bad[:_SEVERAL])
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True)
 
 
 def _trusted(folder: Path, *, check: bool) -> dict[str, Any]:

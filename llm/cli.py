@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from llm.checkpoint_files import list_checkpoints
 from llm.config import check_name, load, to_plain, world_size
 from llm.errors import ConfigError, CrucibleError
 from llm.help import help_page
 from llm.launch import Launch, adopt, find_launch, note_failure, start_processes
 from llm.multirun import is_multirun, run_sweep
-from llm.overrides import diagnose, not_overrides
+from llm.overrides import diagnose, keys_set_by, not_overrides
 from llm.rendezvous import agree
 from llm.resume import merge_resumed
 from llm.run_folder import RunFolder
@@ -147,7 +149,8 @@ def _run_job(task: Callable[[dict[str, Any], Path], float | None], cfg: DictConf
     plain = to_plain(cfg)
     if plain.get("resume"):
         saved = load(Path(hydra_cfg.runtime.output_dir) / "config.yaml")
-        plain = merge_resumed(saved, plain, OmegaConf.to_container(hydra_cfg.overrides.task))  # type: ignore[arg-type]
+        given: list[str] = OmegaConf.to_container(hydra_cfg.overrides.task)  # type: ignore[assignment]
+        plain = merge_resumed(saved, plain, given, partial(keys_set_by, config_dir=CONFIG_DIR))
     folder = Path(hydra_cfg.runtime.output_dir)
     try:
         if find_launch() is None and "trainer" in plain and (processes := world_size(plain["trainer"])) > 1:
@@ -214,10 +217,14 @@ def _resume_dir(arguments: list[str], config_name: str) -> list[str]:
 def _newest_run(arguments: list[str], config_name: str) -> Path:
     cfg = _compose(config_name, [a for a in arguments if not a.startswith("-")])
     name = cfg["name"]
-    folders = [p.parent for p in Path("runs").glob(f"*_{name}/config.yaml") if (p.parent / "checkpoints").is_dir()]
-    if not folders:
-        raise ConfigError(f"resume=auto: no run named {name} with a checkpoint under runs/; name its folder instead")
-    return max(folders, key=lambda folder: folder.name)
+    passed_over = []
+    for folder in sorted((p.parent for p in Path("runs").glob(f"*_{name}/config.yaml")), reverse=True):
+        if list_checkpoints(folder / "checkpoints"):
+            for other in passed_over:
+                sys.stderr.write(f"resume=auto: passed over {other}, which ended before its first checkpoint\n")
+            return folder
+        passed_over.append(folder)
+    raise ConfigError(f"resume=auto: no run named {name} with a checkpoint under runs/; name its folder instead")
 
 
 def _compose(config_name: str, overrides: list[str]) -> dict[str, Any]:

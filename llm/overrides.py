@@ -1,9 +1,12 @@
 """Says what is wrong with a command line: Hydra's complaint in, one line with a remedy out."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from llm.errors import did_you_mean
 from llm.safety import secrets_on_the_command_line
@@ -77,3 +80,25 @@ def _groups(config_dir: Path) -> list[str]:
 
 def _names(node: Any) -> list[str]:
     return [str(key) for key in node] if isinstance(node, Mapping) else []
+
+
+def keys_set_by(group: str, option: str, config_dir: Path) -> list[str]:
+    """Return the dotted keys that `group=option` sets: those of its file, where they land, and groups it overrides."""
+    path = config_dir / group / f"{option}.yaml"
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    package = re.match(r"#\s*@package\s+(\S+)", text)
+    at = package[1] if package else group.replace("/", ".")
+    content = yaml.safe_load(text) or {}
+    entries = [entry for entry in content.pop("defaults", []) if isinstance(entry, dict)]
+    chosen = [key.removeprefix("override ").lstrip("/").replace("/", ".") for entry in entries for key in entry]
+    return [*chosen, *_leaf_keys(content, "" if at == "_global_" else at)]
+
+
+def _leaf_keys(node: Any, at: str) -> Iterator[str]:
+    if isinstance(node, Mapping) and node and "_target_" not in node:
+        for key, value in node.items():
+            yield from _leaf_keys(value, f"{at}.{key}" if at else str(key))
+    else:
+        yield at

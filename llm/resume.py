@@ -1,23 +1,30 @@
 """What a resumed run may change: a saved configuration and a command line in, the configuration to run out."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
 from llm.errors import ConfigError
 
 FREE_KEYS = frozenset({"resume", "max_steps", "max_tokens", "val_every", "checkpoint_every", "plan", "on_nonfinite"})
-FREE_GROUPS = frozenset({"logger", "callbacks", "trainer", "hydra"})
+FREE_GROUPS = frozenset({"logger", "callbacks", "trainer", "hydra", "spikes"})
 FREE_LOADER_KEYS = frozenset({"num_workers", "cache_dir", "num_processes"})
 
 
-def merge_resumed(saved: Mapping[str, Any], composed: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def merge_resumed(
+    saved: Mapping[str, Any],
+    composed: Mapping[str, Any],
+    overrides: Iterable[str],
+    keys_of: Callable[[str, str], Iterable[str]] = lambda group, option: (),
+) -> dict[str, Any]:
     """Return the saved configuration with those overrides that do not change what was trained.
 
     Args:
         saved: configuration of the run folder.
         composed: what this command line composes to.
         overrides: this command line's overrides, `key=value` or `group=option`.
+        keys_of: dotted keys that `group=option` sets where the group has no key of its own: `model/size=small` sets
+            `model.d_model` and others, an experiment whatever it likes.
 
     Raises:
         ConfigError: overrides that contradict the saved run, all of them with both values.
@@ -25,21 +32,38 @@ def merge_resumed(saved: Mapping[str, Any], composed: Mapping[str, Any], overrid
     merged = deepcopy(dict(saved))
     contradictions = []
     for override in overrides:
-        key = override.lstrip("+~").split("=", 1)[0].split("@")[0].replace("/", ".")
-        parts = key.split(".")
-        if parts[0] in ("resume", "hydra"):
+        name, _, option = override.lstrip("+~").partition("=")
+        group = name.split("@")[0]
+        key = group.replace("/", ".")
+        if key.split(".")[0] in ("resume", "hydra"):
             continue
-        given, kept = _get(composed, parts), _get(saved, parts)
-        if given == kept:
-            continue
-        if _is_free(parts):
-            _set(merged, parts, given)
-        else:
-            contradictions.append(f"{key}={_brief(given)}: the run was made with {_brief(kept)}")
+        own = [key] if _get(composed, key.split(".")) is not None or _get(saved, key.split(".")) is not None else []
+        for each in own or keys_of(group, option) or [key]:
+            parts = each.split(".")
+            given, kept = _get(composed, parts), _get(saved, parts)
+            if given == kept:
+                continue
+            if _is_free(parts):
+                _set(merged, parts, given)
+            else:
+                contradictions += [
+                    f"{where}={a}: the run was made with {b}" for where, a, b in _differ(each, given, kept)
+                ]
     if contradictions:
         remedy = "leave them out, or start a new run from its weights with init_from=<run folder>"
-        raise ConfigError("\n".join(f"{line}; {remedy}" for line in contradictions))
+        raise ConfigError("\n".join(f"{line}; {remedy}" for line in dict.fromkeys(contradictions)))
     return {**merged, "resume": composed.get("resume")}
+
+
+def _differ(key: str, given: Any, kept: Any) -> Iterator[tuple[str, str, str]]:
+    """Yield (key, given, kept) where two values differ: another piece as one, the same piece setting by setting."""
+    both = isinstance(given, Mapping) and isinstance(kept, Mapping)
+    if not both or given.get("_target_") != kept.get("_target_"):
+        yield key, _brief(given), _brief(kept)
+        return
+    for name in [*given, *(name for name in kept if name not in given)]:
+        if given.get(name) != kept.get(name):
+            yield from _differ(f"{key}.{name}", given.get(name), kept.get(name))
 
 
 def _is_free(parts: list[str]) -> bool:

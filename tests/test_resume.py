@@ -1,6 +1,10 @@
+from functools import partial
+
 import pytest
+from catalogue import CONF
 
 from llm.errors import ConfigError
+from llm.overrides import keys_set_by
 from llm.resume import merge_resumed
 
 SAVED = {
@@ -39,3 +43,28 @@ def test_a_contradiction_is_refused_with_both_values():
 
 def test_a_value_repeated_as_it_was_is_no_contradiction():
     assert merge_resumed(SAVED, composed(), ["seed=0", "optimizer.lr=1e-3"])["seed"] == 0
+
+
+def test_the_same_piece_with_other_settings_is_refused_setting_by_setting():
+    changed = composed(optimizer={"_target_": "torch.optim.AdamW", "lr": 2e-3})
+    with pytest.raises(ConfigError) as error:
+        merge_resumed(SAVED, changed, ["optimizer=adamw", "optimizer.lr=2e-3"])
+    assert str(error.value).count("optimizer.lr=0.002: the run was made with 0.001") == 1
+
+
+def test_an_option_that_sets_keys_of_another_group_is_held_against_each_of_them():
+    saved = {**SAVED, "model": {"d_model": 128, "ffn": {"d_ff": 5}}}
+    given = {**composed(), "model": {"d_model": 384, "ffn": {"d_ff": 5}}}
+    keys = partial(keys_set_by, config_dir=CONF)
+    with pytest.raises(ConfigError, match=r"model\.d_model=384: the run was made with 128"):
+        merge_resumed(saved, given, ["model/size=small"], keys)
+    assert (
+        merge_resumed(saved, {**composed(), "model": saved["model"]}, ["model/size=tiny"], keys)["model"]
+        == saved["model"]
+    )
+
+
+def test_the_keys_of_an_experiment_are_its_own_and_the_groups_it_chooses():
+    keys = keys_set_by("experiment", "recall", CONF)
+    assert {"data", "context_length", "model.ffn.d_ff", "optimizer.lr"} <= set(keys)
+    assert keys_set_by("experiment", "nothing", CONF) == []

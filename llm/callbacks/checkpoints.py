@@ -1,22 +1,29 @@
 """When a checkpoint is made, which ones are kept, and what `last` and `best` point to."""
 
+import logging
 import math
 import os
+from functools import partial
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
+from llm.background import BackgroundWriter
+from llm.checkpoint import FolderCheckpointIO
 from llm.checkpoint_files import list_checkpoints, point, remove_checkpoint, step_folder
 from llm.errors import ConfigError
 from llm.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoints(Checkpoint):
     """Saves every so many optimizer updates, at the last one whatever its number, and at the best validation loss.
 
     A checkpoint is made between two updates, never inside one. Where validation follows the same update, it is made
-    after it, so that a run resumed from it repeats nothing; a run that is being stopped saves first.
+    after it, so that a run resumed from it repeats nothing; a run that is being stopped saves first. A thread writes
+    it; a failure to do so stops the run at the next update, and training never ends before the last one is written.
 
     Args:
         run_folder: where checkpoints go.
@@ -49,6 +56,7 @@ class Checkpoints(Checkpoint):
         """Save when an update has just been done and is due."""
         if trainer.global_step == self._step:
             return
+        _writer(trainer).check()
         self._step = trainer.global_step
         is_last = trainer.should_stop or self._step == trainer.max_steps
         if is_last or self._step % self.checkpoint_every == 0:
@@ -69,12 +77,22 @@ class Checkpoints(Checkpoint):
             self.best_loss = loss
             self._point(trainer, "best")
             self.run_folder.update({"best_val_loss": loss, "best_step": trainer.global_step})
-            self._prune(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last update where the data ended before the run did."""
+        """Save the last update where the data ended before the run did, and see that it is written."""
         if trainer.global_step:
             self._save(trainer)
+        _writer(trainer).wait()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Have the checkpoint that is being written finished, unless the user wants to leave at once."""
+        if isinstance(exception, KeyboardInterrupt):
+            return
+        try:
+            _writer(trainer).wait()
+        except Exception as error:
+            if error is not exception:
+                log.error("the last checkpoint was not written: %s", error)
 
     def _save(self, trainer: L.Trainer) -> None:
         """Save this update's checkpoint once."""
@@ -83,21 +101,26 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(step_folder(self.run_folder.checkpoints, trainer.global_step), weights_only=False)
         self._saved_step = trainer.global_step
         self._point(trainer, "last")
-        self._prune(trainer)
 
     def _point(self, trainer: L.Trainer, name: str) -> None:
+        """When this update's checkpoint is there, point to it, and delete what is old."""
         if trainer.is_global_zero:
-            checkpoints = self.run_folder.checkpoints
-            point(checkpoints / name, step_folder(checkpoints, trainer.global_step))
+            _writer(trainer).submit(partial(self._point_and_prune, name, trainer.global_step))
 
-    def _prune(self, trainer: L.Trainer) -> None:
-        if not trainer.is_global_zero:
-            return
-        best = self.run_folder.checkpoints / "best"
+    def _point_and_prune(self, name: str, step: int) -> None:
+        checkpoints = self.run_folder.checkpoints
+        point(checkpoints / name, step_folder(checkpoints, step))
+        best = checkpoints / "best"
         kept = os.readlink(best) if best.is_symlink() else None
-        for _, folder in list_checkpoints(self.run_folder.checkpoints)[: -self.keep]:
+        for _, folder in list_checkpoints(checkpoints)[: -self.keep]:
             if folder.name != kept:
                 remove_checkpoint(folder)
+
+
+def _writer(trainer: L.Trainer) -> BackgroundWriter:
+    checkpoint_io = trainer.strategy.checkpoint_io
+    assert isinstance(checkpoint_io, FolderCheckpointIO)
+    return checkpoint_io.writer
 
 
 def _validation_follows(trainer: L.Trainer) -> bool:

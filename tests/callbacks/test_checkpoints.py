@@ -3,10 +3,11 @@ import os
 
 import pytest
 
+from llm import checkpoint
 from llm.callbacks.checkpoints import Checkpoints
 from llm.checkpoint import find_last, load_model
 from llm.checkpoint_files import list_checkpoints, verify
-from llm.errors import ConfigError
+from llm.errors import CheckpointError, ConfigError
 from llm.run_folder import RunFolder
 
 
@@ -100,3 +101,19 @@ def test_the_manifest_names_step_and_files(folder, train):
 def test_settings_that_would_lose_work_are_refused(folder, setting, values):
     with pytest.raises(ConfigError, match=setting):
         Checkpoints(run_folder=folder, checkpoint_every=values[0], keep=values[1])
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_leaves_the_one_before(folder, train, monkeypatch):
+    real = checkpoint.write_contents
+
+    def write(path, contents, *, manifest):
+        if manifest["step"] == 10:
+            raise CheckpointError("the disk is full")
+        real(path, contents, manifest=manifest)
+
+    monkeypatch.setattr(checkpoint, "write_contents", write)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        train(folder, max_steps=30)
+    assert os.readlink(folder.checkpoints / "last") == "step-00000008"  # the best validation
+    assert find_last(folder.path).step == 8
+    assert folder.read_summary()["status"].startswith("failed: the disk is full")

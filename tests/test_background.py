@@ -1,0 +1,67 @@
+import pickle
+import threading
+
+import pytest
+import torch
+
+from llm import checkpoint as checkpoint_module
+from llm.background import BackgroundWriter
+from llm.checkpoint import FolderCheckpointIO, find_last, load_model
+from llm.checkpoint_files import step_folder
+from llm.errors import CheckpointError
+
+
+def test_tasks_run_in_order_and_waiting_sees_them_all_done():
+    done, writer = [], BackgroundWriter()
+    for n in range(20):
+        writer.submit(lambda n=n: done.append(n))
+    writer.wait()
+    assert done == list(range(20))
+    pickle.loads(pickle.dumps(writer)).wait()
+
+
+def test_a_failure_is_raised_once_and_what_was_queued_behind_it_never_runs():
+    done, writer, go = [], BackgroundWriter(), threading.Event()
+
+    def fail():
+        go.wait()
+        raise OSError("disk")
+
+    writer.submit(fail)
+    writer.submit(lambda: done.append(1))
+    writer.check()  # not failed yet
+    go.set()
+    with pytest.raises(OSError, match="disk"):
+        writer.wait()
+    assert done == []
+    writer.submit(lambda: done.append(2))
+    writer.wait()
+    assert done == [2]
+
+
+def checkpoint(step, value):
+    return {"state_dict": {"w": value}, "global_step": step, "optimizer_states": [{"m": value, "step": 3}]}
+
+
+def test_what_is_saved_is_the_state_of_the_moment_and_not_of_when_it_is_written(tmp_path, monkeypatch):
+    checkpoint_io, weights, real = FolderCheckpointIO(manifest={}), torch.ones(3), checkpoint_module.write_contents
+    gate = threading.Event()
+    monkeypatch.setattr(checkpoint_module, "write_contents", lambda *a, **k: (gate.wait(), real(*a, **k)))
+    folder = step_folder(tmp_path / "checkpoints", 1)
+    checkpoint_io.save_checkpoint(checkpoint(1, weights), folder)
+    assert not folder.exists()
+    weights.fill_(7)
+    gate.set()
+    checkpoint_io.teardown()
+    assert load_model(folder)["w"].tolist() == [1, 1, 1]
+    assert checkpoint_io.load_checkpoint(folder)["optimizer_states"][0]["m"].tolist() == [1, 1, 1]
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    checkpoint_io, checkpoints = FolderCheckpointIO(manifest={}), tmp_path / "checkpoints"
+    checkpoint_io.save_checkpoint(checkpoint(1, torch.ones(3)), step_folder(checkpoints, 1))
+    checkpoint_io.save_checkpoint(checkpoint(2, torch.tensor([1.0, float("nan")])), step_folder(checkpoints, 2))
+    with pytest.raises(CheckpointError, match="step-00000002: w holds values that are not finite"):
+        checkpoint_io.teardown()
+    assert find_last(tmp_path).step == 1
+    assert len(list(checkpoints.iterdir())) == 1
