@@ -89,8 +89,8 @@ def run_job(
     job = replace(job, state="running", reason="", attempts=job.attempts + 1, began=began, value=None)
     job.write(plan.sweep)
     if in_process is None:
-        status = _run_process(plan, job, path, is_resumed)
-        ended = _judge(job, path, status)
+        told = (path / CONSOLE).stat().st_size if (path / CONSOLE).exists() else 0
+        ended = _judge(job, path, _run_process(plan, job, path, is_resumed), told)
     else:
         ended = _run_here(job, lambda: in_process(path, is_resumed))
     ended = replace(ended, seconds=time.time() - began)
@@ -200,8 +200,8 @@ def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _judge(job: Job, path: Path, status: int) -> Job:
-    """Say what became of a job from its exit status, its summary, and its last words."""
+def _judge(job: Job, path: Path, status: int, told: int) -> Job:
+    """Say what became of a job from its exit status, its summary, and what it wrote after the first `told` bytes."""
     summary = RunFolder(path, is_writer=False).read_summary()
     word, _, why = str(summary.get("status") or "").partition(": ")
     if status == 0:
@@ -210,14 +210,14 @@ def _judge(job: Job, path: Path, status: int) -> Job:
         return replace(job, state="failed", reason=f"killed by {signal_name(-status)}", exit_status=status)
     if status > 128 and word == "stopped":
         return replace(job, state="stopped", reason=why, exit_status=status)
-    reason = why if word == "failed" and why else _last_words(path / CONSOLE)
+    reason = why if word == "failed" and why else _last_words(path / CONSOLE, told)
     return replace(job, state="failed", reason=reason or f"exit status {status}", exit_status=status)
 
 
-def _last_words(console: Path) -> str:
+def _last_words(console: Path, told: int) -> str:
     """Return the errors that the job told, or the last line it wrote."""
     with contextlib.suppress(OSError), open(console, "rb") as file:
-        file.seek(max(0, file.seek(0, 2) - 20_000))
+        file.seek(max(told, file.seek(0, 2) - 20_000))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
         told = [line.removeprefix("error: ") for line in lines[-20:] if line.startswith("error: ")]
         return "; ".join(told) or (lines[-1] if lines else "")

@@ -85,7 +85,7 @@ def test_a_job_without_a_checkpoint_starts_again_from_nothing(project, sweep):
     assert states(folder)["kind=nothing"] == ("failed", "kind=nothing: cannot be; try good")
     sweep(f"sweep.resume={folder}")
     (job,) = [job for job in read_manifest(folder).jobs if job.state == "failed"]
-    assert job.attempts == 2
+    assert (job.attempts, job.reason) == (2, "kind=nothing: cannot be; try good")  # told once: of this attempt alone
     assert "resume" not in " ".join(starts(folder / job.folder)[-1]["argv"])
     steps = [json.loads(line)["step"] for line in (folder / job.folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1]
