@@ -214,10 +214,10 @@ def _judge(job: Job, path: Path, status: int, told: int) -> Job:
     return replace(job, state="failed", reason=reason or f"exit status {status}", exit_status=status)
 
 
-def _last_words(console: Path, told: int) -> str:
+def _last_words(console: Path, since: int) -> str:
     """Return the errors that the job told, or the last line it wrote."""
     with contextlib.suppress(OSError), open(console, "rb") as file:
-        file.seek(max(told, file.seek(0, 2) - 20_000))
+        file.seek(max(since, file.seek(0, 2) - 20_000))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
         told = [line.removeprefix("error: ") for line in lines[-20:] if line.startswith("error: ")]
         return "; ".join(told) or (lines[-1] if lines else "")
