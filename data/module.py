@@ -12,11 +12,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.build import CacheOptions, TokenCache, default_cache_dir, open_or_build
 from data.packing import pack
-from data.sampler import RunSampler, validation_windows
+from data.sampler import RunSampler, run_windows, validation_windows
 from data.sources import Source
 from data.tokens import TokenStream
 from llm.contracts import Batch
 from llm.errors import ConfigError, DataError
+
+SCANNED_AT_ONCE = 1 << 22
+"""Tokens read at a time where documents are counted."""
 
 
 class WindowDataset(Dataset):
@@ -186,6 +189,29 @@ class TokenDataModule(LightningDataModule):
             start_step=start_step,
             span_of_step=None if self.ramp is None else self._span_of_step,
         )
+
+    def windows_of_step(self, step: int) -> list[int]:
+        """Return the windows of the update that follows `step` updates, in the order of the sampler."""
+        per_step = self.windows_per_step
+        start, count = (step * per_step, per_step) if self.ramp is None else self._span_of_step(step)
+        return run_windows(start, start + count, num_windows=self.num_windows, seed=self.seed).tolist()
+
+    def documents_in(self, windows: list[int]) -> list[tuple[int, int]]:
+        """Return the numbers of the first and the last training document in each window, counted from 0.
+
+        Reads the corpus up to the last of them: seconds for billions of tokens.
+        """
+        stream, cache, length = self.cache.train, self.cache, self.context_length
+        ends = sorted({edge for window in windows for edge in (window * length + 1, (window + 1) * length)})
+        begun, at, count = {0: 0}, 0, 0
+        for end in ends:
+            while at < end:
+                part = stream.read(at, min(end, at + SCANNED_AT_ONCE))
+                ids = part & ~part.dtype.type(cache.unscored_bit) if cache.unscored_bit else part
+                count, at = count + int((ids == self.tokenizer.bos_id).sum()), at + len(part)
+            begun[end] = count
+        spans = [(begun[w * length + 1], begun[(w + 1) * length]) for w in windows]
+        return [(max(first - 1, 0), max(last - 1, 0)) for first, last in spans]
 
     def _span_of_step(self, step: int) -> tuple[int, int]:
         tokens = self.ramp.tokens_seen(step), self.ramp.batch_tokens_at(step)

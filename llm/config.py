@@ -26,7 +26,7 @@ from llm.transformer import Transformer
 
 GROUPS = (
     "model", "optimizer", "schedule", "scaling", "batch_schedule", "rates", "data", "tokenizer", "trainer", "logger",
-    "callbacks", "loader", "eval", "averaging",
+    "callbacks", "loader", "eval", "averaging", "spikes",
 )  # fmt: skip
 SUPPLIED_TO = {"data.module.TokenDataModule": frozenset({"source"})}
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
@@ -135,6 +135,7 @@ def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
         ({"optimizer", "rates"}, lambda: build_rates(cfg).check(instantiate(cfg["optimizer"]))),
         ({"data"}, lambda: instantiate(cfg["data"])),
         ({"tokenizer"}, lambda: build_tokenizer(cfg)),
+        ({"spikes"}, lambda: instantiate(cfg.get("spikes") or {})),
     ]
     problems = []
     for keys, probe in probes:
@@ -212,8 +213,9 @@ def _check_optimizer(cfg: Mapping[str, Any]) -> None:
                 "optimizer.accumulate=momentum: works on one device with whole tensors; set optimizer.accumulate=buffer"
             )
         clip = cfg["trainer"].get("gradient_clip_val")
-        if clip or policy == "skip":
-            key = f"trainer.gradient_clip_val={clip}" if clip else "on_nonfinite=skip"
+        if clip or policy == "skip" or cfg.get("spikes"):
+            key = "spikes=skip" if cfg.get("spikes") else "on_nonfinite=skip"
+            key = f"trainer.gradient_clip_val={clip}" if clip else key
             raise ConfigError(
                 f"{key}: optimizer.accumulate=momentum leaves no gradient to act on; set "
                 "trainer.gradient_clip_val=null and on_nonfinite=raise or tiger, or optimizer.accumulate=buffer"
@@ -344,6 +346,7 @@ def module_factories(cfg: Mapping[str, Any]) -> dict[str, Any]:
         "scaling": instantiate(cfg["scaling"]),
         "ramp": batch_ramp(cfg),
         "rates": build_rates(cfg),
+        "spikes": instantiate(cfg["spikes"]) if cfg.get("spikes") else None,
     }
 
 

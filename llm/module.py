@@ -20,6 +20,7 @@ from llm.optim.param_groups import build_param_groups, parameter_kinds
 from llm.scaling import rates as tensor_rates
 from llm.scaling.derivation import derivation
 from llm.scaling.rates import Rates
+from llm.spikes import SpikeGuard
 from llm.transformer import Transformer, TransformerOutput
 from llm.zero.weights import state_shapes
 
@@ -55,6 +56,10 @@ class LanguageModule(L.LightningModule):
             (`skip`), or hand it to Tiger, which shrinks the tensors concerned (`tiger`); the last two stop after
             MAX_NONFINITE_IN_A_ROW such steps.
         generate: `f(model, prompts, …) -> texts`, for samples along the way; see `llm.generate`.
+        spikes: tells which finite updates to leave out; None: none.
+
+    Attributes:
+        refused: what is known of the last update that was left out, until a callback has taken it.
     """
 
     model: Transformer
@@ -77,6 +82,7 @@ class LanguageModule(L.LightningModule):
         token_bytes: Int[Tensor, " vocab"],
         on_nonfinite: Literal["raise", "skip", "tiger"],
         generate: Callable[..., list[str]],
+        spikes: SpikeGuard | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -85,6 +91,8 @@ class LanguageModule(L.LightningModule):
         self.ramp, self.total_steps = ramp, ramp.total_steps
         self.batch_tokens, self.context_length = batch_tokens, context_length
         self.generate, self.on_nonfinite = generate, on_nonfinite
+        self.spikes, self.spiked_steps, self._dropped_step = spikes, 0, -1
+        self.refused: dict[str, Any] | None = None
         self.nonfinite_steps, self.nonfinite_in_a_row, self._refused_step = 0, 0, -1
         self.register_buffer("token_bytes", token_bytes.float(), persistent=False)
         self.flops_per_token = FORWARD_AND_BACKWARD * model.flops_per_token(context_length)
@@ -148,7 +156,7 @@ class LanguageModule(L.LightningModule):
         """Run the micro-batch and the update, then hand statistics to the layers that gathered them."""
         super().optimizer_step(*arguments, **options)
         statistics, self._statistics = self._statistics, {}
-        if self._refused_step == self.global_step - 1 and self.on_nonfinite == "skip":  # nothing may change
+        if self._dropped_step == self.global_step - 1:  # nothing may change
             return
         for index, layer in enumerate(self.model.blocks()):
             prefix = f"train/layer{index}/{STATISTIC}"
@@ -178,6 +186,7 @@ class LanguageModule(L.LightningModule):
         """
         gradients = self._gradients()
         norm = gradients.norm()
+        losses = torch.stack(self._pending["train/loss"])
         means = {name: self._reduced(torch.stack(values).mean(0), "mean") for name, values in self._pending.items()}
         self._pending.clear()
         # a kind with several rates is shown with its first
@@ -186,9 +195,21 @@ class LanguageModule(L.LightningModule):
             rates["batch_tokens"] = self.batch_tokens_at(self.global_step)
         self.step_metrics = {**means, **({"grad_norm": norm} if gradients.exist else {}), **rates}
         if not bool(torch.isfinite(norm + means["train/loss"])):
+            self._note_refused("not finite", losses, means["train/loss"], norm)
             self._refuse_update(gradients, loss=float(means["train/loss"]), norm=float(norm))
+        elif self.spikes and (why := self.spikes.judge(float(means["train/loss"]), float(norm))):
+            self._note_refused(why, losses, means["train/loss"], norm)
+            self.spiked_steps, self._dropped_step = self.spiked_steps + 1, self.global_step
+            self.step_metrics["spiked_steps"] = float(self.spiked_steps)
+            gradients.drop()
         elif gradient_clip_val:
             gradients.clip(gradient_clip_val, norm)
+
+    def _note_refused(self, why: str, losses: Tensor, loss: Tensor, norm: Tensor) -> None:
+        """Keep what a callback writes down of an update that is not applied: every rank's micro-batches' losses."""
+        ranks = losses[None] if self.trainer.world_size == 1 else self.trainer.strategy.all_gather(losses)
+        self.refused = {"step": self.global_step + 1, "why": why, "loss": float(loss), "grad_norm": float(norm)}
+        self.refused["losses"] = ranks.float().reshape(-1, len(losses)).tolist()
 
     def _gradients(self) -> Any:
         """The gradients of the update to come: whole, or in the shards of a strategy that holds them so."""
@@ -213,11 +234,19 @@ class LanguageModule(L.LightningModule):
             )
         if self.on_nonfinite == "skip":
             gradients.drop()
+            self._dropped_step = self.global_step
         self.step_metrics["nonfinite_steps"] = float(self.nonfinite_steps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what spikes are told by."""
+        if self.spikes:
+            checkpoint["spikes"] = self.spikes.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that another architecture made, before Lightning copies any."""
         compare_state(checkpoint["state_dict"], state_shapes(self), source=f"resume=step {checkpoint['global_step']}")
+        if self.spikes and "spikes" in checkpoint:
+            self.spikes.load_state_dict(checkpoint["spikes"])
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums of loss, tokens and bytes."""

@@ -1,0 +1,74 @@
+"""Updates that were refused, written down with what they were made of: bad_steps.jsonl."""
+
+import json
+import logging
+import math
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from llm.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+FILE = "bad_steps.jsonl"
+
+
+class BadSteps(Callback):
+    """Notes each update that was not applied: its micro-batches with their losses, windows and documents.
+
+    One line an update: step, why, loss, grad_norm, and for each micro-batch of each rank its loss, the numbers of its
+    windows, and the first and last document of the corpus in each of them. `python -m llm.replay` computes its losses
+    again, window by window.
+
+    Args:
+        run_folder: where the file goes.
+    """
+
+    def __init__(self, *, run_folder: RunFolder) -> None:
+        self.run_folder = run_folder
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        """Note an update that was left out."""
+        self._note(trainer, pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Note the update that stopped the run."""
+        self._note(trainer, pl_module)
+
+    def _note(self, trainer: L.Trainer, pl_module: Any) -> None:
+        refused, pl_module.refused = getattr(pl_module, "refused", None), None
+        if refused is None or not self.run_folder.is_writer:
+            return
+        losses = refused.pop("losses")
+        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        parts = []
+        if hasattr(data, "windows_of_step"):
+            parts = _micro_batches(losses, data.windows_of_step(refused["step"] - 1), data.documents_in)
+        line = {key: _number(value) for key, value in refused.items()} | {"micro_batches": parts}
+        self.run_folder.append_text(FILE, json.dumps(line) + "\n")
+        log.warning(
+            "step %d was refused (%s): noted in %s; look into it with python -m llm.replay run_dir=%s step=%d",
+            refused["step"], refused["why"], FILE, self.run_folder.path, refused["step"],
+        )  # fmt: skip
+
+
+def _micro_batches(losses: list[list[float]], windows: list[int], documents_in: Any) -> list[dict[str, Any]]:
+    """Return what each rank had in each micro-step, as the sampler dealt it out."""
+    ranks, steps = len(losses), len(losses[0])
+    rows = len(windows) // (ranks * steps)
+    documents = dict(zip(windows, documents_in(windows), strict=True))
+    parts = []
+    for micro_step in range(steps):
+        for rank in range(ranks):
+            first = (micro_step * ranks + rank) * rows
+            own = windows[first : first + rows]
+            part = {"rank": rank, "micro_step": micro_step, "loss": _number(losses[rank][micro_step])}
+            parts.append(part | {"windows": own, "documents": [documents[window] for window in own]})
+    return parts
+
+
+def _number(value: Any) -> Any:
+    """Return a number that JSON has no word for as a text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

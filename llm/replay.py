@@ -1,0 +1,144 @@
+"""What was in the windows of a step: their losses, gradients and first bad layer again, one window at a time."""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm.checkpoint_files import list_checkpoints
+from llm.cli import run_plain_command
+from llm.errors import ConfigError
+from llm.loss import linear_cross_entropy
+from llm.rebuild import TrainedRun, rebuild
+from llm.settings import settings
+from llm.tables import format_table
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """Settings of a replay; see conf/replay.yaml."""
+
+    run_dir: str
+    step: int
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One window again.
+
+    Args:
+        window: its number in the corpus.
+        documents: first and last document in it.
+        loss: nats a token, with what the sublayers add.
+        grad_norm: of this window alone.
+        bad: the first module whose output is not finite, `""` for none.
+    """
+
+    window: int
+    documents: tuple[int, int]
+    loss: float
+    grad_norm: float
+    bad: str
+
+
+def replay(config: ReplayConfig) -> list[Replayed]:
+    """Return each window of a step as the decoder of the nearest checkpoint before it sees it.
+
+    Where that checkpoint is older than the step before, the weights are not quite those of the time; then
+    `resume=<run folder>` reaches the step again, with the same windows and numbers.
+
+    Raises:
+        ConfigError: no such step, or no checkpoint before it.
+    """
+    folder = Path(config.run_dir)
+    name = config.checkpoint or _before(folder, config.step)
+    run = rebuild(folder, name)
+    total = run.module.total_steps
+    if not 1 <= config.step <= total:
+        raise ConfigError(f"step={config.step}: the run has steps 1 to {total}; choose one of bad_steps.jsonl")
+    windows = run.data.windows_of_step(config.step - 1)
+    documents = run.data.documents_in(windows)
+    run.module.train()
+    found = [_one(run, w, d) for w, d in zip(windows, documents, strict=True)]
+    log.info("step %d with the weights of %s", config.step, name)
+    rows = [
+        [r.window, f"{r.documents[0]}-{r.documents[1]}", f"{r.loss:.4f}", f"{r.grad_norm:.4g}", r.bad] for r in found
+    ]
+    log.info(format_table(["window", "documents", "loss", "grad_norm", "first not finite"], rows))
+    return found
+
+
+def _before(folder: Path, step: int) -> str:
+    there = [name for at, path in list_checkpoints(folder / "checkpoints") if at < step for name in [path.name]]
+    if not there:
+        raise ConfigError(
+            f"step={step}: {folder} has no checkpoint before it; choose a later step, or checkpoint=<name>"
+        )
+    return there[-1]
+
+
+def _one(run: TrainedRun, window: int, documents: tuple[int, int]) -> Replayed:
+    batch = {name: tensor.to(run.device) for name, tensor in run.data.windows("train")[window].items()}
+    model = run.module.model
+    model.zero_grad(set_to_none=True)
+    dtype = torch.float16 if run.precision.startswith("16") else torch.bfloat16
+    with (
+        _first_bad(model) as bad,
+        torch.autocast(run.device.type, dtype=dtype, enabled=run.precision.endswith("mixed")),
+    ):
+        out = model(batch["input_ids"], positions=batch["positions"], document_ids=batch["document_ids"])
+        loss = linear_cross_entropy(out.hidden, model.lm_head.weight, batch["labels"])
+    for extra in out.losses.values():
+        loss = loss + extra
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    value = float(loss.detach())
+    return Replayed(window, documents, value, float(norm), bad[0] if bad else _worst(value))
+
+
+def _worst(loss: float) -> str:
+    return "" if math.isfinite(loss) else "loss"
+
+
+@contextlib.contextmanager
+def _first_bad(model: nn.Module) -> Iterator[list[str]]:
+    """Yield a list that gets the names of modules whose outputs are not finite, in the order of the forward pass."""
+    bad: list[str] = []
+
+    def watch(name: str) -> Any:
+        def look(_: nn.Module, __: Any, output: Any) -> None:
+            tensors = [output] if isinstance(output, Tensor) else list(output) if isinstance(output, tuple) else []
+            if any(isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in tensors):
+                bad.append(name)
+
+        return look
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        yield bad
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_replay(cfg: dict[str, Any]) -> ReplayConfig:
+    """Return the settings, or raise ConfigError with every mistake in them."""
+    return settings(ReplayConfig, cfg)
+
+
+def main() -> None:
+    """Replay what the command line names."""
+    run_plain_command(lambda cfg: replay(check_replay(cfg)), config_name="replay")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Steps whose loss or gradient norm jumps: told from the ordinary ones, and left out."""
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from llm.errors import ConfigError
+
+
+class SpikeGuard:
+    """Says which updates to leave out: those far above what the last ones were.
+
+        refuse  x  where  x > mean + sigma std,  over the last `window` accepted updates, x = loss, then gradient norm
+
+    Too many in a row are a change and no spike: then the updates are taken again, and counted from anew.
+
+    Args:
+        sigma: standard deviations above the mean, > 0.
+        window: accepted updates that mean and deviation are taken over, at least 2; none is refused before so many.
+        max_in_a_row: updates left out one after the other, at least 1.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    def __init__(self, *, sigma: float, window: int, max_in_a_row: int) -> None:
+        for key, value, least in (("window", window, 2), ("max_in_a_row", max_in_a_row, 1)):
+            if value < least:
+                raise ConfigError(f"spikes.{key}={value}: must be at least {least}; try {64 * least}")
+        if not 0 < sigma < math.inf:
+            raise ConfigError(f"spikes.sigma={sigma}: must be above 0 standard deviations; try 6")
+        self.sigma, self.window, self.max_in_a_row = sigma, window, max_in_a_row
+        self.accepted: deque[tuple[float, float]] = deque(maxlen=window)
+        self.in_a_row = 0
+
+    def judge(self, loss: float, norm: float) -> str:
+        """Return why an update is a spike, `""` where it is none, and remember it where it is accepted."""
+        reason = self._reason(loss, norm)
+        if reason and self.in_a_row < self.max_in_a_row:
+            self.in_a_row += 1
+            return reason
+        if reason:
+            self.accepted.clear()
+        self.in_a_row = 0
+        self.accepted.append((loss, norm))
+        return ""
+
+    def _reason(self, loss: float, norm: float) -> str:
+        if len(self.accepted) < self.window:
+            return ""
+        for name, value, before in zip(
+            ("loss", "grad_norm"), (loss, norm), zip(*self.accepted, strict=True), strict=True
+        ):
+            mean = math.fsum(before) / len(before)
+            std = math.sqrt(math.fsum((x - mean) ** 2 for x in before) / (len(before) - 1))
+            if value > mean + self.sigma * std:
+                return f"{name}={value:.4g} is over {self.sigma:g} sigma above {mean:.4g}, sigma={std:.2g}"
+        return ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to judge as an uninterrupted one."""
+        return {"accepted": [list(pair) for pair in self.accepted], "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's."""
+        self.accepted = deque(((loss, norm) for loss, norm in state["accepted"]), maxlen=self.window)
+        self.in_a_row = state["in_a_row"]

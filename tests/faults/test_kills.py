@@ -1,0 +1,108 @@
+"""Whatever ends a run, it goes on to the very same losses."""
+
+import random
+import signal
+
+import pytest
+from fault_harness import Fault, Kill, flip, truncate
+
+from llm.checkpoint_files import list_checkpoints, step_folder
+
+# a checkpoint of these runs takes some 20 ms to write; the moments cover all of that
+MOMENTS = 0.03
+
+
+def test_a_run_killed_while_it_saves_goes_on_and_leaves_nothing_half_written(fault, steady):
+    killed = fault.run(kill=Kill(while_saving=0.005))
+    assert killed.status == -signal.SIGKILL
+    assert killed.summary["status"] == "running"
+    steps = sorted(killed.losses)
+    assert steps == list(range(1, len(steps) + 1))
+    while not killed.whole:  # killed while the first one was saved: there is nothing to resume
+        fault = Fault(base=fault.base, cwd=fault.cwd / "again")
+        fault.cwd.mkdir()
+        killed = fault.run(kill=Kill(at_step=9))
+    done = fault.run(f"resume={fault.folder}")
+    assert done.status == 0, done.err
+    assert done.losses == steady
+    assert done.leftovers == []
+    assert done.summary["status"] == "finished"
+    damage(done.folder)
+    again = fault.run(f"resume={fault.folder}")
+    assert again.status == 0, again.err
+    assert "passed over step-00000040: model.safetensors" in again.said
+    assert again.losses == steady
+
+
+def damage(folder):
+    """Cut a byte off the newest checkpoint."""
+    truncate(step_folder(folder / "checkpoints", 40) / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_twenty_kills_at_random_moments_of_saving_give_twenty_good_resumes(tiny, tmp_path, ranks):
+    """At least 20 kills; each is resumed; the end is that of an undisturbed run, bit for bit."""
+    several = [
+        "trainer=deepspeed",
+        "trainer.accelerator=cpu",
+        "trainer.devices=2",
+        "trainer.stage=2",
+        "micro_batch_size=2",
+    ]
+    base = [*tiny, *(several if ranks == 2 else []), "max_steps=60", "checkpoint_every=1", "callbacks.samples=null"]
+    base = [o for o in base if ranks == 1 or o not in ("trainer=cpu", "micro_batch_size=4")]
+    folders = {name: tmp_path / name for name in ("whole", "killed")}
+    for folder in folders.values():
+        folder.mkdir()
+    whole = Fault(base=base, cwd=folders["whole"]).run()
+    assert whole.status == 0, whole.err
+    fault, chance, reached = Fault(base=base, cwd=folders["killed"]), random.Random(0), 0
+    fault.run(kill=Kill(at_step=2, to_group=True))
+    for _ in range(20):
+        killed = fault.run(f"resume={fault.folder}", kill=Kill(while_saving=chance.uniform(0, MOMENTS), to_group=True))
+        assert killed.status == -signal.SIGKILL
+        assert len(killed.whole) >= 1
+        assert max(killed.whole) >= reached  # nothing that was whole is lost
+        reached = max(killed.whole)
+    done = fault.run(f"resume={fault.folder}")
+    assert done.status == 0, done.err
+    assert done.losses == whole.losses
+    assert done.leftovers == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_signal_to_the_whole_group_saves_tells_and_goes_on(fault, steady, number, workers):
+    fault.base += [f"loader.num_workers={workers}"]
+    stopped = fault.run(kill=Kill(number, at_step=6, to_group=True))
+    assert stopped.status == 128 + number, stopped.err
+    assert stopped.summary["status"] == f"stopped: {number.name}"
+    assert stopped.summary["steps"] in stopped.whole
+    done = fault.run(f"resume={fault.folder}", f"loader.num_workers={2 - workers}")
+    assert done.status == 0, done.err
+    assert done.losses == steady
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_leaves_at_once_and_older_checkpoints_stay_whole(fault):
+    stopped = fault.run(kill=Kill(signal.SIGINT, at_step=6, times=2))
+    assert stopped.status == 130, stopped.err
+    assert stopped.whole
+    assert fault.run(f"resume={fault.folder}").status == 0
+
+
+@pytest.mark.slow
+def test_a_bit_flipped_anywhere_in_a_checkpoint_is_noticed(fault, steady):
+    fault.run()
+    chance = random.Random(1)
+    for _ in range(6):
+        _, newest = list_checkpoints(fault.folder / "checkpoints")[-1]
+        victim = chance.choice(sorted(path for path in newest.iterdir() if path.is_file()))
+        flip(victim, chance=chance)
+        done = fault.run(f"resume={fault.folder}")
+        # a flipped bit in the manifest's own notes (a version) changes nothing that is loaded
+        assert done.status == 0, done.err
+        assert "passed over step-" in done.said or victim.name == "manifest.json"
+        assert done.losses == steady

@@ -1,0 +1,116 @@
+"""No quiet success, and no secret or escape through a command line."""
+
+import signal
+
+import pytest
+from fault_harness import Kill
+
+from llm.cli import run_command
+from llm.config import check
+from llm.errors import ConfigError
+from llm.training import train
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Call train.py's command line in this process: (exit status, what it said)."""
+
+    def make(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+        try:
+            run_command(train, config_name="train", check=check)
+            status = 0
+        except SystemExit as error:
+            status = error.code
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("override", "answer"),
+    [
+        ("max_steps=0", "max_steps=0"),
+        ("max_steps=-3", "max_steps=-3"),
+        ("+wandb_key=hunter2", "secrets do not belong"),
+        ("++logger.api_key=hunter2", "secrets do not belong"),
+        ("+callbacks.own={_target_: llm.launch.start_processes, command: [touch, owned], processes: 1}", "allow-list"),
+        ("+callbacks.own={_target_: llm.launch.subprocess.Popen, args: [touch, owned]}", "allow-list"),
+        (
+            "+callbacks.own={_target_: lightning.pytorch.callbacks.ModelCheckpoint, filename: ../../x}",
+            "leads out of the run folder",
+        ),
+        ("name=..", "name=..: letters"),
+        ("trainer.precision=bf61", "trainer.precision=bf61"),
+        ("schedule.warmup=9999", "schedule.warmup=9999"),
+        ("spikes=skipp", "did you mean skip?"),
+    ],
+)
+def test_a_setting_that_cannot_be_meant_ends_with_two_and_runs_nothing(command, tmp_path, override, answer):
+    status, said = command(override)
+    assert status == 2, said
+    assert answer in said
+    assert "hunter2" not in said
+    assert not (tmp_path / "owned").exists()
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_resumed_run_is_named_every_setting_that_contradicts_it_and_no_file_is_touched(command, tiny, tmp_path):
+    folder = tmp_path / "run"
+    status, said = command(*tiny, "max_steps=2", "val_every=2", "callbacks.samples=null", f"hydra.run.dir={folder}")
+    assert status == 0, said
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
+    given = ("optimizer=lion", "model/size=small", "tokenizer=bpe", "seed=4", "context_length=64", "data=synthetic")
+    status, said = command(f"resume={folder}", *given)
+    assert status == 2, said
+    for answer in (
+        "optimizer=llm.optim.lion.Lion: the run was made with torch.optim.AdamW",
+        "model.d_model=384: the run was made with 32",
+        "tokenizer=data.tokenizer.BpeTokenizer: the run was made with data.tokenizer.ByteTokenizer",
+        "seed=4: the run was made with 0",
+        "context_length=64: the run was made with 32",
+        "data=data.synthetic.MarkovChain: the run was made with data.text_files.TextFiles",
+    ):
+        assert answer in said
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert {p for p in before if before[p] != after[p] and ".hydra" not in p.parts} == set()
+    status, said = command(f"resume={folder}", "+wandb_key=hunter2")
+    assert status == 2
+    assert not [p for p in folder.rglob("*") if p.is_file() and b"hunter2" in p.read_bytes()]
+    status, said = command(f"resume={folder}")
+    assert status == 0
+    assert "already complete at step 2" in said or "already complete" in (folder / "train.log").read_text()
+
+
+def test_a_configuration_read_from_a_run_folder_runs_no_code(composed, tiny, tmp_path):
+    cfg = composed(*tiny)
+    cfg["data"] = {
+        "_target_": "llm.launch.start_processes",
+        "command": ["touch", str(tmp_path / "owned")],
+        "processes": 1,
+    }
+    with pytest.raises(ConfigError, match=r"data\._target_=llm\.launch\.start_processes: not on the allow-list"):
+        train(cfg | {"resume": str(tmp_path)}, tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.slow
+def test_without_a_network_wandb_costs_seconds_and_no_line(fault, steady):
+    fault.environment = {
+        "WANDB_API_KEY": "0" * 40,
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "HTTP_PROXY": "http://127.0.0.1:9",
+    }
+    outcome = fault.run("logger=wandb")
+    assert outcome.status == 0, outcome.err
+    assert "recording offline" in outcome.said
+    assert outcome.losses == steady
+
+
+@pytest.mark.slow
+def test_a_killed_run_has_lost_at_most_one_line(fault):
+    outcome = fault.run(kill=Kill(signal.SIGKILL, at_step=11))
+    assert sorted(outcome.losses) == list(range(1, max(outcome.losses) + 1))
+    assert max(outcome.losses) >= 11
