@@ -17,6 +17,7 @@ class BackgroundWriter:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._is_abandoned = False
 
     def submit(self, task: Callable[[], object]) -> None:
         """Queue a task behind those before it."""
@@ -39,8 +40,14 @@ class BackgroundWriter:
     def wait(self) -> None:
         """Return when every task is done; raise what one has failed with."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._tasks or self._error is not None)
+            self._changed.wait_for(lambda: not self._tasks or self._error is not None or self._is_abandoned)
         self.check()
+
+    def abandon(self) -> None:
+        """Wait for nothing any more: the process is about to leave."""
+        with self._changed:
+            self._is_abandoned = True
+            self._changed.notify_all()
 
     def _work(self) -> None:
         while True:

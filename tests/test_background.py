@@ -39,6 +39,15 @@ def test_a_failure_is_raised_once_and_what_was_queued_behind_it_never_runs():
     assert done == [2]
 
 
+def test_a_process_that_leaves_at_once_waits_for_nothing():
+    writer, go = BackgroundWriter(), threading.Event()
+    writer.submit(go.wait)
+    writer.abandon()
+    writer.wait()  # would otherwise hang
+    assert not go.is_set()
+    go.set()
+
+
 def checkpoint(step, value):
     return {"state_dict": {"w": value}, "global_step": step, "optimizer_states": [{"m": value, "step": 3}]}
 

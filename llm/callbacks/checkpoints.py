@@ -87,6 +87,7 @@ class Checkpoints(Checkpoint):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Have the checkpoint that is being written finished, unless the user wants to leave at once."""
         if isinstance(exception, KeyboardInterrupt):
+            _writer(trainer).abandon()
             return
         try:
             _writer(trainer).wait()
