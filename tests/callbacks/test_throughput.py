@@ -37,6 +37,11 @@ def test_only_training_is_timed(folder, train, tiny_module):
     summary = folder.read_summary()
     assert summary["tokens_per_second"] == figures["tokens_per_second"]
     assert summary["mfu"] == figures["mfu"]
+    assert summary["flops_per_token"] == 1000
+    seconds = [line["training_seconds"] for line in folder.read_metrics() if "training_seconds" in line]
+    assert len(seconds) >= 7  # of all updates but the first, so that reports can draw the loss against them
+    assert seconds == sorted(seconds)
+    assert 0 < seconds[0] < seconds[-1] <= figures["training_seconds"]
 
 
 def test_an_unknown_peak_gives_no_mfu(folder, train, tiny_module):
