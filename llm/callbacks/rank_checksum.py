@@ -53,6 +53,8 @@ class RankChecksum(Callback):
         if trainer.world_size == 1:
             return
         held = {n: t for n, t in _tensors(pl_module).items() if t.numel() and not _is_in_parts(t)}
+        if not held:  # all in parts, and no buffers
+            return
         sums = torch.stack([checksum(tensor) for tensor in held.values()])
         lowest, highest = sums.clone(), sums.clone()
         dist.all_reduce(lowest, op=dist.ReduceOp.MIN)

@@ -179,7 +179,8 @@ class Muon(GroupedOptimizer):
 
     def load_owned_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Keep the state of the matrices that this rank owns: only an owner's is kept up to date."""
-        owned = {name for layout in self._layouts.values() for name in self.exchange_of(layout).owned}
+        layouts = [layout for layout in self._layouts.values() if layout.shapes.keys() & state.keys()]
+        owned = {name for layout in layouts for name in self.exchange_of(layout).owned}
         super().load_owned_state({name: held for name, held in state.items() if name in owned})
 
     def _products_dtype(self, device: str) -> torch.dtype:
