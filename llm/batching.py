@@ -115,10 +115,13 @@ def plan_ramp(changes: Mapping[int, int], *, max_steps: int | None, max_tokens: 
     for start, following in zip(starts, [*starts[1:], None], strict=True):
         batch_tokens = changes[start]
         left = steps - step if max_tokens is None else (max_tokens - seen) // batch_tokens
-        count = left if following is None else min(left, -(-max(0, following - seen) // batch_tokens))
+        needed = left if following is None else -(-max(0, following - seen) // batch_tokens)
+        count = min(left, needed)
         if count > 0:
             stages.append((step, seen, batch_tokens))
             step, seen = step + count, seen + count * batch_tokens
+        if needed > left:  # the run ends here
+            break
     return BatchRamp(tuple(stages), step)
 
 

@@ -5,7 +5,7 @@ A.1; Smith et al., "Don't Decay the Learning Rate, Increase the Batch Size", arX
 each stage follows from the `scaling` rule at the stage's batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from llm.errors import ConfigError
 
@@ -19,28 +19,34 @@ def constant(*, batch_tokens: int) -> dict[int, int]:
     return {0: batch_tokens}
 
 
-def stages(*, batch_tokens: int, shares: Mapping[int, float]) -> dict[int, int]:
+def stages(*, batch_tokens: int, starts: Sequence[int], shares: Sequence[float]) -> dict[int, int]:
     """Give shares of the full batch from given numbers of tokens on.
 
     Args:
         batch_tokens: tokens per update of the full batch.
-        shares: tokens seen -> share of batch_tokens from then on, in (0, 1]; the first at 0.
+        starts: tokens seen at which each stage begins, rising; the first 0.
+        shares: of batch_tokens, one a stage, in (0, 1].
 
     Raises:
-        ConfigError: no stage at 0, a share out of range, or one that is no whole number of tokens.
+        ConfigError: no stage at 0, other than one share a stage, a share out of range, or no whole number of tokens.
     """
-    if not shares or min(shares) != 0:
+    if not starts or starts[0] != 0 or list(starts) != sorted(set(starts)):
+        raise ConfigError(f"batch_schedule.starts={list(starts)}: must rise from 0; try [0, 500000]")
+    if len(shares) != len(starts):
         raise ConfigError(
-            f"batch_schedule.shares={dict(shares)}: the first stage must be at 0; add for instance 0: 0.25"
+            f"batch_schedule.shares={list(shares)}: needs one for each of batch_schedule.starts={list(starts)}; "
+            "give as many"
         )
     changes = {}
-    for seen, share in sorted(shares.items()):
+    for seen, share in zip(starts, shares, strict=True):
         if not 0 < share <= 1:
-            raise ConfigError(f"batch_schedule.shares[{seen}]={share}: must lie in (0, 1], a share of batch_tokens")
+            raise ConfigError(
+                f"batch_schedule.shares={list(shares)}: must lie in (0, 1]; 0.25 is a quarter of the batch"
+            )
         tokens = share * batch_tokens
         if round(tokens) < 1 or abs(tokens - round(tokens)) > 1e-6:
             raise ConfigError(
-                f"batch_schedule.shares[{seen}]={share}: gives {tokens:g} of batch_tokens={batch_tokens}; "
+                f"batch_schedule.shares={list(shares)}: {share:g} gives {tokens:g} of batch_tokens={batch_tokens}; "
                 "take a share that leaves whole windows, such as 0.25"
             )
         changes[int(seen)] = round(tokens)
@@ -60,10 +66,11 @@ def doubling(*, batch_tokens: int, start_share: float, every_tokens: int) -> dic
     """
     if every_tokens < 1:
         raise ConfigError(f"batch_schedule.every_tokens={every_tokens}: must be at least 1; try {batch_tokens * 50}")
-    shares, share = {}, float(start_share)
+    shares, share = [], float(start_share)
     while 0 < share < 1:
-        shares[len(shares) * every_tokens] = share
+        shares.append(share)
         share *= 2
     if share != 1:
         raise ConfigError(f"batch_schedule.start_share={start_share}: must be 1/2, 1/4, 1/8, ...; try 0.25")
-    return stages(batch_tokens=batch_tokens, shares={**shares, len(shares) * every_tokens: 1.0})
+    starts = [every_tokens * i for i in range(len(shares) + 1)]
+    return stages(batch_tokens=batch_tokens, starts=starts, shares=[*shares, 1.0])
