@@ -20,6 +20,7 @@ from llm.errors import ConfigError, CrucibleError
 from llm.launch import find_launch
 from llm.precision import resolve_precision
 from llm.safety import escaping_paths, secrets_in
+from llm.scaling.half_life import half_life_note, keep_half_life
 from llm.scaling.rates import Rates
 from llm.signatures import check_node, fits, locate, suggest, target_nodes, type_name
 from llm.transformer import Transformer
@@ -49,6 +50,7 @@ class RunConfig:
     checkpoint_every: int
     on_nonfinite: Literal["raise", "skip", "tiger"]
     compile: bool | Literal["auto"]
+    keep_half_life: bool
     resume: str | None
     init_from: str | None
     plan: bool
@@ -128,6 +130,7 @@ def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
         (run_keys | {"batch_schedule", "trainer"}, lambda: check_ramp(plan=batch_plan(cfg), ramp=batch_ramp(cfg))),
         ({"optimizer", "on_nonfinite", "trainer"}, lambda: _check_optimizer(cfg)),
         (run_keys | {"scaling", "batch_schedule"}, lambda: _check_scaling(cfg)),
+        (run_keys | {"batch_schedule", "keep_half_life"}, lambda: _check_half_life(cfg)),
         (run_keys | {"schedule"}, lambda: _check_schedule(cfg)),
         ({"trainer"}, lambda: resolve_precision(cfg["trainer"]["precision"], accelerator=accelerator(cfg["trainer"]))),
         ({"trainer", "compile"}, lambda: _check_trainer(cfg)),
@@ -166,6 +169,14 @@ def _check_scaling(cfg: Mapping[str, Any]) -> None:
     scaling = instantiate(node)
     for _, _, batch_tokens in batch_ramp(cfg).stages:
         scaling(batch_tokens)
+
+
+def _check_half_life(cfg: Mapping[str, Any]) -> None:
+    if cfg["keep_half_life"] and len(batch_ramp(cfg).stages) > 1:
+        raise ConfigError(
+            "keep_half_life=true: an optimizer's averages have one decay for the whole run, and batch_schedule changes "
+            "the batch; set keep_half_life=false, or batch_schedule=constant"
+        )
 
 
 def needs_probe(cfg: Mapping[str, Any]) -> bool:
@@ -348,6 +359,16 @@ def module_factories(cfg: Mapping[str, Any]) -> dict[str, Any]:
         "rates": build_rates(cfg),
         "spikes": instantiate(cfg["spikes"]) if cfg.get("spikes") else None,
     }
+
+
+def retuned_optimizer(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return the optimizer's node for the batch of the run, and what became of its half-lives in tokens."""
+    node, base = dict(cfg["optimizer"]), cfg["scaling"].get("base_batch_tokens")
+    ratio = cfg["batch_tokens"] / base
+    lr_scale = instantiate(cfg["scaling"])(cfg["batch_tokens"])
+    kept = keep_half_life(node, ratio=ratio, lr_scale=lr_scale) if cfg.get("keep_half_life") else node
+    is_scaled = cfg["scaling"]["_target_"] != "llm.scaling.rules.none" or kept != node
+    return kept, half_life_note(node, kept, ratio=ratio, lr_scale=lr_scale) if is_scaled else ""
 
 
 def build_callbacks(cfg: Mapping[str, Any], **supplied: Any) -> list[Any]:

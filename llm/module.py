@@ -49,6 +49,7 @@ class LanguageModule(L.LightningModule):
         scaling: `f(batch_tokens) -> lr_scale`.
         rates: how each tensor's lr and decay follow from those of the run.
         ramp: optimizer updates in the run, and the tokens of each.
+        half_life_note: what the batch did to the optimizer's half-lives in tokens, for the receipt.
         batch_tokens: tokens per update, over all devices; of the largest, where they differ.
         context_length: tokens a window.
         token_bytes: bytes that each token id stands for, to give bits per byte.
@@ -77,6 +78,7 @@ class LanguageModule(L.LightningModule):
         scaling: Callable[[int], float],
         rates: Rates,
         ramp: BatchRamp,
+        half_life_note: str,
         batch_tokens: int,
         context_length: int,
         token_bytes: Int[Tensor, " vocab"],
@@ -89,7 +91,7 @@ class LanguageModule(L.LightningModule):
         self.build_optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
         self.schedule, self.scaling, self.rates = schedule, scaling, rates
         self.ramp, self.total_steps = ramp, ramp.total_steps
-        self.batch_tokens, self.context_length = batch_tokens, context_length
+        self.batch_tokens, self.context_length, self.half_life_note = batch_tokens, context_length, half_life_note
         self.generate, self.on_nonfinite = generate, on_nonfinite
         self.spikes, self.spiked_steps, self._dropped_step = spikes, 0, -1
         self.refused: dict[str, Any] | None = None
@@ -125,7 +127,8 @@ class LanguageModule(L.LightningModule):
     def lr_derivation(self) -> list[str]:
         """How the learning rate follows from the batch: a line for each batch size of the run."""
         sizes = dict.fromkeys(batch_tokens for _, _, batch_tokens in self.ramp.stages)
-        return [derivation(self.scaling, lr=self.lr, batch_tokens=size) for size in sizes]
+        note = f"; {self.half_life_note}" if self.half_life_note else ""
+        return [derivation(self.scaling, lr=self.lr, batch_tokens=size) + note * (len(sizes) == 1) for size in sizes]
 
     def batch_tokens_at(self, step: int) -> int:
         """Tokens of the update that follows `step` updates."""

@@ -42,6 +42,24 @@ def cosine(step: int, *, total_steps: int, warmup: float, floor: float) -> float
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def inverse_time(step: int, *, total_steps: int, warmup: float, half_life: float) -> float:
+    """Warm up, then fall as 1 / (1 + t/T), t counting from the end of the warm-up.
+
+    Args:
+        step: updates done before this one.
+        total_steps: updates in the run.
+        warmup: duration of the linear rise.
+        half_life: T, the duration after which the factor is one half; above 0.
+
+    Source: Tian & Parikh, "Amos", arXiv:2210.11693, section 4; Su, kexue.fm/archives/9344: the decay of a rate whose
+    steps come closer to their aim as they go, preferred there to 1 / (1 + t/T)².
+    """
+    rise, half = _steps("schedule.warmup", warmup, total_steps), _steps("schedule.half_life", half_life, total_steps)
+    if half < 1:
+        raise ConfigError(f"schedule.half_life={half_life}: must be at least one step; try 0.2")
+    return _warmup_factor(step, rise) if step < rise else 1 / (1 + (step - rise) / half)
+
+
 def wsd(
     step: int, *, total_steps: int, warmup: float, decay: float, floor: float, shape: Literal["linear", "sqrt"]
 ) -> float:

@@ -29,6 +29,7 @@ from llm.config import (
     module_factories,
     needs_probe,
     planned_steps,
+    retuned_optimizer,
     run_config,
     save,
     world_size,
@@ -215,9 +216,11 @@ def trial_step(model: Transformer, windows: int, *, device: torch.device, precis
 
 def build_module(cfg: Mapping[str, Any], run: RunConfig, model: Transformer, tokenizer: Any) -> LanguageModule:
     """Put a decoder, the optimizer's factory, and the rules for its rate into the Lightning module."""
+    optimizer, note = retuned_optimizer(cfg)
     module = LanguageModule(
         model=model,
-        **module_factories(cfg),
+        **module_factories({**cfg, "optimizer": optimizer}),
+        half_life_note=note,
         batch_tokens=run.batch_tokens,
         context_length=run.context_length,
         token_bytes=torch.as_tensor(tokenizer.token_bytes),

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm.errors import ConfigError
-from llm.schedule import constant, cosine, piecewise, wsd
+from llm.schedule import constant, cosine, inverse_time, piecewise, wsd
 
 TOTAL = 1000
 
@@ -79,3 +79,12 @@ def test_every_factor_lies_between_zero_and_one(step, total, warmup, decay, floo
 def test_a_bad_setting_names_its_key(call, key):
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
         call()
+
+
+def test_inverse_time_halves_after_its_half_life_and_is_a_third_after_two():
+    at = lambda step: inverse_time(step, total_steps=TOTAL, warmup=100, half_life=0.2)  # noqa: E731
+    assert at(99) == at(100) == 1.0
+    assert at(300) == pytest.approx(1 / 2)
+    assert at(500) == pytest.approx(1 / 3)
+    with pytest.raises(ConfigError, match=r"schedule\.half_life=0"):
+        inverse_time(0, total_steps=TOTAL, warmup=0, half_life=0)

@@ -54,7 +54,9 @@ class Spectral(Rates):
         factor = 1.0
         if tensor.kind == "matrix":
             base = self.base_d_model
-            square = tensor._replace(rows=base, columns=base, std=tensor.std * (tensor.columns / base) ** 0.5)
+            narrowing = min(1.0, tensor.rows / tensor.columns) ** 0.5
+            std_of_square = tensor.std / narrowing * (tensor.columns / base) ** 0.5
+            square = tensor._replace(rows=base, columns=base, std=std_of_square)
             wanted = (tensor.rows / tensor.columns) ** 0.5
             factor = wanted * update.spectral_norm(square) / update.spectral_norm(tensor)
         elif tensor.name.startswith(FINAL_NORM):

@@ -1,0 +1,208 @@
+import json
+
+import pytest
+import torch
+from catalogue import CONF, options
+from omegaconf import OmegaConf
+
+from llm.config import build_model, check, instantiate, module_factories, to_plain
+from llm.errors import ConfigError
+from llm.loss import linear_cross_entropy
+from llm.module import rated_groups
+from llm.scaling.rates import Tensor, update_of
+from llm.training import train
+
+KNOWN = [name for name in options("optimizer") if name != "sgd"]
+RATES = [name for name in options("rates") if name != "plain"]
+
+
+def wide(width):
+    heads = width // 16
+    shape = {"d_model": width, "num_heads": heads, "num_kv_heads": heads, "ffn.d_ff": 2 * width, "num_layers": 2}
+    return tuple(f"model.{key}={value}" for key, value in shape.items())
+
+
+def setting(composed, optimizer, rates, width, *further, base=64):
+    known = () if rates in ("plain", "amos") else (f"rates.base_d_model={base}",)
+    decay = ("optimizer.weight_decay=0",) if rates == "amos" else ()
+    chosen = (f"optimizer={optimizer}", f"rates={rates}", *known, *decay, *further)
+    cfg = composed("tokenizer=bytes", *wide(width), *chosen)
+    model, factories = build_model(cfg, vocab_size=256), module_factories(cfg)
+    rating = {key: factories[key] for key in ("rates", "optimizer", "lr", "weight_decay")}
+    return model, factories["optimizer"], rated_groups(model, **rating), cfg
+
+
+def rate_of(groups, name):
+    return next((g["lr"], g["weight_decay"]) for g in groups if name in g["names"])
+
+
+@pytest.mark.parametrize("optimizer", options("optimizer"))
+def test_plain_rates_are_those_of_the_run(composed, optimizer):
+    _, _, groups, cfg = setting(composed, optimizer, "plain", 64)
+    assert [g["kind"] for g in groups] == ["matrix", "embedding", "vector"]
+    assert {g["lr"] for g in groups} == {cfg["optimizer"]["lr"]}
+    assert [g["weight_decay"] for g in groups] == [cfg["optimizer"]["weight_decay"], 0.0, 0.0]
+
+
+@pytest.mark.parametrize("optimizer", KNOWN)
+def test_at_the_base_width_mup_changes_nothing(composed, optimizer):
+    plain, mup = (setting(composed, optimizer, rates, 64) for rates in ("plain", "mup"))
+    for left, right in zip(plain[2], mup[2], strict=True):
+        assert (left["names"], left["lr"], left["weight_decay"]) == (right["names"], right["lr"], right["weight_decay"])
+    for left, right in zip(plain[0].parameters(), mup[0].parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings", "power"),
+    [
+        ("adamw", (), 1.0),
+        ("lion", (), 1.0),
+        ("tiger", (), 0.5),
+        ("muon", (), 0.5),
+        ("muon", ("optimizer.update_scale=spectral",), 0.0),
+    ],
+)
+def test_four_times_the_width_divides_the_rate_of_matrices_as_the_kind_of_step_asks(
+    composed, optimizer, settings, power
+):
+    model, _, groups, cfg = setting(composed, optimizer, "mup", 256, *settings)
+    lr, decay = cfg["optimizer"]["lr"], cfg["optimizer"]["weight_decay"]
+    for name in ("layers.0.attention.q_proj.weight", "layers.1.ffn.down_proj.weight"):
+        assert rate_of(groups, name) == (pytest.approx(lr / 4**power), pytest.approx(decay * 4**power))
+    assert rate_of(groups, "token_embedding.weight") == (lr, 0.0)
+    gain = next(name for name, _ in model.named_parameters() if "norm" in name and "final" not in name)
+    assert rate_of(groups, gain) == (lr, 0.0)
+    assert rate_of(groups, "final_norm.weight") == (pytest.approx(lr / 4), 0.0)
+    assert torch.equal(model.final_norm.weight, torch.full((256,), 0.25))
+
+
+@pytest.mark.parametrize("optimizer", KNOWN)
+def test_spectral_rates_move_every_matrix_by_the_root_of_its_shape(composed, optimizer):
+    model, factory, groups, _ = setting(composed, optimizer, "spectral", 256)
+    update, moved = update_of(factory), {}
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.weight"):
+            rows, columns = parameter.shape
+            std = model.initial_stds[name]
+            assert std == pytest.approx(float(parameter.detach().std()), rel=0.05)  # of 32k draws and more
+
+            size = update.spectral_norm(Tensor(name, "matrix", rows, columns, std))
+            moved[name] = rate_of(groups, name)[0] * size / (rows / columns) ** 0.5
+    if optimizer != "tiger":  # its steps are relative to a std that depth makes smaller in residual outputs
+        assert max(moved.values()) == pytest.approx(min(moved.values()))
+    assert len({round(v, 12) for v in moved.values()}) <= 2
+
+
+def movement(composed, optimizer, rates, width):
+    """How far each sublayer's output and the scores moved in four updates on one batch."""
+    model, factory, groups, _ = setting(composed, optimizer, rates, width, "trainer.precision=32-true")
+    step = factory(groups)
+    ids = torch.randint(256, (4, 33), generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def look():
+        seen = {}
+        hooks = [
+            getattr(layer, part).register_forward_hook(lambda _, __, out, key=(i, part): seen.update({key: out.hidden}))
+            for i, layer in enumerate(model.blocks())
+            for part in ("attention", "ffn")
+        ]
+        seen["scores"] = model.logits(model(ids[:, :-1], positions=torch.arange(32).expand(4, -1)).hidden)
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    before = look()
+    for _ in range(4):
+        out = model(ids[:, :-1], positions=torch.arange(32).expand(4, -1))
+        step.zero_grad()
+        linear_cross_entropy(out.hidden, model.lm_head.weight, ids[:, 1:]).backward()
+        step.step()
+    return {name: float((value - before[name]).square().mean().sqrt()) for name, value in look().items()}
+
+
+@pytest.mark.parametrize("optimizer", KNOWN)
+@pytest.mark.parametrize("rates", ["mup", "spectral"])
+def test_activations_move_as_far_at_four_times_the_width(composed, optimizer, rates):
+    narrow, wider = (movement(composed, optimizer, rates, width) for width in (64, 256))
+    scores = wider.pop("scores") / narrow.pop("scores")
+    for name, moved in wider.items():
+        assert moved / narrow[name] == pytest.approx(1.0, abs=0.2), name  # one draw of weights each
+    assert 0.4 < scores < 1.2  # what the random head makes of moved activations falls with the root of the width
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_with_plain_rates_they_move_further_the_wider_the_model(composed, optimizer):
+    narrow, wider = (movement(composed, optimizer, "plain", width) for width in (64, 256))
+    assert wider["scores"] > 2 * narrow["scores"]
+    assert wider[0, "ffn"] > 1.5 * narrow[0, "ffn"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", KNOWN)
+def test_activations_keep_their_size_from_width_64_to_1024(composed, optimizer):
+    moved = {width: movement(composed, optimizer, "mup", width) for width in (64, 256, 1024)}
+    for name in moved[64]:
+        exponent = torch.tensor(moved[1024][name] / moved[64][name]).log() / torch.tensor(16.0).log()
+        assert abs(float(exponent)) < (0.5 if name == "scores" else 0.1), name
+
+
+def test_amos_rates_for_signs_are_the_published_ones(composed):
+    model, _, groups, _ = setting(composed, "lion", "amos", 64, "optimizer.lr=1e-2")
+    for name in ("layers.0.attention.q_proj.weight", "token_embedding.weight"):
+        std = model.initial_stds[name]
+        assert rate_of(groups, name) == (pytest.approx(1e-2 * std), pytest.approx(1e-2 / (2 * std)))
+    assert rate_of(groups, "final_norm.weight") == (pytest.approx(5e-3), 0.0)
+
+
+def test_amos_rates_divide_by_the_size_of_adams_steps(composed):
+    model, _, groups, _ = setting(composed, "adamw", "amos", 64, "optimizer.lr=1e-2")
+    std, rms = model.initial_stds["layers.0.attention.q_proj.weight"], (0.1 / 1.9) ** 0.5
+    wanted = (pytest.approx(1e-2 * std / rms), pytest.approx(1e-2 * rms / (2 * std)))
+    assert rate_of(groups, "layers.0.attention.q_proj.weight") == wanted
+
+
+def test_tiger_has_the_rates_of_amos_already(composed):
+    _, _, groups, _ = setting(composed, "tiger", "amos", 64, "optimizer.lr=1e-2")
+    assert {round(g["lr"], 12) for g in groups} == {1e-2}
+
+
+def test_amos_decay_holds_the_size_of_weights_that_see_only_noise():
+    std, alpha = 0.05, 1e-2
+    lr, decay = alpha * std, alpha / (2 * std)
+    generator, weights = torch.Generator().manual_seed(0), torch.zeros(20_000)
+    weights.normal_(0, std, generator=generator)
+    for _ in range(2000):  # ten times 1 / alpha; signs of independent noise
+        steps = torch.randn(weights.shape, generator=generator).sign()
+        weights -= lr * (steps + decay * weights)
+    # 20 000 weights leave 0.5 % of one standard deviation; four of them
+    assert float(weights.square().mean().sqrt()) == pytest.approx(std, rel=0.02)
+
+
+@pytest.mark.parametrize("rates", RATES)
+def test_an_optimizer_whose_steps_are_as_large_as_the_gradient_is_refused(composed, tiny, rates):
+    decay = ("optimizer.weight_decay=0",)
+    with pytest.raises(ConfigError, match=rf"rates={rates}: the steps of SGD .*optimizer=adamw, lion"):
+        check(composed(*tiny, "optimizer=sgd", f"rates={rates}", *decay))
+
+
+@pytest.mark.parametrize("rates", ["mup", "spectral"])
+def test_a_base_width_below_one_is_refused(rates):
+    node = {**to_plain(OmegaConf.load(CONF / "rates" / f"{rates}.yaml")), "base_d_model": 0}
+    with pytest.raises(ConfigError, match=r"rates\.base_d_model=0: .* at which optimizer\.lr was tuned"):
+        instantiate(node)
+
+
+def test_a_decay_that_amos_would_drop_is_refused(composed, tiny):
+    with pytest.raises(ConfigError, match=r"optimizer\.weight_decay=0\.1: rates=amos derives it"):
+        check(composed(*tiny, "rates=amos"))
+
+
+def test_the_receipt_shows_the_rate_of_every_tensor(composed, tiny, tmp_path):
+
+    train(composed(*tiny, "rates=mup", "rates.base_d_model=16", "max_steps=2"), tmp_path)
+    lines = {line.split()[0]: line for line in (tmp_path / "optimizer.txt").read_text().splitlines() if line}
+    assert " 0.002 " in lines["layers.0.attention.q_proj.weight"]
+    assert " 0.004 " in lines["token_embedding.weight"]
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
