@@ -54,9 +54,10 @@ def inverse_time(step: int, *, total_steps: int, warmup: float, half_life: float
     Source: Tian & Parikh, "Amos", arXiv:2210.11693, section 4; Su, kexue.fm/archives/9344: the decay of a rate whose
     steps come closer to their aim as they go, preferred there to 1 / (1 + t/T)².
     """
-    rise, half = _steps("schedule.warmup", warmup, total_steps), _steps("schedule.half_life", half_life, total_steps)
-    if half < 1:
-        raise ConfigError(f"schedule.half_life={half_life}: must be at least one step; try 0.2")
+    rise = _steps("schedule.warmup", warmup, total_steps)
+    half = half_life * total_steps if half_life < 1 else half_life
+    if half <= 0:
+        raise ConfigError(f"schedule.half_life={half_life}: must be above 0; try 0.2")
     return _warmup_factor(step, rise) if step < rise else 1 / (1 + (step - rise) / half)
 
 
