@@ -9,6 +9,7 @@ from distributed_helpers import losses, weights
 FP32 = ("trainer.precision=32-true", "trainer.gradient_clip_val=null")
 """Without clipping nothing is summed in another order on 1 rank and on 2, but at stage 3."""
 MUON = ("optimizer=muon", "optimizer.row_beta=0.95", "optimizer.aux=adamw", *FP32)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ import pytest
 import torch
 from distributed_helpers import distance, losses, weights
 
+pytestmark = pytest.mark.slow
+
 FP32 = "trainer.precision=32-true"
 CASES = {
     "adamw-1": ("optimizer=adamw", "trainer.stage=1"),
