@@ -139,6 +139,8 @@ def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
         ({"data"}, lambda: instantiate(cfg["data"])),
         ({"tokenizer"}, lambda: build_tokenizer(cfg)),
         ({"spikes"}, lambda: instantiate(cfg.get("spikes") or {})),
+        ({"eval"}, lambda: build_evaluations(cfg)),
+        ({"averaging", "trainer"}, lambda: build_averaging(cfg)),
     ]
     problems = []
     for keys, probe in probes:
@@ -375,6 +377,26 @@ def build_callbacks(cfg: Mapping[str, Any], **supplied: Any) -> list[Any]:
     """Build the callbacks, finishing each factory with those of `supplied` that its signature asks for."""
     nodes = instantiate(cfg["callbacks"] or {})
     return [finish(node, **supplied) for node in nodes.values() if node is not None]
+
+
+def build_evaluations(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the evaluations that were chosen, by name; none where there are none."""
+    return instantiate(cfg.get("eval") or {})
+
+
+def build_averaging(cfg: Mapping[str, Any]) -> list[Any]:
+    """Build the callback that averages weights, in a list; an empty one where none was chosen.
+
+    Raises:
+        ConfigError: a setting out of its range, or weights that are sharded.
+    """
+    if not cfg.get("averaging"):
+        return []
+    if "deepspeed" in str(cfg["trainer"].get("strategy")).lower() or "llm.strategy" in str(cfg["trainer"]):
+        raise ConfigError(
+            "averaging: sharded weights are not averaged; use trainer=ddp, or eval.py average=5 afterwards"
+        )
+    return [instantiate(cfg["averaging"])]
 
 
 def build_loggers(cfg: Mapping[str, Any], **supplied: Any) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from llm.errors import ConfigError
 
 FREE_KEYS = frozenset({"resume", "max_steps", "max_tokens", "val_every", "checkpoint_every", "plan", "on_nonfinite"})
-FREE_GROUPS = frozenset({"logger", "callbacks", "trainer", "hydra", "spikes"})
+FREE_GROUPS = frozenset({"logger", "callbacks", "trainer", "hydra", "spikes", "eval"})
 FREE_LOADER_KEYS = frozenset({"num_workers", "cache_dir", "num_processes"})
 
 

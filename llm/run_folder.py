@@ -163,6 +163,12 @@ class RunFolder:
         if self.is_writer:
             _replace_text(self.path / name, text)
 
+    def append_record(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add one line of JSON to the file `name`, whose folder is made where it is missing."""
+        if self.is_writer:
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            self.append_text(name, json.dumps(_plain(record)) + "\n")
+
     def append_text(self, name: str, text: str) -> None:
         """Add `text` to the end of the file `name`."""
         if self.is_writer:

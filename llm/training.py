@@ -20,8 +20,10 @@ from llm.config import (
     accelerator,
     batch_plan,
     batch_ramp,
+    build_averaging,
     build_callbacks,
     build_data,
+    build_evaluations,
     build_loggers,
     build_model,
     build_trainer,
@@ -43,6 +45,7 @@ from llm.memory import SavedBytes
 from llm.micro_batch import find_micro_batch_size
 from llm.module import LanguageModule, rated_groups
 from llm.noise_probe import PROBE_UPDATES, measure_noise_scale
+from llm.other_text import open_source, source_patterns
 from llm.plan import describe_plan
 from llm.precision import resolve_precision
 from llm.provenance import config_hash, versions
@@ -245,6 +248,10 @@ def _build_trainer(cfg: Mapping[str, Any], run: RunConfig, folder: RunFolder, pl
         "config": dict(cfg),
         "describe": partial(describe_plan, cfg),
         "name": run.name,
+        "evaluations": build_evaluations(cfg),
+        "precision": precision,
+        "open_source": partial(open_source, cfg, folder.path),
+        "source_files": source_patterns(cfg),
     }
     manifest = {"world_size": plan.world_size, "versions": versions(), "config_hash": config_hash(cfg)}
     return build_trainer(
@@ -257,7 +264,7 @@ def _build_trainer(cfg: Mapping[str, Any], run: RunConfig, folder: RunFolder, pl
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_model_summary=False,
-        callbacks=build_callbacks(cfg, **supplied),
+        callbacks=[*build_callbacks(cfg, **supplied), *build_averaging(cfg)],  # averaging sees an update's end last
         logger=build_loggers(cfg, **supplied),
         plugins=[FolderCheckpointIO(manifest=manifest)],
     )

@@ -54,6 +54,10 @@ class Recorder(Callback):
             self._pending = (trainer.global_step, self._collect(trainer, pl_module))
         validation = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         self._pending[1].update(validation)
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            contribute = getattr(callback, "validation_metrics", None)
+            if contribute is not None:
+                self._pending[1].update(contribute(trainer))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Write the line first: a run resumed from this checkpoint will not write it again."""

@@ -1,0 +1,95 @@
+"""Evaluations along a training run, by the very code of eval.py."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from llm.errors import ConfigError
+from llm.evals.base import Evaluation, Subject
+from llm.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+class Evaluations(Callback):
+    """Runs what `eval=[…]` lists after every few validations; without a list it does nothing.
+
+    The headline numbers join the line of their update in metrics.jsonl and in every logger, as `eval/<evaluation>/…`;
+    everything that an evaluation found is added to eval/<evaluation>.jsonl. With weights averaged in training, the
+    average is judged, as validation does. Every rank evaluates alike, so that sharded weights can be gathered; the
+    first one writes.
+
+    Args:
+        run_folder: where files go.
+        every_validations: validations between evaluations, at least 1.
+        evaluations: by name.
+        precision: of the run.
+        open_source: see `llm.evals.base.Subject`.
+        source_files: likewise.
+
+    Raises:
+        ConfigError: an every_validations below 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_folder: RunFolder,
+        every_validations: int,
+        evaluations: Mapping[str, Evaluation],
+        precision: str,
+        open_source: Callable[[str, float | None], Any],
+        source_files: tuple[str, ...],
+    ) -> None:
+        if every_validations < 1:
+            raise ConfigError(f"callbacks.evaluations.every_validations={every_validations}: must be at least 1; try 1")
+        self.run_folder, self.every_validations = run_folder, every_validations
+        self.evaluations, self.precision = evaluations, precision
+        self.open_source, self.source_files = open_source, source_files
+        self._validations = 0
+        self._found: tuple[int, dict[str, float]] = (-1, {})
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Evaluate when it is due, before averaged weights make way for the current ones."""
+        if trainer.sanity_checking or not self.evaluations:
+            return
+        self._validations += 1
+        if self._validations % self.every_validations:
+            return
+        step = trainer.global_step
+        subject = Subject(
+            name=f"step {step}",
+            model=pl_module.model,
+            data=trainer.datamodule,  # pyright: ignore[reportAttributeAccessIssue]
+            precision=self.precision,
+            context_length=pl_module.context_length,
+            open_source=self.open_source,
+            source_files=self.source_files,
+        )
+        self._found = (step, self._evaluate(subject, step))
+
+    def _evaluate(self, subject: Subject, step: int) -> dict[str, float]:
+        found: dict[str, float] = {}
+        random_state = torch.get_rng_state()
+        for name, evaluation in self.evaluations.items():
+            result = evaluation(subject)
+            found |= {f"eval/{name}/{key}": value for key, value in result.headline.items()}
+            self.run_folder.append_record(f"eval/{name}.jsonl", {"step": step, "found": result.figures})
+        torch.set_rng_state(random_state)
+        return found
+
+    def validation_metrics(self, trainer: L.Trainer) -> dict[str, float]:
+        """Return the headline numbers of this update for the recorder."""
+        return self._found[1] if self._found[0] == trainer.global_step else {}
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how many validations there were."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on counting."""
+        self._validations = state_dict["validations"]

@@ -1,0 +1,81 @@
+"""Averaged weights: what is validated and saved is the average, and a resumed run goes on exactly."""
+
+import json
+
+import pytest
+import torch
+
+from llm.checkpoint import load_model, load_training
+from llm.config import check
+from llm.errors import ConfigError
+from llm.training import train
+
+EXACT = ("trainer.precision=32-true", "callbacks.samples=null", "val_every=1", "checkpoint_every=1", "max_steps=6")
+KEEP = "callbacks.checkpoints.keep=9"
+
+
+@pytest.fixture
+def run(composed, tiny, tmp_path):
+    def make(name, *overrides):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        train(composed(*tiny, *EXACT, KEEP, *overrides), folder)
+        return folder
+
+    return make
+
+
+def weights(folder, step):
+    return load_model(folder / f"checkpoints/step-{step:08d}")
+
+
+def current(folder, step):
+    return load_training(folder / f"checkpoints/step-{step:08d}")["current_model_state"]
+
+
+def test_an_ema_is_what_its_formula_says_and_training_does_not_feel_it(run):
+    plain, averaged = run("plain"), run("ema", "averaging=ema", "averaging.decay=0.5")
+    expected = weights(plain, 1)
+    for step in range(2, 7):
+        now = weights(plain, step)
+        assert all(torch.equal(now[name], current(averaged, step)[name]) for name in now)
+        expected = {name: 0.5 * expected[name] + 0.5 * now[name] for name in now}
+    for name, tensor in weights(averaged, 6).items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-7, rtol=1e-6)  # fp32, five steps
+
+
+def test_the_last_average_is_the_mean_of_the_last_snapshots(run):
+    folder = run("last", "averaging=last", "averaging.count=2", "averaging.every=2")
+    for name, tensor in weights(folder, 6).items():
+        mean = (current(folder, 4)[name] + current(folder, 6)[name]) / 2
+        torch.testing.assert_close(tensor, mean, atol=1e-8, rtol=1e-6)  # one addition in fp32
+
+
+@pytest.mark.parametrize("kind", ["ema", "last"])
+def test_a_resumed_run_has_the_same_average_and_the_same_losses(run, composed, tiny, kind):
+    settings = (f"averaging={kind}", "averaging.every=2" if kind == "last" else "averaging.decay=0.5")
+    whole, broken = run("whole", *settings), run("broken", *settings)
+    for step in (4, 5, 6):
+        folder = broken / f"checkpoints/step-{step:08d}"
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    (broken / "checkpoints/last").unlink()
+    train({**composed(*tiny, *EXACT, KEEP, *settings), "resume": str(broken)}, broken)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole, 6).values(), weights(broken, 6).values(), strict=True))
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, broken)]
+    assert [line["val/loss"] for line in lines[0]] == [line["val/loss"] for line in lines[1]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer"),
+    [
+        (("averaging=ema", "averaging.decay=1.0"), r"averaging\.decay=1\.0"),
+        (("averaging=last", "averaging.count=1"), r"averaging\.count=1"),
+        (("averaging=ema", "trainer=deepspeed"), "sharded weights are not averaged"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_before_training(composed, tiny, settings, answer):
+    overrides = [t for t in tiny if "trainer=deepspeed" not in settings or not t.startswith("trainer=")]
+    with pytest.raises(ConfigError, match=answer):
+        check(composed(*overrides, *settings))
