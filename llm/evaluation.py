@@ -33,7 +33,7 @@ class EvalConfig:
     run_dir: str | list[str] | None
     checkpoint: str
     average: int
-    eval: dict[str, Any]
+    eval: dict[str, Any] | None = None
     """Evaluations by name, each a node with its settings."""
     context_length: int | None = None
     model: dict[str, Any] | None = None
