@@ -76,7 +76,8 @@ class Meter(Callback):
     def _counted(self, function: Any, name: str, times: float) -> Any:
         def counted(*tensors: Any, **options: Any) -> Any:
             ranks = dist.get_world_size(options.get("group"))
-            whole = max(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+            given = [t for t in (*tensors, *options.values()) if isinstance(t, torch.Tensor)]
+            whole = max((t.numel() * t.element_size() for t in given), default=0)
             self.sent += times * whole * (ranks - 1) / ranks
             return function(*tensors, **options)
 
