@@ -194,6 +194,9 @@ def discard_empty(folder: Path) -> None:
     files = [path for path in folder.rglob("*") if not path.is_dir()]
     if all(path.parent.name == ".hydra" or path.suffix == ".log" for path in files):
         logging.shutdown()
+        for handler in [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]:
+            if Path(handler.baseFilename).is_relative_to(folder.absolute()):
+                logging.getLogger().removeHandler(handler)  # it would open its file again
         shutil.rmtree(folder, ignore_errors=True)
 
 
