@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -9,7 +10,7 @@ from llm.launch import Launch
 
 PATIENCE = timedelta(minutes=5)
 KEY = "crucible/agreed"
-_kept: list[dist.Store] = []
+_kept: list[Any] = []
 """The store lives as long as the process: the process group is made with the same address."""
 
 
@@ -24,10 +25,10 @@ def agree(text: str, launch: Launch) -> str:
     return store.get(KEY).decode()
 
 
-def _store(launch: Launch) -> dist.Store:
+def _store(launch: Launch) -> Any:
     """Open the key-value store of the address at which the ranks will meet."""
     if launch.name == "srun":
-        from lightning.fabric.plugins.environments import SLURMEnvironment
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
         slurm = SLURMEnvironment()
         address, port = slurm.main_address, int(slurm.main_port)
@@ -35,5 +36,6 @@ def _store(launch: Launch) -> dist.Store:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = launch.rank == 0 and not served_by_agent
-    store = dist.TCPStore(address, port, None, serves, PATIENCE, wait_for_workers=False, multi_tenant=True)
-    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    rendezvous: Any = dist  # its names are not in the type stubs' public list
+    store = rendezvous.TCPStore(address, port, None, serves, PATIENCE, wait_for_workers=False, multi_tenant=True)
+    return rendezvous.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)

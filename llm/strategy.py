@@ -193,7 +193,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         if not self.is_global_zero:
             return {}
         state: dict[str, Any] = self.lightning_module.state_dict(keep_vars=True)
-        return {name: whole.get(self._names.get(id(held), ""), held).detach() for name, held in state.items()}
+        named: dict[str, Tensor] = {
+            name: whole.get(self._names.get(id(held), ""), held) for name, held in state.items()
+        }
+        return {name: held.detach() for name, held in named.items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return what a single process would save, on the first rank; elsewhere nothing."""

@@ -129,12 +129,12 @@ def _scores(
     span, num_queries = slice(block.key_start, block.key_stop), block.stop - block.start
     shape = (*query.shape[:2], block.key_stop - block.key_start)
     scores = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-    has_ids = block.is_masked and slab.document_ids is not None
+    ids = slab.document_ids if block.is_masked else None
     visible = visible_keys(
         time=num_queries,
         time_k=shape[2],
         device=scores.device,
-        document_ids=slab.document_ids[:, span] if has_ids else None,
+        document_ids=None if ids is None else ids[:, span],
         window=slab.window if block.is_masked else None,
     )
     bias = scores.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
