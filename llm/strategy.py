@@ -193,9 +193,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         if not self.is_global_zero:
             return {}
         state: dict[str, Any] = self.lightning_module.state_dict(keep_vars=True)
-        named: dict[str, Tensor] = {
-            name: whole.get(self._names.get(id(held), ""), held) for name, held in state.items()
-        }
+        named: dict[str, Any] = {name: whole.get(self._names.get(id(held), ""), held) for name, held in state.items()}
         return {name: held.detach() for name, held in named.items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
