@@ -71,7 +71,8 @@ def replay(config: ReplayConfig) -> list[Replayed]:
     found = [_one(run, w, d) for w, d in zip(windows, documents, strict=True)]
     log.info("step %d with the weights of %s", config.step, name)
     rows = [
-        [str(r.window), f"{r.documents[0]}-{r.documents[1]}", f"{r.loss:.4f}", f"{r.grad_norm:.4g}", r.bad] for r in found
+        [str(r.window), f"{r.documents[0]}-{r.documents[1]}", f"{r.loss:.4f}", f"{r.grad_norm:.4g}", r.bad]
+        for r in found
     ]
     log.info(format_table(["window", "documents", "loss", "grad_norm", "first not finite"], rows))
     return found
