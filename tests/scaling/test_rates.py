@@ -95,8 +95,13 @@ def test_spectral_rates_move_every_matrix_by_the_root_of_its_shape(composed, opt
 
 
 def movement(composed, optimizer, rates, width):
-    """How far each sublayer's output and the scores moved in four updates on one batch."""
-    model, factory, groups, _ = setting(composed, optimizer, rates, width, "trainer.precision=32-true")
+    """How far each sublayer's output and the scores moved in four updates on one batch.
+
+    The rate is small enough for the fourth update to act on a model that is still close to its first.
+    """
+    lr = {"adamw": 4e-3, "lion": 2e-4, "tiger": 1e-2, "muon": 1.6e-2}[optimizer]
+    settings = ("trainer.precision=32-true", f"optimizer.lr={lr}")
+    model, factory, groups, _ = setting(composed, optimizer, rates, width, *settings)
     step = factory(groups)
     ids = torch.randint(256, (4, 33), generator=torch.Generator().manual_seed(0))
 
@@ -136,7 +141,7 @@ def test_activations_move_as_far_at_four_times_the_width(composed, optimizer, ra
 def test_with_plain_rates_they_move_further_the_wider_the_model(composed, optimizer):
     narrow, wider = (movement(composed, optimizer, "plain", width) for width in (64, 256))
     assert wider["scores"] > 2 * narrow["scores"]
-    assert wider[0, "ffn"] > 1.2 * narrow[0, "ffn"]  # width^0.16 to width^0.51 measured: 1.25 or more over a factor 4
+    assert wider[0, "ffn"] > 1.5 * narrow[0, "ffn"]
 
 
 @pytest.mark.slow
