@@ -1,7 +1,7 @@
 """Train a language model: `python train.py optimizer=adamw model=dense`; `--help` lists what can be chosen."""
 
+from llm.checking import check
 from llm.cli import run_command
-from llm.config import check
 from llm.training import train
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ def both_models(folder: Path, size: str, vocab: int, context: int) -> tuple[Any,
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = to_plain(compose("train", overrides))
     model = build_model(cfg, vocab).eval()
-    trained = TrainedModel(folder, cfg, model, Tokenizer(), torch.device("cpu"), "32-true")
+    trained = TrainedModel(
+        folder=folder, config=cfg, model=model, tokenizer=Tokenizer(), device=torch.device("cpu"), precision="32-true"
+    )
     write_model(trained, folder, dtype=torch.float32)
     return model, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from hydra import compose, initialize_config_dir
 
-from llm.config import check, to_plain
+from llm.checking import check
+from llm.config import to_plain
 from llm.errors import NonFiniteError
 from llm.training import train
 

@@ -21,7 +21,8 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from llm.config import check, to_plain
+from llm.checking import check
+from llm.config import to_plain
 from llm.training import train
 
 CONF = Path(__file__).resolve().parents[1] / "conf"

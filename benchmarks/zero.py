@@ -24,7 +24,8 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 
-from llm.config import accelerator, batch_plan, check, to_plain
+from llm.checking import check
+from llm.config import accelerator, batch_plan, to_plain
 from llm.launch import start_processes
 from llm.optim.exchange import OwnerExchange
 from llm.optim.receipt import lines

@@ -20,7 +20,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
-from llm.config import check, to_plain
+from llm.checking import check
+from llm.config import to_plain
 from llm.launch import start_processes
 from llm.training import train
 

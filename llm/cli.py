@@ -19,8 +19,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from llm.checking import check_name
 from llm.checkpoint_files import list_checkpoints
-from llm.config import check_name, load, to_plain, world_size
+from llm.config import load, to_plain, world_size
 from llm.errors import ConfigError, CrucibleError
 from llm.help import help_page
 from llm.launch import Launch, adopt, find_launch, note_failure, start_processes

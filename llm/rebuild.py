@@ -8,18 +8,9 @@ from typing import Any
 import torch
 
 from llm.averaging import last_checkpoints, mean_state
+from llm.checking import check
 from llm.checkpoint import compare_state
-from llm.config import (
-    accelerator,
-    batch_plan,
-    build_data,
-    build_model,
-    build_tokenizer,
-    check,
-    load,
-    run_config,
-    world_size,
-)
+from llm.config import accelerator, batch_plan, build_data, build_model, build_tokenizer, load, run_config, world_size
 from llm.errors import CheckpointError, ConfigError
 from llm.module import LanguageModule
 from llm.precision import resolve_precision
@@ -29,28 +20,30 @@ from llm.transformer import Transformer
 TOKENIZER = "tokenizer.json"
 
 
-@dataclass(frozen=True)
-class TrainedModel:
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a run folder says of itself, and where and in which precision it is to be computed here."""
+
+    folder: Path
+    config: dict[str, Any]
+    device: torch.device
+    precision: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel(Trained):
     """A decoder with a checkpoint's weights, and the tokenizer that it was trained with."""
 
-    folder: Path
-    config: dict[str, Any]
     model: Transformer
     tokenizer: Any
-    device: torch.device
-    precision: str
 
 
-@dataclass(frozen=True)
-class TrainedRun:
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun(Trained):
     """A run with its data beside the decoder: what is needed to measure losses."""
 
-    folder: Path
-    config: dict[str, Any]
     data: Any
     module: LanguageModule
-    device: torch.device
-    precision: str
 
 
 def rebuild_model(
@@ -75,9 +68,8 @@ def rebuild_model(
     tokenizer = saved_tokenizer(folder, cfg)
     check_vocabulary(state, tokenizer.vocab_size, weights)
     model = _model_with(cfg, tokenizer.vocab_size, state, weights)
-    kind = torch.device(device or accelerator(cfg["trainer"]))
-    precision = resolve_precision(cfg["trainer"]["precision"], accelerator=kind.type)
-    return TrainedModel(folder, cfg, model.to(kind).eval(), tokenizer, kind, precision)
+    own = _own(folder, cfg, device)
+    return TrainedModel(**own, model=model.to(own["device"]).eval(), tokenizer=tokenizer)
 
 
 def rebuild(folder: Path, checkpoint: str, *, average: int = 1, **changes: Any) -> TrainedRun:
@@ -102,9 +94,15 @@ def rebuild(folder: Path, checkpoint: str, *, average: int = 1, **changes: Any) 
     check_vocabulary(state, data.tokenizer.vocab_size, weights)
     model = _model_with(cfg, data.tokenizer.vocab_size, state, weights)
     module = build_module(cfg, run_config(cfg), model, data.tokenizer)
-    device = torch.device(accelerator(cfg["trainer"]))
-    precision = resolve_precision(cfg["trainer"]["precision"], accelerator=device.type)
-    return TrainedRun(folder, cfg, data, module.to(device).eval(), device, precision)
+    own = _own(folder, cfg, device=None)
+    return TrainedRun(**own, data=data, module=module.to(own["device"]).eval())
+
+
+def _own(folder: Path, cfg: dict[str, Any], device: str | None) -> dict[str, Any]:
+    """Return the fields of `Trained`."""
+    place = torch.device(device or accelerator(cfg["trainer"]))
+    precision = resolve_precision(cfg["trainer"]["precision"], accelerator=place.type)
+    return {"folder": folder, "config": cfg, "device": place, "precision": precision}
 
 
 def read_config(

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from llm.batching import BatchPlan, micro_batch_candidates
 from llm.callbacks.stop_signals import StopSignals
+from llm.checking import check
 from llm.checkpoint import FolderCheckpointIO, FoundCheckpoint, compare_state, find_last, load_model
 from llm.config import (
     RunConfig,
@@ -27,7 +28,6 @@ from llm.config import (
     build_loggers,
     build_model,
     build_trainer,
-    check,
     module_factories,
     needs_probe,
     planned_steps,

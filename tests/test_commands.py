@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm.checking import check
 from llm.checkpoint import load_model
 from llm.cli import run_command
-from llm.config import check
 from llm.training import train
 
 ROOT = Path(__file__).resolve().parent.parent

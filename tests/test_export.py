@@ -62,7 +62,14 @@ def random_model(composed):
         with torch.no_grad():
             for tensor in [*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("balance.bias"))]:
                 tensor.add_(torch.randn_like(tensor) * 0.1)
-        return TrainedModel(Path("run"), cfg, model, tokenizer, torch.device("cpu"), "32-true")
+        return TrainedModel(
+            folder=Path("run"),
+            config=cfg,
+            model=model,
+            tokenizer=tokenizer,
+            device=torch.device("cpu"),
+            precision="32-true",
+        )
 
     return make
 

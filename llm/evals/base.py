@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from llm.contracts import Batch
+from llm.errors import ConfigError
 from llm.loss import linear_cross_entropy
 from llm.transformer import Transformer
 
@@ -79,6 +80,13 @@ class Evaluation(Protocol):
     def __call__(self, subject: Subject) -> Result:
         """Judge."""
         ...
+
+
+def check_batches(name: str, batches: int | None) -> int | None:
+    """Return how many batches the evaluation of that name reads, None for all; raise ConfigError for less than one."""
+    if batches is not None and batches < 1:
+        raise ConfigError(f"eval.{name}.batches={batches}: must be at least 1, or null for all; try 8")
+    return batches
 
 
 def save_plot(result: Result, path: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from llm.attention.codebook import Codebook as CodebookModule
 from llm.attention.codebook import Quantized
 from llm.errors import ConfigError
-from llm.evals.base import Result, Subject, watch
+from llm.evals.base import Result, Subject, check_batches, watch
 
 
 class Codebook:
@@ -23,9 +23,7 @@ class Codebook:
     """
 
     def __init__(self, *, batches: int | None) -> None:
-        if batches is not None and batches < 1:
-            raise ConfigError(f"eval.codebook.batches={batches}: must be at least 1, or null for all; try 8")
-        self.batches = batches
+        self.batches = check_batches("codebook", batches)
 
     def __call__(self, subject: Subject) -> Result:
         """Count."""

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from llm.errors import ConfigError
-from llm.evals.base import Result, Subject, watch
+from llm.evals.base import Result, Subject, check_batches, watch
 from llm.ffn.load import expert_counts, max_violation
 from llm.ffn.routing import Router, Routing
 
@@ -23,9 +23,7 @@ class Experts:
     """
 
     def __init__(self, *, batches: int | None) -> None:
-        if batches is not None and batches < 1:
-            raise ConfigError(f"eval.experts.batches={batches}: must be at least 1, or null for all; try 8")
-        self.batches = batches
+        self.batches = check_batches("experts", batches)
 
     def __call__(self, subject: Subject) -> Result:
         """Count."""

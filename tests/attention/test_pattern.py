@@ -6,7 +6,8 @@ import torch
 from llm.attention.linear import LinearAttention
 from llm.attention.softmax import SoftmaxAttention
 from llm.attention.vq import VQAttention
-from llm.config import build_model, check
+from llm.checking import check
+from llm.config import build_model
 from llm.errors import ConfigError
 
 

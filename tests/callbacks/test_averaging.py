@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from llm.checking import check
 from llm.checkpoint import load_model, load_training
-from llm.config import check
 from llm.errors import ConfigError
 from llm.training import train
 

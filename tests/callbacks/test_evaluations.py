@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llm.config import check
+from llm.checking import check
 from llm.errors import ConfigError
 from llm.evaluation import evaluate
 from llm.training import train

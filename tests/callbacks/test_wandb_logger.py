@@ -11,7 +11,7 @@ from catalogue import CONF
 from wandb.proto import wandb_internal_pb2
 
 from llm.callbacks.wandb_logger import WandbRunLogger, has_key, is_reachable
-from llm.config import check
+from llm.checking import check
 from llm.errors import ConfigError
 
 ROOT = CONF.parent

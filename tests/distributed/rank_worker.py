@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as `pythonpath` does for the tests themselves
 
-from llm.config import check
+from llm.checking import check
 from llm.training import train
 
 

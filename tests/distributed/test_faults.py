@@ -9,7 +9,8 @@ import pytest
 from distributed_helpers import distance
 
 from llm.batching import plan_batch
-from llm.config import check, topology
+from llm.checking import check
+from llm.config import topology
 from llm.errors import ConfigError
 from llm.launch import find_launch, start_processes
 from llm.zero import settings as zero_settings

@@ -5,8 +5,8 @@ import signal
 import pytest
 from fault_harness import Kill
 
+from llm.checking import check
 from llm.cli import run_command
-from llm.config import check
 from llm.errors import ConfigError
 from llm.training import train
 

@@ -5,7 +5,8 @@ import torch
 from catalogue import CONF, options
 from omegaconf import OmegaConf
 
-from llm.config import build_model, check, instantiate, module_factories, to_plain
+from llm.checking import check
+from llm.config import build_model, instantiate, module_factories, to_plain
 from llm.errors import ConfigError
 from llm.loss import linear_cross_entropy
 from llm.module import rated_groups
