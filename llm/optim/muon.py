@@ -17,6 +17,7 @@ from llm.optim.newton_schulz import fast_dtype, find_iteration, orthogonalize
 from llm.optim.row_normalization import balance_rows
 from llm.optim.rules import apply_rule, apply_rule_to_shard, make_rule
 from llm.optim.shard import ShardLayout, rows_to_watch
+from llm.optim.threads import side_by_side
 
 UPDATE_SCALES: dict[str, Callable[[float, float], float]] = {
     # Liu et al., "Muon is Scalable for LLM Training", arXiv:2502.16982, eq. 4: AdamW's lr and decay carry over
@@ -137,7 +138,12 @@ class Muon(GroupedOptimizer):
         if group["kind"] != "matrix":
             self._update_aux(group, params)
             return
-        for members, heads in self._stacks(group, params):
+        stacks = self._stacks(group, params)
+        if params[0].device.type == "cpu":
+            costliest = sorted(stacks, key=lambda stack: -stack[0][0].numel())
+            side_by_side(lambda stack: self._update_stack(group, *stack), costliest)
+            return
+        for members, heads in stacks:
             self._update_stack(group, members, heads)
 
     def update_shard(self, group: dict[str, Any], flat: Tensor, layout: ShardLayout) -> None:

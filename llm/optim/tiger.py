@@ -1,5 +1,6 @@
 """Tiger: Lion with one beta, rates relative to each tensor's size, and gradient accumulation for free."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -172,7 +173,7 @@ class Tiger(GroupedOptimizer):
             return [VECTOR_RATE * lr] * len(params)
         if group["kind"] == "embedding":
             return [lr] * len(params)
-        norms = torch.stack(foreach.norm(params)).tolist()  # one wait for the device, not one a tensor
+        norms = torch.stack(norms_of(params)).tolist()  # one wait for the device, not one a tensor
         return [lr * max(norm / p.numel() ** 0.5, self.min_rms) for norm, p in zip(norms, params, strict=True)]
 
     def _shrink_if_broken(self, group: dict[str, Any], parameter: Tensor) -> bool:
@@ -233,6 +234,13 @@ class Tiger(GroupedOptimizer):
         return mask.expand(parameter.shape)
 
 
+def norms_of(params: list[Tensor]) -> Sequence[Tensor]:
+    """‖θ‖ of each tensor; on a CPU by way of its rows, for torch takes the norm of a whole tensor with one thread."""
+    if params[0].device.type != "cpu":
+        return foreach.norm(params)
+    return [torch.linalg.vector_norm(torch.linalg.vector_norm(parameter, dim=-1)) for parameter in params]
+
+
 def move_by_sign(slab: Slab, rates: list[float], group: dict[str, Any], *, min_rms: float) -> None:
     """θ ← θ − η·(sign(m) + λθ), with η one number a tensor, or for embeddings one a row."""
     momenta, decay = slab.state["momentum"], float(group["weight_decay"])
@@ -246,7 +254,7 @@ def move_by_sign(slab: Slab, rates: list[float], group: dict[str, Any], *, min_r
             eta = rms.clamp_(min=min_rms).mul_(rate)
             if decay:
                 parameter.mul_(1 - decay * eta)
-            parameter.sub_(sign.mul_(eta))
+            parameter.addcmul_(sign, eta, value=-1)
     elif len(set(rates)) == 1:
         descend(slab.params, signs, lr=rates[0], weight_decay=decay)
     else:

@@ -1,0 +1,192 @@
+"""Every mistake in a configuration, found before data or model exist: keys, values, and what shows when pieces meet."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
+
+import torch
+
+from llm.batching import check_ramp
+from llm.config import (
+    GROUPS,
+    RunConfig,
+    accelerator,
+    batch_plan,
+    batch_ramp,
+    build_averaging,
+    build_evaluations,
+    build_meta_model,
+    build_rates,
+    build_tokenizer,
+    instantiate,
+    needs_probe,
+    planned_steps,
+    world_size,
+)
+from llm.errors import ConfigError, CrucibleError
+from llm.precision import resolve_precision
+from llm.safety import escaping_paths, secrets_in
+from llm.signatures import check_node, fits, locate, suggest, target_nodes, type_name
+
+SUPPLIED_TO = {"data.module.TokenDataModule": frozenset({"source"})}
+NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def check(cfg: Mapping[str, Any]) -> None:
+    """Find every mistake in a plain configuration before data or model exist, and report them together.
+
+    Raises:
+        ConfigError: one line a problem, each naming key, value, rule and remedy.
+    """
+    problems = [*_check_run_keys(cfg), *secrets_in(cfg), *escaping_paths(cfg)]
+    nodes = {group: cfg.get(group) for group in GROUPS}
+    if isinstance(nodes["trainer"], Mapping):  # `resolve_precision` judges it: Lightning knows no `auto`
+        nodes["trainer"] = {key: value for key, value in nodes["trainer"].items() if key != "precision"}
+    for path, node in target_nodes(nodes):
+        problems += check_node(path, node, SUPPLIED_TO.get(str(node["_target_"]), frozenset()))
+    problems += _check_together(cfg, unsound={re.split(r"[.=]", problem)[0] for problem in problems})
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _check_run_keys(cfg: Mapping[str, Any]) -> list[str]:
+    hints = get_type_hints(RunConfig)
+    problems = []
+    for key, value in cfg.items():
+        if key not in hints and key not in GROUPS:
+            problems.append(f"{key}={value}: unknown key{suggest(str(key), {*hints, *GROUPS})}")
+        elif key in hints and not fits(value, hints[key]):
+            problems.append(f"{key}={value!r}: must be {type_name(hints[key])}; got {type(value).__name__}")
+    for key in ("val_every", "checkpoint_every"):
+        if isinstance(cfg.get(key), int) and cfg[key] < 1:
+            problems.append(f"{key}={cfg[key]}: must be at least 1 update; try 100")
+    try:
+        check_name(str(cfg.get("name")))
+    except ConfigError as error:
+        problems.append(str(error))
+    return problems
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError for a run name that is not plain letters, digits, dot, dash and underscore."""
+    if not NAME_PATTERN.fullmatch(name) or ".." in name:
+        raise ConfigError(f"name={name}: letters, digits, dot, dash and underscore only; try name=my-run")
+
+
+def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
+    """Collect what only shows when pieces meet: batch arithmetic, rates, the model's own rules.
+
+    A probe is left out where a key that it reads is already known to be wrong.
+    """
+    run_keys = {"max_steps", "max_tokens", "batch_tokens", "context_length", "micro_batch_size"}
+    probes: list[tuple[set[str], Callable[[], Any]]] = [
+        (run_keys | {"batch_schedule"}, lambda: planned_steps(cfg)),
+        (run_keys | {"batch_schedule", "trainer"}, lambda: check_ramp(plan=batch_plan(cfg), ramp=batch_ramp(cfg))),
+        ({"optimizer", "on_nonfinite", "trainer"}, lambda: _check_optimizer(cfg)),
+        (run_keys | {"scaling", "batch_schedule"}, lambda: _check_scaling(cfg)),
+        (run_keys | {"batch_schedule", "keep_half_life"}, lambda: _check_half_life(cfg)),
+        (run_keys | {"schedule"}, lambda: _check_schedule(cfg)),
+        ({"trainer"}, lambda: resolve_precision(cfg["trainer"]["precision"], accelerator=accelerator(cfg["trainer"]))),
+        ({"trainer", "compile"}, lambda: _check_trainer(cfg)),
+        ({"model", "rates"}, lambda: build_meta_model(cfg)),
+        ({"optimizer", "rates"}, lambda: build_rates(cfg).check(instantiate(cfg["optimizer"]))),
+        ({"data"}, lambda: instantiate(cfg["data"])),
+        ({"tokenizer"}, lambda: build_tokenizer(cfg)),
+        ({"spikes"}, lambda: instantiate(cfg.get("spikes") or {})),
+        ({"eval"}, lambda: build_evaluations(cfg)),
+        ({"averaging", "trainer"}, lambda: build_averaging(cfg)),
+    ]
+    problems = []
+    for keys, probe in probes:
+        if keys & unsound:
+            continue
+        try:
+            probe()
+        except CrucibleError as error:
+            problems += [line for line in str(error).splitlines() if line not in problems]
+        except TypeError as error:  # a factory's argument that neither its node nor its parent gives
+            problems.append(f"{'/'.join(sorted(keys))}: {error}; compare its file under conf/ with the class it names")
+    return problems
+
+
+def _check_schedule(cfg: Mapping[str, Any]) -> None:
+    steps = planned_steps(cfg)
+    schedule = instantiate(cfg["schedule"])
+    for step in (0, steps - 1):
+        schedule(step, total_steps=steps)
+
+
+def _check_scaling(cfg: Mapping[str, Any]) -> None:
+    """Ask for the rate at every batch of the run; what is yet to be measured is taken as the batch itself."""
+    node = dict(cfg["scaling"])
+    if needs_probe(cfg):
+        _check_probe(cfg)
+        node["noise_scale"] = float(cfg["batch_tokens"])
+    scaling = instantiate(node)
+    for _, _, batch_tokens in batch_ramp(cfg).stages:
+        scaling(batch_tokens)
+
+
+def _check_half_life(cfg: Mapping[str, Any]) -> None:
+    if cfg["keep_half_life"] and len(batch_ramp(cfg).stages) > 1:
+        raise ConfigError(
+            "keep_half_life=true: an optimizer's averages have one decay for the whole run, and batch_schedule changes "
+            "the batch; set keep_half_life=false, or batch_schedule=constant"
+        )
+
+
+def _check_probe(cfg: Mapping[str, Any]) -> None:
+    base, context = cfg["scaling"].get("base_batch_tokens"), cfg["context_length"]
+    remedy = "set a number of tokens, such as noise_scale in the summary of a run with callbacks=noise_scale"
+    if world_size(cfg["trainer"]) > 1:
+        raise ConfigError(
+            f"scaling.noise_scale=measured: the probe runs on one device and this run on several; {remedy}"
+        )
+    if isinstance(base, int) and base > 0 and (base % context or base < 2 * context):
+        raise ConfigError(
+            f"scaling.noise_scale=measured: scaling.base_batch_tokens={base} must hold at least two windows of "
+            f"context_length {context}, and whole ones, to compare their gradients; {remedy}"
+        )
+
+
+def _check_optimizer(cfg: Mapping[str, Any]) -> None:
+    node, policy = cfg["optimizer"], cfg["on_nonfinite"]
+    if not (isinstance(node["lr"], (int, float)) and 0 < node["lr"] < math.inf):
+        raise ConfigError(f"optimizer.lr={node['lr']}: must be above 0; 4e-3 suits adamw at tiny")
+    if not 0 <= node["weight_decay"] < math.inf:
+        raise ConfigError(f"optimizer.weight_decay={node['weight_decay']}: must be at least 0; 0.1 is usual")
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    group = {"params": [parameter], "names": ["probe"], "kind": "matrix", "lr": node["lr"], "weight_decay": 0.0}
+    try:
+        optimizer = instantiate(node)([group])
+    except ValueError as error:
+        raise ConfigError(f"optimizer: {error}; see the docstring of {node['_target_']}") from error
+    shrinks = getattr(optimizer, "shrink_ratio", None) is not None
+    if shrinks != (policy == "tiger"):
+        raise ConfigError(
+            f"on_nonfinite={policy}: goes with a shrink_ratio and only with it; "
+            "set optimizer=tiger optimizer.shrink_ratio=0.99 on_nonfinite=tiger together, or none"
+        )
+    if getattr(optimizer, "folds_gradients", False):
+        if world_size(cfg["trainer"]) > 1 or "stage" in cfg["trainer"]:
+            raise ConfigError(
+                "optimizer.accumulate=momentum: works on one device with whole tensors; set optimizer.accumulate=buffer"
+            )
+        clip = cfg["trainer"].get("gradient_clip_val")
+        if clip or policy == "skip" or cfg.get("spikes"):
+            key = "spikes=skip" if cfg.get("spikes") else "on_nonfinite=skip"
+            key = f"trainer.gradient_clip_val={clip}" if clip else key
+            raise ConfigError(
+                f"{key}: optimizer.accumulate=momentum leaves no gradient to act on; set "
+                "trainer.gradient_clip_val=null and on_nonfinite=raise or tiger, or optimizer.accumulate=buffer"
+            )
+
+
+def _check_trainer(cfg: Mapping[str, Any]) -> None:
+    """Ask a trainer that has rules of its own."""
+    node = cfg["trainer"]
+    check_own = getattr(locate(node["_target_"]), "check_settings", None)
+    if check_own is not None:
+        precision = resolve_precision(node["precision"], accelerator=accelerator(node))
+        check_own(node, precision=precision, compiled=cfg["compile"] is True)
