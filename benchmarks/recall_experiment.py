@@ -44,7 +44,7 @@ def main() -> None:
     """Judge every run, print and keep the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--distances", type=int, nargs="+", default=[0, 16, 32, 48, 64, 88])
+    parser.add_argument("--distances", type=int, nargs="+", default=[0, 16, 32, 48, 64, 80, 96])
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     results = {}

@@ -16,6 +16,11 @@ _KEYS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8)
 _VALUES = np.frombuffer(b"0123456789", np.uint8)
 _FILLER = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
 
+# with one token a pair: 8 keys, 8 values of each, and noise, from the printable bytes
+_JOINED_FILLER = np.arange(0x20, 0x30, dtype=np.uint8)
+_JOINED = np.arange(0x30, 0x70, dtype=np.uint8).reshape(8, 8)
+_JOINED_KEYS = np.arange(0x70, 0x78, dtype=np.uint8)
+
 
 class _Generated:
     """What generated corpora share: documents that are a pure function of the settings and their number."""
@@ -143,37 +148,49 @@ class MarkovChain(_Generated):
 class AssociativeRecall(_Generated):
     """Key-value pairs, then noise, then the keys again in another order: only the values asked for carry loss.
 
-        A7 Q2 F0 ... qhxsvobn(distance letters) ... F0 A7 Q2
+        pair_tokens=2:  A7 Q2 F0 ... qhxsvobn(distance letters) ... F0 A7 Q2
+        pair_tokens=1:  A7 stands as one symbol, at the front and as the answer
 
     Between a pair and its question lie at least `distance` letters. A model without memory over that distance cannot do
-    better than ln(10) nats; one that recalls reaches 0. Documents with their first token are `length` tokens, so with
-    `length` = context_length each window holds one whole document. Needs tokenizer=bytes.
+    better than `chance`; one that recalls reaches 0. With two tokens a pair, a value must first be bound to the key
+    before it: two steps of attention, of which neither pays without the other, so that small models spend thousands of
+    updates on a plateau before they find both. With one, a single step of attention by content answers. Documents with
+    their first token are `length` tokens, so with `length` = context_length each window holds one whole document.
+    Needs tokenizer=bytes.
 
     Args:
-        num_pairs: Pairs, 1 to 26.
+        num_pairs: Pairs, 1 to 26 (to 8 with one token a pair); each document has as many different keys.
+        pair_tokens: Tokens of a pair: 2, a key of 26 and a value of 10, or 1, one of 8 keys with one of 8 values.
         distance: Letters of noise between the pairs and the questions.
         length: Tokens of a document; what is left over is noise at its end.
         num_documents: Documents to generate.
         seed: Of the text.
 
     Source: the task of Arora et al. 2023, "Zoology" (arXiv:2312.04927), section 3.
-    Differs: the distance is fixed by the setting, and letters of noise come from an alphabet of their own.
+    Differs: the distance is fixed by the setting, and letters of noise come from an alphabet of their own; a pair may
+        be one token.
     """
 
     is_scored = True
 
-    def __init__(self, *, num_pairs: int, distance: int, length: int, num_documents: int, seed: int):
-        if not 1 <= num_pairs <= len(_KEYS):
-            raise ConfigError(f"data.num_pairs={num_pairs}: must be 1 to {len(_KEYS)}; try 8")
-        needed = 1 + 4 * num_pairs + distance
-        if distance < 0 or needed > length:
-            room = length - 1 - 4 * num_pairs
-            remedy = f"choose 0 to {room}" if room >= 0 else f"choose data.length of at least {needed}, or fewer pairs"
+    def __init__(self, *, num_pairs: int, pair_tokens: int, distance: int, length: int, num_documents: int, seed: int):
+        if pair_tokens not in (1, 2):
+            raise ConfigError(f"data.pair_tokens={pair_tokens}: a pair is 1 or 2 tokens; choose one of them")
+        most = len(_KEYS) if pair_tokens == 2 else len(_JOINED)
+        if not 1 <= num_pairs <= most:
+            raise ConfigError(f"data.num_pairs={num_pairs}: must be 1 to {most} of {pair_tokens} tokens each; try 8")
+        pairs = (pair_tokens + 2) * num_pairs
+        if distance < 0 or 1 + pairs + distance > length:
+            room = length - 1 - pairs
+            remedy = (
+                f"choose 0 to {room}" if room >= 0 else f"choose data.length of at least {1 + pairs}, or fewer pairs"
+            )
             raise ConfigError(
-                f"data.distance={distance}: the document needs 1 + 4 * num_pairs + distance = {needed} of its "
-                f"data.length={length} tokens; {remedy}"
+                f"data.distance={distance}: the document needs 1 + {pair_tokens + 2} * num_pairs + distance = "
+                f"{1 + pairs + distance} of its data.length={length} tokens; {remedy}"
             )
         self.num_pairs = num_pairs
+        self.pair_tokens = pair_tokens
         self.distance = distance
         self.length = length
         self.num_documents = num_documents
@@ -182,23 +199,28 @@ class AssociativeRecall(_Generated):
 
     def settings(self) -> list[object]:
         """See _Generated."""
-        return ["recall", self.num_pairs, self.distance, self.length, self.num_documents, self.seed]
+        shape = [self.num_pairs, self.pair_tokens, self.distance, self.length, self.num_documents]
+        return ["recall", *shape, self.seed]
 
     def document(self, number: int) -> RawDocument:
         """Return one document with its scored bytes."""
         generator = np.random.default_rng([self.seed, number])
-        data = generator.choice(_FILLER, self.document_bytes)
+        data = generator.choice(_FILLER if self.pair_tokens == 2 else _JOINED_FILLER, self.document_bytes)
         is_scored = np.zeros(self.document_bytes, bool)
-        pairs = np.stack(
-            [generator.permutation(_KEYS)[: self.num_pairs], generator.choice(_VALUES, self.num_pairs)], axis=1
-        )
-        data[: 2 * self.num_pairs] = pairs.ravel()
-        first = 2 * self.num_pairs + self.distance
-        data[first : first + 2 * self.num_pairs] = generator.permutation(pairs).ravel()
+        if self.pair_tokens == 2:
+            keys, answers = generator.permutation(_KEYS)[: self.num_pairs], generator.choice(_VALUES, self.num_pairs)
+            front = np.stack([keys, answers], axis=1).ravel()
+        else:
+            chosen = generator.permutation(len(_JOINED))[: self.num_pairs]
+            keys = _JOINED_KEYS[chosen]
+            front = answers = _JOINED[chosen, generator.integers(_JOINED.shape[1], size=self.num_pairs)]
+        data[: len(front)] = front
+        first = len(front) + self.distance
+        data[first : first + 2 * self.num_pairs] = generator.permutation(np.stack([keys, answers], axis=1)).ravel()
         is_scored[first + 1 : first + 2 * self.num_pairs : 2] = True
         return ScoredText(data.tobytes(), is_scored)
 
     @property
     def chance(self) -> float:
         """Nats an answer of a model that recalls nothing."""
-        return math.log(len(_VALUES))
+        return math.log(len(_VALUES) if self.pair_tokens == 2 else _JOINED.shape[1])

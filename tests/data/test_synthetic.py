@@ -7,7 +7,7 @@ from data.synthetic import AssociativeRecall, MarkovChain
 from llm.errors import ConfigError
 
 MARKOV = {"num_symbols": 5, "order": 2, "concentration": 0.3, "num_documents": 40, "document_bytes": 2000, "seed": 0}
-RECALL = {"num_pairs": 6, "distance": 50, "length": 128, "num_documents": 300, "seed": 0}
+RECALL = {"num_pairs": 6, "pair_tokens": 2, "distance": 50, "length": 128, "num_documents": 300, "seed": 0}
 
 
 def empirical_loss(source: MarkovChain) -> tuple[float, float]:
@@ -68,12 +68,36 @@ def test_every_question_has_its_answer_far_enough_back_and_no_where_else():
             assert data.count(key) == 2
 
 
-def test_chance_is_the_entropy_of_the_answers():
-    source = AssociativeRecall(**RECALL)
-    answers = [data[place] for data, scored in map(source.document, range(300)) for place in np.flatnonzero(scored)]
-    shares = np.unique(answers, return_counts=True)[1] / len(answers)
-    # 1800 answers: the plug-in entropy is (10 - 1) / (2 * 1800) = 0.0025 too low on average
-    assert abs(-(shares * np.log(shares)).sum() - source.chance) < 0.01
+def test_with_one_token_a_pair_the_question_names_the_key_of_one_symbol_at_the_front():
+    source = AssociativeRecall(**RECALL | {"pair_tokens": 1})
+    owners = {}
+    for number in range(300):
+        data, is_scored = source.document(number)
+        places = np.flatnonzero(is_scored)
+        assert sorted(data[place] for place in places) == sorted(data[:6])
+        assert data[6:56].translate(None, bytes(range(0x20, 0x30))) == b""  # noise alone
+        for place in places:
+            assert place - 1 - data.index(data[place]) > 50
+            assert owners.setdefault(data[place], data[place - 1]) == data[place - 1]  # a symbol has one key, always
+    assert len(owners) == 64
+    assert len(set(owners.values())) == 8
+
+
+@pytest.mark.parametrize("pair_tokens", [1, 2])
+def test_chance_is_the_entropy_of_the_answers(pair_tokens):
+    source = AssociativeRecall(**RECALL | {"pair_tokens": pair_tokens})
+    asked = [
+        (data[place - 1] if pair_tokens == 1 else 0, data[place])
+        for data, scored in map(source.document, range(300))
+        for place in np.flatnonzero(scored)
+    ]
+    entropy = 0.0
+    for key in {key for key, _ in asked}:
+        answers = [answer for k, answer in asked if k == key]
+        shares = np.unique(answers, return_counts=True)[1] / len(answers)
+        entropy -= (shares * np.log(shares)).sum() * len(answers) / len(asked)
+    # 1800 answers: the plug-in entropy is (10 - 1) / (2 * 1800) = 0.0025 too low on average, for 8 keys 0.016
+    assert source.chance - 0.03 < entropy < source.chance + 0.0025
 
 
 def test_each_window_of_recall_is_one_document_and_only_answers_are_labels(make_module):
@@ -104,6 +128,8 @@ def test_recall_with_a_tokenizer_that_merges_bytes_is_refused(make_module):
         (MarkovChain, {"concentration": 0.0}, "data.concentration=0.0: must be positive"),
         (MarkovChain, {"document_bytes": 2}, "data.document_bytes=2: must exceed data.order=2"),
         (AssociativeRecall, {"num_pairs": 27}, "data.num_pairs=27: must be 1 to 26"),
+        (AssociativeRecall, {"num_pairs": 9, "pair_tokens": 1}, "data.num_pairs=9: must be 1 to 8"),
+        (AssociativeRecall, {"pair_tokens": 3}, "data.pair_tokens=3: a pair is 1 or 2 tokens"),
         (
             AssociativeRecall,
             {"distance": 104},
