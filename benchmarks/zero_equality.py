@@ -38,7 +38,7 @@ TINY = (
     "tokenizer=bytes", "data=synthetic", "data.num_documents=200", f"context_length={CONTEXT}",
     f"micro_batch_size={MICRO}", f"max_steps={STEPS}", f"val_every={STEPS}", f"checkpoint_every={STEPS}",
     "loader.val_tokens=512", "loader.val_fraction=0.2", "callbacks.samples=null", "callbacks.curves=null",
-    "callbacks.progress=null", "name=equality", "seed=1",
+    "callbacks.progress=null", "name=equality", "seed=1", "scaling=none",
 )  # fmt: skip
 
 
