@@ -17,8 +17,10 @@ from llm.batching import BatchPlan, BatchRamp, micro_batch_candidates, plan_batc
 from llm.errors import ConfigError, CrucibleError
 from llm.launch import find_launch
 from llm.precision import resolve_precision
+from llm.scaling.derivation import family_of
 from llm.scaling.half_life import half_life_note, keep_half_life
 from llm.scaling.rates import Rates
+from llm.signatures import is_allowed, locate
 from llm.transformer import Transformer
 
 GROUPS = (
@@ -48,6 +50,18 @@ class RunConfig:
     resume: str | None
     init_from: str | None
     plan: bool
+
+
+def suited_rule(optimizer: str, rules: Mapping[str, str]) -> str:
+    """Return the rule that `conf/scaling/auto.yaml` has for an optimizer's `_target_`, `none` where it has none."""
+    try:
+        family = family_of(locate(optimizer)) if is_allowed(optimizer) else None
+    except (ImportError, AttributeError):  # `check` tells of it
+        family = None
+    return rules.get(family or "", "none")
+
+
+OmegaConf.register_new_resolver("suited_rule", suited_rule, replace=True)
 
 
 def instantiate(node: Any, **arguments: Any) -> Any:

@@ -23,6 +23,7 @@ TINY = (
     "tokenizer=bytes",
     "context_length=32",
     "batch_tokens=256",
+    "scaling.base_batch_tokens=256",
     "micro_batch_size=4",
     "max_steps=8",
     "val_every=4",

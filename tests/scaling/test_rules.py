@@ -2,12 +2,11 @@ import math
 from functools import partial
 
 import pytest
-from catalogue import CONF, options
-from hydra.utils import instantiate
+from catalogue import options
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
+from llm.config import instantiate
 from llm.errors import ConfigError
 from llm.scaling.rules import adam_eps, linear, none, sign, sqrt, variance
 
@@ -24,9 +23,8 @@ batches = st.integers(1, 2**30)
 
 
 @pytest.mark.parametrize("name", options("scaling"))
-def test_every_option_is_one_at_the_base_batch_as_its_file_stands(name):
-    node = OmegaConf.load(CONF / "scaling" / f"{name}.yaml")
-    assert instantiate(node, _convert_="all")(8192) == 1.0
+def test_every_option_is_one_at_the_base_batch_as_its_file_stands(composed, name):
+    assert instantiate(composed(f"scaling={name}")["scaling"])(8192) == 1.0
 
 
 @given(batches, batches, batches, st.sampled_from(sorted(RULES)))

@@ -1,0 +1,59 @@
+import json
+import logging
+
+import pytest
+from catalogue import options
+
+from llm.checking import check
+from llm.config import instantiate, load
+from llm.scaling.derivation import mismatch
+from llm.signatures import locate
+from llm.training import train
+
+SUITED = {"adamw": "sqrt", "lion": "sqrt", "muon": "sqrt", "sgd": "linear", "tiger": "sqrt"}
+"""What docs/scaling.md finds for each."""
+
+
+@pytest.mark.parametrize("optimizer", options("optimizer"))
+def test_each_optimizer_has_the_rule_that_was_measured_for_it(composed, optimizer):
+    cfg = composed(f"optimizer={optimizer}", "batch_tokens=32768")
+    assert cfg["scaling"] == {
+        "_target_": f"llm.scaling.rules.{SUITED[optimizer]}",
+        "_partial_": True,
+        "base_batch_tokens": 8192,
+    }
+    check(cfg)
+    assert mismatch(SUITED[optimizer], locate(cfg["optimizer"]["_target_"])) is None
+
+
+@pytest.mark.parametrize("optimizer", options("optimizer"))
+def test_nothing_changes_at_the_base_batch(composed, optimizer):
+    cfg = composed(f"optimizer={optimizer}")
+    assert instantiate(cfg["scaling"])(cfg["batch_tokens"]) == 1.0
+
+
+def test_a_rule_that_was_asked_for_wins(composed):
+    assert composed("optimizer=lion", "scaling=none")["scaling"]["_target_"] == "llm.scaling.rules.none"
+    assert composed("optimizer=sgd", "scaling=variance")["scaling"]["_target_"] == "llm.scaling.rules.variance"
+
+
+@pytest.mark.parametrize("target", ["torch.optim.LBFGS", "llm.optim.nowhere.Rule", "os.system"])
+def test_the_rate_of_an_optimizer_that_says_nothing_of_its_steps_is_left_as_it_is(composed, target):
+    assert composed(f"optimizer._target_={target}")["scaling"]["_target_"] == "llm.scaling.rules.none"
+
+
+def test_a_run_says_which_rule_acted_in_its_log_its_receipt_and_its_configuration(composed, tiny, tmp_path, caplog):
+    line = "lr 1.0e-3 -> 2.0e-3: sqrt rule, batch 64 -> 256 tokens; half-life in tokens of averages x 4"
+    cfg = composed(*tiny, "optimizer=lion", "scaling.base_batch_tokens=64", "schedule=constant", "schedule.warmup=0")
+    with caplog.at_level(logging.INFO):
+        train(cfg, tmp_path)
+    assert any(message.startswith(line) for message in caplog.messages)
+    assert (tmp_path / "optimizer.txt").read_text().startswith(line)
+    assert load(tmp_path / "config.yaml")["scaling"]["_target_"] == "llm.scaling.rules.sqrt"
+    rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {row["lr/matrix"] for row in rows} == {2e-3}
+
+
+@pytest.mark.parametrize("path", options("experiment"))
+def test_experiments_say_that_their_rates_stand_as_they_are(composed, path):
+    assert composed(f"experiment={path}")["scaling"]["_target_"] == "llm.scaling.rules.none"
