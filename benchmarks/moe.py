@@ -5,8 +5,10 @@
 
 Each round runs forward and backward of every side once, in an order that rotates: the layer of this project in
 training, transformers' Mixtral block with the same weights, as a loop and as grouped products, and the dense layer.
-Outputs are compared before any time is taken. Shares of the bound are medians over rounds of (time of the dense layer /
-time of the side) within a round, with quartiles.
+Outputs are compared before any time is taken, and --warmup rounds go untimed: how many tokens an expert has differs
+from step to step, and the first product of a new shape is compiled, which a run of thousands of steps does not notice.
+Shares of the bound are medians over rounds of (time of the dense layer / time of the side) within a round, with
+quartiles.
 """
 
 import argparse
@@ -126,12 +128,12 @@ def measure(shape: str, precision: str, arguments: argparse.Namespace) -> dict[s
         assert error < (1e-4 if precision == "32" else 0.2), f"{name} computes something else: {error}"
     times: dict[str, list[float]] = {name: [] for name in layers}
     names = list(layers)
-    for turn in range(arguments.rounds + 1):
+    for turn in range(arguments.warmup + arguments.rounds):
         x = torch.randn_like(x).requires_grad_()  # loads differ from step to step, and with them the shapes of products
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             call = partial(run_once, layers[name], x, grad, precision)
             elapsed = seconds(call, arguments.device)
-            if turn:
+            if turn >= arguments.warmup:
                 times[name].append(elapsed)
     return times
 
@@ -155,6 +157,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["32", "bf16-mixed", "bf16-true"])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=8)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments}")

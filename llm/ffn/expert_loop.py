@@ -23,6 +23,10 @@ price of the product, and how many tokens an expert has differs every time."""
 CHUNK = 1 << 17
 """Elements that elementwise work takes at a time: they stay in a core's cache."""
 
+GROUP = 1 << 22
+"""Elements of experts' outputs that are held before they are summed into tokens: few groups, in memory that the
+allocator keeps for the next layer."""
+
 
 @torch.library.custom_op("crucible::expert_loop", mutates_args=())
 def expert_loop(
@@ -32,13 +36,13 @@ def expert_loop(
     width = gate.shape[1]
     layout = RowLayout(token_ids, offsets)
     projected, room = x.new_empty(layout.num_rows, 2 * width), x.new_empty(max(layout.sizes), width)
-    out = _zero_sums(x)
-    for expert, tokens_of, weight, both in layout.experts(layout.spread(row_weights), projected):
+    sums = TokenSums(x, layout, layout.spread(row_weights))
+    for expert, tokens_of, both in layout.experts(projected):
         _product_into(both, x.index_select(0, tokens_of), _joined(gate[expert], up[expert], x.dtype))
         hidden = _activate(both, out=room[: len(both)])
-        _add_rows(out, tokens_of, product_nt(hidden, down[expert].to(x.dtype)), weight)
+        _product_into(sums.rows(len(both)), hidden, down[expert].to(x.dtype))
     projected[sum(layout.sizes) :].zero_()
-    return out.to(x.dtype, copy=False), projected
+    return sums.total(), projected
 
 
 @expert_loop.register_fake
@@ -65,7 +69,7 @@ def expert_loop_backward(
     for expert in layout.idle:
         for stack in (d_gate, d_up, d_down):
             stack[expert].zero_()
-    d_x, d_weights = _zero_sums(x), row_weights.new_empty(layout.num_rows, 1)
+    d_x, d_weights = TokenSums(x, layout, None), row_weights.new_empty(layout.num_rows, 1)
     rooms = x.new_empty(max(layout.sizes), width), x.new_empty(max(layout.sizes), 2 * width)
     for expert, tokens_of, weight, d_weight, both in layout.experts(layout.spread(row_weights), d_weights, projected):
         d_out = grad.index_select(0, tokens_of)
@@ -76,8 +80,8 @@ def expert_loop_backward(
         d_joined = product_nt(d_both.t(), x.index_select(0, tokens_of).t())
         d_gate[expert].copy_(d_joined[:width])
         d_up[expert].copy_(d_joined[width:])
-        _add_rows(d_x, tokens_of, product_nn(d_both, _joined(gate[expert], up[expert], x.dtype)), None)
-    return d_x.to(x.dtype, copy=False), layout.collect(d_weights), d_gate, d_up, d_down
+        _product_into(d_x.rows(len(both)), d_both, _joined(gate[expert], up[expert], x.dtype).t())
+    return d_x.total(), layout.collect(d_weights), d_gate, d_up, d_down
 
 
 @expert_loop_backward.register_fake
@@ -129,6 +133,52 @@ class RowLayout:
                 yield expert, *own
 
 
+class TokenSums:
+    """Sums rows into their tokens, a group of experts at a time: each row is read once, while it is in the cache.
+
+    Args:
+        x: the tokens, for their number, width and dtype.
+        layout: of the rows.
+        weights: of each row, or None to add them as they are.
+    """
+
+    def __init__(self, x: Tensor, layout: RowLayout, weights: Tensor | None) -> None:
+        self.num_tokens, self.token_ids = x.shape[0], layout.token_ids
+        self.weights = None if weights is None else weights.flatten().to(x.dtype)
+        limit = max(max(layout.sizes), GROUP // x.shape[1])
+        self.room = x.new_empty(min(limit, sum(layout.sizes)), x.shape[1])
+        self.start = self.end = 0
+        self.sum: Tensor | None = None
+
+    def rows(self, count: int) -> Tensor:
+        """Return room for the rows of the next expert, which the caller fills."""
+        if self.end - self.start + count > len(self.room):
+            self._add_group()
+        self.end += count
+        return self.room[self.end - self.start - count : self.end - self.start]
+
+    def total(self) -> Tensor:
+        """Return the sum for each token, in the dtype of the rows."""
+        self._add_group()
+        assert self.sum is not None
+        return self.sum.to(self.room.dtype)
+
+    def _add_group(self) -> None:
+        """Add the rows that have gathered; several groups meet in fp32 or wider."""
+        tokens, order = self.token_ids[self.start : self.end].sort(stable=True)
+        offsets = torch.searchsorted(tokens, torch.arange(self.num_tokens, device=tokens.device))
+        weights = None if self.weights is None else self.weights[self.start : self.end][order]
+        rows = self.room[: self.end - self.start]
+        part = F.embedding_bag(order, rows, offsets, mode="sum", per_sample_weights=weights)
+        self.start = self.end
+        if self.sum is None:
+            self.sum = part
+        elif self.sum.dtype != torch.promote_types(self.sum.dtype, torch.float32):
+            self.sum = self.sum.float().add_(part)
+        else:
+            self.sum.add_(part)
+
+
 def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Write a bᵀ over `out`, without a copy where the product can."""
     if pays(a, b, multiplications=a.numel() * b.shape[0]):
@@ -163,22 +213,10 @@ def _activate_backward(
         torch.ops.aten.silu_backward.grad_input(slope.mul_(upped), gated, grad_input=d_gated)
 
 
-def _add_rows(sums: Tensor, token_ids: Tensor, rows: Tensor, weight: Tensor | None) -> None:
-    """Add weighted rows to their tokens, in the precision of the sums."""
-    for span in _spans(rows):
-        part = rows[span].to(sums.dtype)
-        sums.index_add_(0, token_ids[span], part if weight is None else part.mul_(weight[span]))
-
-
 def _spans(rows: Tensor) -> Iterator[slice]:
     """Cut rows into runs of about CHUNK elements."""
     length = max(1, CHUNK // rows.shape[1])
     return (slice(start, start + length) for start in range(0, rows.shape[0], length))
-
-
-def _zero_sums(x: Tensor) -> Tensor:
-    """Where a token's experts add up: at least in fp32."""
-    return torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
 def _joined(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
