@@ -6,7 +6,8 @@
 Each case is 20 updates of a tiny model on 2 CPU ranks, beside one process that takes the same micro-batches one after
 the other. Printed is the largest difference of a training loss, in nats, and of a weight after the last update. The
 reference of bf16-true (bf16 weights with fp32 masters) is one process in bf16-mixed: their difference is bf16's
-rounding, not that of the ranks. Finished cases are kept in OUT and not repeated.
+rounding, not that of the ranks. In fp32 Muon's products are fp32 too: bf16 rounds gradients that differ in the last
+bit to different neighbours now and then, and orthogonalisation makes that visible. Finished cases are kept in OUT and not repeated.
 """
 
 import argparse
@@ -52,6 +53,8 @@ def overrides(case: dict[str, Any], ranks: int) -> list[str]:
     windows = case["accumulation"] * ranks * MICRO
     settings = [*MODELS[case["model"]], *TINY, f"optimizer={case['optimizer']}", f"batch_tokens={windows * CONTEXT}"]
     settings += [f"trainer.precision={case['precision']}", f"trainer.gradient_clip_val={case['clip']}"]
+    if case["optimizer"] == "muon" and case["precision"] == "32-true":
+        settings.append("optimizer.matmul_dtype=float32")
     if case["stage"] is None:
         return [*settings, "trainer=cpu"]
     own = ["trainer=deepspeed", "trainer.accelerator=cpu", f"trainer.stage={case['stage']}"]
