@@ -1,7 +1,7 @@
 """TokenDataModule: the corpus as micro-batches, the same windows in the same order however the run is laid out."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.build import CacheOptions, TokenCache, default_cache_dir, open_or_build
 from data.packing import pack
-from data.sampler import RunSampler, run_windows, validation_windows
+from data.sampler import RunSampler, Span, numbers_at, run_windows, united, validation_windows
 from data.sources import Source
 from data.tokens import TokenStream
 from llm.contracts import Batch
@@ -110,6 +110,7 @@ class TokenDataModule(LightningDataModule):
         folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
         self.options = CacheOptions(folder, val_fraction, deduplicate, max_line_bytes, num_processes)
         self._cache: TokenCache | None = None
+        self.left_out: list[Span] = []
 
     def prepare_data(self) -> None:
         """Build the token cache, or find it."""
@@ -187,14 +188,33 @@ class TokenDataModule(LightningDataModule):
             world_size=world_size,
             total_steps=total_steps,
             start_step=start_step,
-            span_of_step=None if self.ramp is None else self._span_of_step,
+            span_of_step=self._span_of_step,
+            left_out=self.left_out,
         )
 
     def windows_of_step(self, step: int) -> list[int]:
         """Return the windows of the update that follows `step` updates, in the order of the sampler."""
-        per_step = self.windows_per_step
-        start, count = (step * per_step, per_step) if self.ramp is None else self._span_of_step(step)
-        return run_windows(start, start + count, num_windows=self.num_windows, seed=self.seed).tolist()
+        start, count = self._span_of_step(step)
+        order = {"num_windows": self.num_windows, "seed": self.seed, "left_out": self.left_out}
+        return run_windows(start, start + count, **order).tolist()
+
+    def numbers_of_steps(self, first: int, last: int) -> Span:
+        """Return the span of the run's numbers from the first window of one update to the last of another."""
+        start, count = self._span_of_step(last)
+        ends = numbers_at(np.array([self._span_of_step(first)[0], start + count - 1]), self.left_out)
+        return int(ends[0]), int(ends[1]) + 1
+
+    def leave_out(self, spans: Iterable[Sequence[int]]) -> None:
+        """Pass over these numbers of the run as well, from the next loader on."""
+        self.left_out = united([*self.left_out, *((int(start), int(stop)) for start, stop in spans)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which numbers of the run are left out; nothing where none are."""
+        return {"left_out": [list(span) for span in self.left_out]} if self.left_out else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Leave out what the run that goes on had left out."""
+        self.leave_out(state_dict["left_out"])
 
     def documents_in(self, windows: list[int]) -> list[tuple[int, int]]:
         """Return the numbers of the first and the last training document in each window, counted from 0.
@@ -214,6 +234,9 @@ class TokenDataModule(LightningDataModule):
         return [(max(first - 1, 0), max(last - 1, 0)) for first, last in spans]
 
     def _span_of_step(self, step: int) -> tuple[int, int]:
+        """Return the place of an update's first window, and how many it has."""
+        if self.ramp is None:
+            return step * self.windows_per_step, self.windows_per_step
         tokens = self.ramp.tokens_seen(step), self.ramp.batch_tokens_at(step)
         return tokens[0] // self.context_length, tokens[1] // self.context_length
 

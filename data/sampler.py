@@ -5,7 +5,7 @@ run that resumes at any step knows its next window at once.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -60,11 +60,34 @@ def _mix_int(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def run_windows(start: int, stop: int, *, num_windows: int, seed: int) -> np.ndarray:
-    """Return the corpus windows that are numbers start..stop-1 of the run."""
-    numbers = np.arange(start, stop, dtype=np.int64)
+Span = tuple[int, int]
+"""Numbers start..stop-1 of a run."""
+
+
+def united(spans: Iterable[Span]) -> list[Span]:
+    """Return the same numbers as ascending spans that do not touch; empty ones are dropped."""
+    whole: list[Span] = []
+    for start, stop in sorted((start, stop) for start, stop in spans if start < stop):
+        if whole and start <= whole[-1][1]:
+            whole[-1] = (whole[-1][0], max(stop, whole[-1][1]))
+        else:
+            whole.append((start, stop))
+    return whole
+
+
+def numbers_at(places: np.ndarray, left_out: Sequence[Span]) -> np.ndarray:
+    """Return the numbers of a run that stand at these places once the spans that `united` gave are left out."""
+    numbers = np.asarray(places).astype(np.int64)
+    for start, stop in left_out:
+        numbers[numbers >= start] += stop - start
+    return numbers
+
+
+def run_windows(start: int, stop: int, *, num_windows: int, seed: int, left_out: Sequence[Span] = ()) -> np.ndarray:
+    """Return the corpus windows at places start..stop-1 of the run, of which some numbers are left out."""
+    numbers = numbers_at(np.arange(start, stop), left_out)
     result = np.empty_like(numbers)
-    for epoch in range(start // num_windows, -(-stop // num_windows)):
+    for epoch in np.unique(numbers // num_windows).tolist():
         inside = numbers // num_windows == epoch
         key = _mix_int(_mix_int(seed) + epoch)
         result[inside] = permute(numbers[inside] % num_windows, size=num_windows, key=key)
@@ -87,6 +110,7 @@ class RunSampler:
         start_step: Says, when iteration begins, how many steps are done already.
         span_of_step: Where steps differ in size: `f(step) -> (first window of the run, windows)`; micro-batches are
             then as many as ever, and as large as the step leaves them. None for windows_per_step each time.
+        left_out: Numbers of the run that are passed over: the next ones take their places.
 
     Raises:
         ConfigError: windows_per_step does not divide into micro-batches over the ranks.
@@ -104,6 +128,7 @@ class RunSampler:
         total_steps: int,
         start_step: Callable[[], int],
         span_of_step: Callable[[int], tuple[int, int]] | None = None,
+        left_out: Sequence[Span] = (),
     ):
         if windows_per_step % (micro_batch_size * world_size) or not windows_per_step:
             raise ConfigError(
@@ -117,7 +142,7 @@ class RunSampler:
         self.rank = rank
         self.world_size = world_size
         self.total_steps = total_steps
-        self.start_step = start_step
+        self.start_step, self.left_out = start_step, left_out
         self.span_of_step = span_of_step or (lambda step: (step * windows_per_step, windows_per_step))
 
     @property
@@ -133,7 +158,8 @@ class RunSampler:
             start, windows = self.span_of_step(step)
             rows = windows // (self.accumulation * self.world_size)
             first = start + (micro_step * self.world_size + self.rank) * rows
-            yield run_windows(first, first + rows, num_windows=self.num_windows, seed=self.seed).tolist()
+            order = {"num_windows": self.num_windows, "seed": self.seed, "left_out": self.left_out}
+            yield run_windows(first, first + rows, **order).tolist()
 
 
 def validation_windows(*, num_windows: int, limit: int, rank: int, world_size: int) -> np.ndarray:

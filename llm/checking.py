@@ -175,7 +175,8 @@ def _check_optimizer(cfg: Mapping[str, Any]) -> None:
             )
         clip = cfg["trainer"].get("gradient_clip_val")
         if clip or policy == "skip" or cfg.get("spikes"):
-            key = "spikes=skip" if cfg.get("spikes") else "on_nonfinite=skip"
+            kind = "rollback" if "Rollback" in str(cfg.get("spikes")) else "skip"
+            key = f"spikes={kind}" if cfg.get("spikes") else "on_nonfinite=skip"
             key = f"trainer.gradient_clip_val={clip}" if clip else key
             raise ConfigError(
                 f"{key}: optimizer.accumulate=momentum leaves no gradient to act on; set "

@@ -28,6 +28,19 @@ class NonFiniteError(CrucibleError):
     """A loss or gradient that is not finite, met before it could be applied."""
 
 
+class SpikeError(CrucibleError):
+    """An update that is not applied and asks for a return to the last good checkpoint.
+
+    Args:
+        step: updates done before it.
+        why: what is wrong with it.
+    """
+
+    def __init__(self, step: int, why: str) -> None:
+        super().__init__(f"step {step + 1}: {why}")
+        self.step, self.why = step, why
+
+
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return `"; did you mean x?"` for the candidate closest to `name`, or `""` when none is close."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from llm.batching import BatchRamp
 from llm.checkpoint import compare_state
 from llm.contracts import Batch, ParamGroup
-from llm.errors import NonFiniteError
+from llm.errors import NonFiniteError, SpikeError
 from llm.gradients import WholeGradients
 from llm.loss import linear_cross_entropy
 from llm.metrics import validation_metrics
@@ -29,6 +29,9 @@ FORWARD_AND_BACKWARD = 3
 
 MAX_NONFINITE_IN_A_ROW = 10
 """Steps without a finite loss and gradient after which `on_nonfinite=skip` gives up."""
+
+REFUSED = ("spiked_steps", "nonfinite_steps", "nonfinite_in_a_row", "nonfinite_step")
+"""What a resumed run counts on from."""
 
 STATISTIC = "stat/"
 """Metrics named so are not logged but summed over an update's micro-batches and ranks, and handed back to their layer
@@ -57,7 +60,7 @@ class LanguageModule(L.LightningModule):
             (`skip`), or hand it to Tiger, which shrinks the tensors concerned (`tiger`); the last two stop after
             MAX_NONFINITE_IN_A_ROW such steps.
         generate: `f(model, prompts, …) -> texts`, for samples along the way; see `llm.generate`.
-        spikes: tells which finite updates to leave out; None: none.
+        spikes: tells which finite updates to leave out, or to go back from; None: none.
 
     Attributes:
         refused: what is known of the last update that was left out, until a callback has taken it.
@@ -95,7 +98,7 @@ class LanguageModule(L.LightningModule):
         self.generate, self.on_nonfinite = generate, on_nonfinite
         self.spikes, self.spiked_steps, self._dropped_step = spikes, 0, -1
         self.refused: dict[str, Any] | None = None
-        self.nonfinite_steps, self.nonfinite_in_a_row, self._refused_step = 0, 0, -1
+        self.nonfinite_steps, self.nonfinite_in_a_row, self.nonfinite_step = 0, 0, -1
         self.register_buffer("token_bytes", token_bytes.float(), persistent=False)
         self.flops_per_token = FORWARD_AND_BACKWARD * model.flops_per_token(context_length)
         self._run_model: Callable[..., TransformerOutput] = model.__call__  # a method: the decoder is registered once
@@ -203,6 +206,8 @@ class LanguageModule(L.LightningModule):
             self._refuse_update(gradients, loss=float(means["train/loss"]), norm=float(norm))
         elif self.spikes and (why := self.spikes.judge(float(means["train/loss"]), float(norm))):
             self._note_refused(why, losses, means["train/loss"], norm)
+            if self.spikes.goes_back:
+                raise SpikeError(self.global_step, why)
             self.spiked_steps, self._dropped_step = self.spiked_steps + 1, self.global_step
             self.step_metrics["spiked_steps"] = float(self.spiked_steps)
             gradients.drop()
@@ -222,10 +227,13 @@ class LanguageModule(L.LightningModule):
 
     def _refuse_update(self, gradients: Any, *, loss: float, norm: float) -> None:
         """Stop, drop the gradients so that no state changes, or leave them to Tiger; many in a row always stop."""
-        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if self._refused_step == self.global_step - 1 else 1
-        self._refused_step = self.global_step
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if self.nonfinite_step == self.global_step - 1 else 1
+        self.nonfinite_step = self.global_step
         self.nonfinite_steps += 1
         where = f"loss={loss} grad_norm={norm} at step {self.global_step + 1}"
+        is_last_straw = self.on_nonfinite == "raise" or self.nonfinite_in_a_row >= MAX_NONFINITE_IN_A_ROW
+        if is_last_straw and self.spikes and self.spikes.goes_back:
+            raise SpikeError(self.global_step, f"loss={loss} grad_norm={norm} is not finite")
         if self.on_nonfinite == "raise":
             raise NonFiniteError(
                 f"{where}: not finite, and nothing was updated; lower optimizer.lr, lengthen schedule.warmup, or skip "
@@ -242,15 +250,18 @@ class LanguageModule(L.LightningModule):
         self.step_metrics["nonfinite_steps"] = float(self.nonfinite_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what spikes are told by."""
+        """Keep what spikes are told by, and how many updates were refused."""
         if self.spikes:
             checkpoint["spikes"] = self.spikes.state_dict()
+        checkpoint["refused"] = {name: getattr(self, name) for name in REFUSED}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that another architecture made, before Lightning copies any."""
         compare_state(checkpoint["state_dict"], state_shapes(self), source=f"resume=step {checkpoint['global_step']}")
         if self.spikes and "spikes" in checkpoint:
             self.spikes.load_state_dict(checkpoint["spikes"])
+        for name in REFUSED:
+            setattr(self, name, checkpoint.get("refused", {}).get(name, getattr(self, name)))
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums of loss, tokens and bytes."""

@@ -1,6 +1,7 @@
 """What was in the windows of a step: their losses, gradients and first bad layer again, one window at a time."""
 
 import contextlib
+import json
 import logging
 import math
 from collections.abc import Iterator
@@ -11,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm.callbacks.bad_steps import FILE
 from llm.checkpoint_files import list_checkpoints
 from llm.cli import run_plain_command
 from llm.errors import ConfigError
 from llm.loss import linear_cross_entropy
 from llm.rebuild import TrainedRun, rebuild
+from llm.rollback import read_rollbacks
+from llm.run_folder import RunFolder
 from llm.settings import settings
 from llm.tables import format_table
 
@@ -53,6 +57,7 @@ class Replayed:
 def replay(config: ReplayConfig) -> list[Replayed]:
     """Return each window of a step as the decoder of the nearest checkpoint before it sees it.
 
+    Those of an update that was refused are read from bad_steps.jsonl: the run may have gone back and past them since.
     Where that checkpoint is older than the step before, the weights are not quite those of the time; then
     `resume=<run folder>` reaches the step again, with the same windows and numbers.
 
@@ -65,7 +70,8 @@ def replay(config: ReplayConfig) -> list[Replayed]:
     total = run.module.total_steps
     if not 1 <= config.step <= total:
         raise ConfigError(f"step={config.step}: the run has steps 1 to {total}; choose one of bad_steps.jsonl")
-    windows = run.data.windows_of_step(config.step - 1)
+    run.data.leave_out(entry["left_out"] for entry in read_rollbacks(RunFolder(folder, is_writer=False)))
+    windows = _refused(folder, config.step) or run.data.windows_of_step(config.step - 1)
     documents = run.data.documents_in(windows)
     run.module.train()
     found = [_one(run, w, d) for w, d in zip(windows, documents, strict=True)]
@@ -76,6 +82,14 @@ def replay(config: ReplayConfig) -> list[Replayed]:
     ]
     log.info(format_table(["window", "documents", "loss", "grad_norm", "first not finite"], rows))
     return found
+
+
+def _refused(folder: Path, step: int) -> list[int]:
+    """Return the windows that were refused last at a step, none where none were."""
+    path = folder / FILE
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    parts = next((line["micro_batches"] for line in reversed(lines) if line["step"] == step), [])
+    return [window for part in parts for window in part["windows"]]
 
 
 def _before(folder: Path, step: int) -> str:

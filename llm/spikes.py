@@ -1,9 +1,9 @@
-"""Steps whose loss or gradient norm jumps: told from the ordinary ones, and left out."""
+"""Steps whose loss or gradient norm jumps: told from the ordinary ones, and left out or gone back from."""
 
 import math
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from llm.errors import ConfigError
 
@@ -23,6 +23,9 @@ class SpikeGuard:
     Raises:
         ConfigError: a value out of its range.
     """
+
+    goes_back: ClassVar[bool] = False
+    """Whether an update that is refused sends the run back to a checkpoint."""
 
     def __init__(self, *, sigma: float, window: int, max_in_a_row: int) -> None:
         for key, value, least in (("window", window, 2), ("max_in_a_row", max_in_a_row, 1)):
@@ -66,3 +69,41 @@ class SpikeGuard:
         """Go on from a checkpoint's."""
         self.accepted = deque(((loss, norm) for loss, norm in state["accepted"]), maxlen=self.window)
         self.in_a_row = state["in_a_row"]
+
+
+class RollbackGuard(SpikeGuard):
+    """Sends the run back to its newest good checkpoint at a spike, and past the windows that led there.
+
+    What is refused is what `SpikeGuard` refuses, and whatever else would stop the run for a loss or gradient that is
+    not finite. The windows of the updates between the checkpoint and the spike, both ends included, are left out from
+    then on; a spike is seldom the doing of its own windows alone.
+
+    Args:
+        sigma: standard deviations above the mean, > 0.
+        window: accepted updates that mean and deviation are taken over, at least 2; none is refused before so many.
+        past: updates after the spike whose windows are left out too, at least 0.
+        max_rollbacks: returns in the whole run, at least 1; what would need one more stops it.
+
+    Raises:
+        ConfigError: a value out of its range.
+
+    Source: Chowdhery et al., "PaLM", arXiv:2204.02311, section 5.1.
+    Differs: there 200 to 500 batches around the spike are left out by hand, from a checkpoint some 100 steps before.
+    """
+
+    goes_back: ClassVar[bool] = True
+
+    def __init__(self, *, sigma: float, window: int, past: int, max_rollbacks: int) -> None:
+        super().__init__(sigma=sigma, window=window, max_in_a_row=1)
+        if past < 0:
+            raise ConfigError(f"spikes.past={past}: must be at least 0 updates; try 0")
+        if max_rollbacks < 1:
+            raise ConfigError(f"spikes.max_rollbacks={max_rollbacks}: must be at least 1; try 10, or spikes=none")
+        self.past, self.max_rollbacks = past, max_rollbacks
+
+    def judge(self, loss: float, norm: float) -> str:
+        """Return why an update is a spike, `""` where it is none, and remember it then."""
+        reason = self._reason(loss, norm)
+        if not reason:
+            self.accepted.append((loss, norm))
+        return reason

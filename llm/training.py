@@ -1,8 +1,10 @@
 """One training run, from a checked configuration to a finished run folder."""
 
+import gc
 import logging
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,6 +18,7 @@ from llm.batching import BatchPlan, micro_batch_candidates
 from llm.callbacks.stop_signals import StopSignals
 from llm.checking import check
 from llm.checkpoint import FolderCheckpointIO, FoundCheckpoint, compare_state, find_last, load_model
+from llm.checkpoint_files import list_checkpoints
 from llm.config import (
     RunConfig,
     accelerator,
@@ -36,6 +39,7 @@ from llm.config import (
     save,
     world_size,
 )
+from llm.errors import SpikeError
 from llm.flops import peak_flops
 from llm.generate import generate_text
 from llm.huggingface.folder import is_hf_folder
@@ -49,6 +53,7 @@ from llm.other_text import open_source, source_patterns
 from llm.plan import describe_plan
 from llm.precision import resolve_precision
 from llm.provenance import config_hash, versions
+from llm.rollback import go_back, read_rollbacks
 from llm.run_folder import RunFolder
 from llm.scaling.derivation import mismatch, rule_and_settings
 from llm.transformer import Transformer
@@ -72,20 +77,25 @@ def train(cfg: dict[str, Any], path: Path) -> float | None:
     folder = RunFolder(path, is_writer=rank_zero_only.rank == 0)
     folder.claim(resume=run.resume is not None)
     try:
-        return _train(cfg, run, folder)
+        while not _train(cfg, run, folder):  # it went back to a checkpoint, or to its beginning
+            run = replace(run_config(cfg), resume=str(path) if list_checkpoints(folder.checkpoints) else None)
+            gc.collect()  # trainer and module know each other: the old weights would stay beside the new ones
+        return folder.read_summary().get("val/loss")
     finally:
         folder.release()
 
 
-def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> float | None:
+def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> bool:
+    """Train until the run ends; return False where it has to go on from an earlier checkpoint instead."""
     quiet_lightning()
     L.seed_everything(run.seed, verbose=False)
     checkpoint = _checkpoint_to_resume(run, folder)
     if _is_complete(checkpoint, planned_steps(cfg)):
-        return folder.read_summary().get("val/loss")
+        return True
     data = build_data(cfg, batch_plan(cfg).micro_batch_size)
     data.prepare_data()
     data.setup("fit")
+    data.leave_out(entry["left_out"] for entry in read_rollbacks(folder))
     model = build_model(cfg, data.tokenizer.vocab_size)
     _load_initial_weights(run, model, data.tokenizer.bos_id)
     cfg["micro_batch_size"] = data.micro_batch_size = _micro_batch_size(cfg, run, model)
@@ -99,11 +109,15 @@ def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> float | No
     ckpt_path = None if checkpoint is None else str(checkpoint.path)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except SpikeError as error:
+        go_back(error, folder=folder, data=data, guard=module.spikes)
+        return False
     except SystemExit:  # a second Ctrl-C, for which Lightning leaves with 1
         _leave_if_stopped(trainer, folder)
         raise
     _leave_if_stopped(trainer, folder)
-    return _tell_result(folder)
+    _tell_result(folder)
+    return True
 
 
 def quiet_lightning() -> None:
@@ -297,10 +311,9 @@ def _leave_if_stopped(trainer: L.Trainer, folder: RunFolder) -> None:
         raise SystemExit(128 + stop)
 
 
-def _tell_result(folder: RunFolder) -> float:
+def _tell_result(folder: RunFolder) -> None:
     summary = folder.read_summary()
     log.info("val/loss     %.4f nats a token", summary["val/loss"])
     if summary.get("bits_per_byte") is not None:
         log.info("             %.4f bits per byte", summary["bits_per_byte"])
     log.info("run folder   %s", folder.path)
-    return summary["val/loss"]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm.errors import ConfigError
-from llm.spikes import SpikeGuard
+from llm.spikes import RollbackGuard, SpikeGuard
 
 
 def guard(**changes):
@@ -64,3 +64,14 @@ def test_what_lies_below_the_mean_is_never_a_spike(values, value):
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ConfigError, match=rf"spikes\.{next(iter(wrong))}="):
         guard(**wrong)
+
+
+def test_a_guard_that_goes_back_refuses_each_spike_and_takes_over_the_state_of_one_that_skips():
+    before, after = guard(), RollbackGuard(sigma=6.0, window=16, past=0, max_rollbacks=1)
+    for pair in ordinary(40):
+        before.judge(*pair)
+    assert [bool(before.judge(9.0, 1.0)) for _ in range(3)] == [True] * 3
+    after.load_state_dict(before.state_dict())
+    assert [bool(after.judge(9.0, 1.0)) for _ in range(9)] == [True] * 9
+    assert after.judge(3.0, 1.0) == ""
+    assert (before.goes_back, after.goes_back) == (False, True)

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from llm.rollback import read_rollbacks
 from llm.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -20,14 +21,22 @@ class BadSteps(Callback):
 
     One line an update: step, why, loss, grad_norm, and for each micro-batch of each rank its loss, the numbers of its
     windows, and the first and last document of the corpus in each of them. `python -m llm.replay` computes its losses
-    again, window by window.
+    again, window by window. Where the run has gone back from some, each step's metrics have their number, `rollbacks`.
 
     Args:
         run_folder: where the file goes.
     """
 
     def __init__(self, *, run_folder: RunFolder) -> None:
-        self.run_folder = run_folder
+        self.run_folder, self._rollbacks = run_folder, 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Count how often the run has gone back."""
+        self._rollbacks = len(read_rollbacks(self.run_folder))
+
+    def step_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
+        """Return that count, where there is one."""
+        return {"rollbacks": float(self._rollbacks)} if self._rollbacks else {}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         """Note an update that was left out."""

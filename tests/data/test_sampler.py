@@ -1,9 +1,11 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.sampler import RunSampler, permute, run_windows, validation_windows
+from data.sampler import RunSampler, numbers_at, permute, run_windows, united, validation_windows
 from llm.errors import ConfigError
 
 seeds = st.integers(-(2**63), 2**63)
@@ -79,6 +81,40 @@ def test_a_step_sees_the_same_windows_however_they_are_shared_out(world_size, mi
     rows = np.array(shares)  # rank, micro-batch of the run, row
     steps = rows.reshape(world_size, 9, -1, micro_batch_size).transpose(1, 2, 0, 3).reshape(9, 24)
     assert np.array_equal(steps, whole)
+
+
+spans = st.lists(st.tuples(st.integers(0, 120), st.integers(0, 120)), max_size=6)
+
+
+@given(spans)
+def test_united_spans_hold_the_same_numbers_ascending_and_apart(some):
+    whole = united(some)
+    assert {n for start, stop in whole for n in range(start, stop)} == {n for a, b in some for n in range(a, b)}
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(whole))
+
+
+@given(spans, spans)
+def test_spans_may_be_united_in_any_order_and_twice(some, more):
+    assert united([*united(some), *more]) == united([*more, *some, *some])
+
+
+@given(spans)
+def test_what_is_left_out_is_missing_and_all_else_follows_in_order(some):
+    left_out = united(some)
+    kept = [n for n in range(400) if not any(start <= n < stop for start, stop in left_out)]
+    assert numbers_at(np.arange(200), left_out).tolist() == kept[:200]
+
+
+@settings(max_examples=30)
+@given(spans, st.integers(0, 8), st.sampled_from([1, 2, 4]))
+def test_a_sampler_that_leaves_numbers_out_deals_the_others_to_any_ranks_from_any_step(some, step, world_size):
+    left_out = united(some)
+    whole = run_windows(0, 600, num_windows=101, seed=7).tolist()
+    kept = [whole[n] for n in range(600) if not any(start <= n < stop for start, stop in left_out)]
+    changes = {"world_size": world_size, "left_out": left_out, "start_step": lambda: step}
+    shares = [list(make(rank=rank, **changes)) for rank in range(world_size)]
+    dealt = [n for parts in zip(*shares, strict=True) for part in parts for n in part]
+    assert dealt == kept[step * 24 : 9 * 24]
 
 
 @given(st.integers(0, 9), st.sampled_from([1, 2, 4]))

@@ -52,6 +52,20 @@ def poison_second_rank():
     LanguageModule.training_step = poisoned
 
 
+def poison_second_rank_until_it_went_back():
+    """The second rank's loss is not a number at update 4, and after a return from there at update 6, each once."""
+    from llm.module import LanguageModule
+
+    plain = LanguageModule.training_step
+
+    def poisoned(self, batch, batch_idx):
+        loss, returns = plain(self, batch, batch_idx), len(self.trainer.datamodule.left_out)
+        is_bad = (self.global_step, returns) in ((3, 0), (5, 1)) and self.trainer.global_rank == 1
+        return loss * float("nan") if is_bad else loss
+
+    LanguageModule.training_step = poisoned
+
+
 def drift():
     """The second rank changes a weight of its own."""
     from llm.callbacks.rank_checksum import RankChecksum
@@ -66,7 +80,13 @@ def drift():
     RankChecksum._compare = drifting
 
 
-MUTANTS = [clip_after_the_update, forget_layouts, poison_second_rank, drift]
+MUTANTS = [
+    clip_after_the_update,
+    forget_layouts,
+    poison_second_rank,
+    poison_second_rank_until_it_went_back,
+    drift,
+]
 
 
 def main(jobs_path):
