@@ -139,10 +139,6 @@ def _check_half_life(cfg: Mapping[str, Any]) -> None:
 def _check_probe(cfg: Mapping[str, Any]) -> None:
     base, context = cfg["scaling"].get("base_batch_tokens"), cfg["context_length"]
     remedy = "set a number of tokens, such as noise_scale in the summary of a run with callbacks=noise_scale"
-    if world_size(cfg["trainer"]) > 1:
-        raise ConfigError(
-            f"scaling.noise_scale=measured: the probe runs on one device and this run on several; {remedy}"
-        )
     if isinstance(base, int) and base > 0 and (base % context or base < 2 * context):
         raise ConfigError(
             f"scaling.noise_scale=measured: scaling.base_batch_tokens={base} must hold at least two windows of "

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from itertools import islice
 from typing import Any
 
@@ -19,6 +20,8 @@ PROBE_UPDATES = 32
 """Updates of the probe. The noise scale of a model that has learnt nothing is small, and grows fast at first."""
 SKIPPED_UPDATES = 8
 """Its first updates, which are not measured."""
+PROBE_PATIENCE = timedelta(hours=1)
+"""That the other ranks have with the one that measures."""
 DECAY = 0.9
 """Of the averages, so that the end of the probe counts most: the noise scale goes on growing."""
 

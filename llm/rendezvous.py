@@ -1,4 +1,4 @@
-"""What ranks agree on before there is a process group: the run folder, which has the time in its name."""
+"""What ranks agree on before there is a process group: a run folder with the time in its name, a rank's finding."""
 
 import os
 from datetime import timedelta
@@ -14,18 +14,25 @@ _kept: list[Any] = []
 """The store lives as long as the process: the process group is made with the same address."""
 
 
-def agree(text: str, launch: Launch) -> str:
-    """Return the first rank's `text` on every rank."""
+def agree(text: str, launch: Launch, *, about: str = "run folder", patience: timedelta = PATIENCE) -> str:
+    """Return the first rank's `text` on every rank.
+
+    Args:
+        text: what the first rank says; that of the others is not read.
+        launch: who started this process.
+        about: what it is about: each thing is agreed on once.
+        patience: after which a rank that waits for the first gives up.
+    """
     if launch.world_size == 1:
         return text
-    store = _store(launch)
+    store = _store(launch, patience)
     _kept.append(store)
     if launch.rank == 0:
-        store.set(KEY, text)
-    return store.get(KEY).decode()
+        store.set(f"{KEY}/{about}", text)
+    return store.get(f"{KEY}/{about}").decode()
 
 
-def _store(launch: Launch) -> Any:
+def _store(launch: Launch, patience: timedelta) -> Any:
     """Open the key-value store of the address at which the ranks will meet."""
     if launch.name == "srun":
         from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -37,5 +44,5 @@ def _store(launch: Launch) -> Any:
     served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = launch.rank == 0 and not served_by_agent
     rendezvous: Any = dist  # its names are not in the type stubs' public list
-    store = rendezvous.TCPStore(address, port, None, serves, PATIENCE, wait_for_workers=False, multi_tenant=True)
+    store = rendezvous.TCPStore(address, port, None, serves, patience, wait_for_workers=False, multi_tenant=True)
     return rendezvous.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)

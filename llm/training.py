@@ -44,15 +44,17 @@ from llm.flops import peak_flops
 from llm.generate import generate_text
 from llm.huggingface.folder import is_hf_folder
 from llm.huggingface.load import load_hf_weights
+from llm.launch import find_launch
 from llm.loss import linear_cross_entropy
 from llm.memory import SavedBytes
 from llm.micro_batch import find_micro_batch_size
 from llm.module import LanguageModule, rated_groups
-from llm.noise_probe import PROBE_UPDATES, measure_noise_scale
+from llm.noise_probe import PROBE_PATIENCE, PROBE_UPDATES, measure_noise_scale
 from llm.other_text import open_source, source_patterns
 from llm.plan import describe_plan
 from llm.precision import resolve_precision
 from llm.provenance import config_hash, versions
+from llm.rendezvous import agree
 from llm.rollback import go_back, read_rollbacks
 from llm.run_folder import RunFolder
 from llm.scaling.derivation import mismatch, rule_and_settings
@@ -100,7 +102,7 @@ def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> bool:
     _load_initial_weights(run, model, data.tokenizer.bos_id)
     cfg["micro_batch_size"] = data.micro_batch_size = _micro_batch_size(cfg, run, model)
     plan = batch_plan(cfg)
-    cfg["scaling"] = _measured_scaling(cfg, model, data)
+    cfg["scaling"] = _measured_scaling(cfg, model, data, folder)
     save(cfg, folder.path / "config.yaml")
     data.tokenizer.save(folder.path)
     module = build_module(cfg, run, model, data.tokenizer)
@@ -186,32 +188,44 @@ def _micro_batch_size(cfg: dict[str, Any], run: RunConfig, model: Transformer) -
     return find_micro_batch_size(trial, candidates=candidates, device=device, context_length=run.context_length)
 
 
-def _measured_scaling(cfg: Mapping[str, Any], model: Transformer, data: Any) -> dict[str, Any]:
-    """Return the scaling rule's node; where a noise scale is to be measured and is needed, with that of a probe."""
-    node = dict(cfg["scaling"])
+def _measured_scaling(cfg: Mapping[str, Any], model: Transformer, data: Any, folder: RunFolder) -> dict[str, Any]:
+    """Return the scaling rule's node; where a noise scale is to be measured and is needed, with that of a probe.
+
+    Of several ranks the first measures, and the others wait for what it finds.
+    """
+    node, launch = dict(cfg["scaling"]), find_launch()
     if not needs_probe(cfg):
         return node
+    found = _probe_noise_scale(cfg, model, data) if launch is None or launch.rank == 0 else ""
+    if launch is not None:
+        found = agree(found, launch, about=f"noise scale of {folder.path}", patience=PROBE_PATIENCE)
+    node["noise_scale"] = float(found)
+    log.info("noise scale  %s tokens, measured by a probe at the base batch", f"{node['noise_scale']:_.0f}")
+    return node
+
+
+def _probe_noise_scale(cfg: Mapping[str, Any], model: Transformer, data: Any) -> str:
+    """Return the noise scale in tokens, to three digits, from a probe on this process's device."""
+    base = cfg["scaling"]["base_batch_tokens"]
     factories, total = module_factories(cfg), max(planned_steps(cfg), PROBE_UPDATES)
     device = torch.device(accelerator(cfg["trainer"]))
     precision = resolve_precision(cfg["trainer"]["precision"], accelerator=device.type)
     dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
     dataset = data.windows("train")
-    enough = -(-PROBE_UPDATES * node["base_batch_tokens"] // batch_ramp(cfg).batch_tokens_at(0))
+    enough = -(-PROBE_UPDATES * base // batch_ramp(cfg).batch_tokens_at(0))
     groups = partial(rated_groups, **{key: factories[key] for key in ("rates", "optimizer", "lr", "weight_decay")})
     windows = measure_noise_scale(
         model.to(device),
         windows=chain.from_iterable(data.train_sampler(total_steps=enough)),
         read=lambda part: {name: tensor.to(device) for name, tensor in dataset.__getitems__(part).items()},  # type: ignore
-        windows_per_update=node["base_batch_tokens"] // cfg["context_length"],
+        windows_per_update=base // cfg["context_length"],
         micro_batch_size=data.micro_batch_size,
         build_optimizer=lambda probe: factories["optimizer"](groups(probe)),
         lr_factor=lambda step: factories["schedule"](step, total_steps=total),
         clip=cfg["trainer"].get("gradient_clip_val"),
         autocast=lambda: torch.autocast(device.type, dtype=dtype, enabled=precision.endswith("mixed")),
     )
-    node["noise_scale"] = float(f"{windows * cfg['context_length']:.3g}")
-    log.info("noise scale  %s tokens, measured by a probe at the base batch", f"{node['noise_scale']:_.0f}")
-    return node
+    return f"{windows * cfg['context_length']:.3g}"
 
 
 def trial_step(model: Transformer, windows: int, *, device: torch.device, precision: str, context_length: int) -> int:

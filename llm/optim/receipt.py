@@ -86,7 +86,7 @@ def whole_parameters(group: dict[str, Any]) -> Sequence[Tensor]:
 
     `shapes` is what a strategy notes in a group before it cuts its tensors up.
     """
-    if len(group["params"]) == len(_names(group)) or "shapes" not in group:
+    if group.get("shapes") in (None, [tuple(parameter.shape) for parameter in group["params"]]):
         return group["params"]
     return [torch.empty(shape, device="meta") for shape in group["shapes"]]
 

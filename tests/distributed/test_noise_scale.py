@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from llm.config import load
+
 pytestmark = pytest.mark.slow
 
 MEASURE = ("callbacks=noise_scale", "trainer.precision=32-true", "max_steps=6", "optimizer.lr=1e-3")
@@ -20,6 +22,7 @@ CASES = {
 }
 """The run of one process that each is held against, and its settings. Two ranks have half of its micro-batches each;
 `ranks-alone` has one on each rank, so that nothing but ranks differs."""
+PROBE = ("scaling=sign", "scaling.base_batch_tokens=128", "trainer.precision=32-true")
 ROUNDING = 1e-4
 """Ranks sum gradients in another order, in fp32, and train on from what that gave; Newton-Schulz amplifies it."""
 
@@ -33,6 +36,8 @@ def session(runs):
         runs.plan(name, *settings, *MEASURE)
     runs.jobs[-1]["config"] = runs.config("trainer=ddp", "trainer.accelerator=cpu", *MEASURE)
     runs.plan("true", "trainer.stage=2", *MEASURE, "trainer.precision=bf16-true")
+    runs.alone("probed", *PROBE)
+    runs.plan("probed-2", "trainer.stage=2", *PROBE)
     runs.launch()
     return runs
 
@@ -72,3 +77,13 @@ def test_gradients_in_bf16_give_it_to_a_tenth(session):
     one, two = averages(session.out / "four")["all"], averages(session.out / "true")["all"]
     # each element is off by up to 2^-9 of itself, and |g|² is a difference of sums a dozen times as large
     assert two == pytest.approx(one, rel=0.1)
+
+
+def test_a_probe_on_the_first_rank_sets_the_rate_of_all(session):
+    one, two = (load(session.out / name / "config.yaml")["scaling"] for name in ("probed", "probed-2"))
+    assert two == one
+    assert two["noise_scale"] > 0
+    receipts = [(session.out / name / "optimizer.txt").read_text() for name in ("probed", "probed-2")]
+    assert receipts[0] == receipts[1]
+    assert "sign rule, batch 128 -> 256 tokens, noise scale" in receipts[1]
+    assert [(session.out / "probed-2" / f"answer{rank}").read_text() for rank in (0, 1)] == ["finished"] * 2
