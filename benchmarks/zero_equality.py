@@ -7,7 +7,8 @@ Each case is 20 updates of a tiny model on 2 CPU ranks, beside one process that 
 the other. Printed is the largest difference of a training loss, in nats, and of a weight after the last update. The
 reference of bf16-true (bf16 weights with fp32 masters) is one process in bf16-mixed: their difference is bf16's
 rounding, not that of the ranks. In fp32 Muon's products are fp32 too: bf16 rounds gradients that differ in the last
-bit to different neighbours now and then, and orthogonalisation makes that visible. Finished cases are kept in OUT and not repeated.
+bit to different neighbours now and then, and orthogonalisation makes that visible. Finished cases are kept in OUT and
+not repeated.
 """
 
 import argparse
