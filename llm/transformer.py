@@ -41,7 +41,8 @@ class Transformer(nn.Module):
         head_dim: size of a head, or None for d_model / num_heads.
         tie_embeddings: whether the head is the embedding's own matrix (arXiv:1608.05859).
         dropout: of each sublayer's output, in [0, 1).
-        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        activation_checkpointing: recompute blocks in the backward pass instead of keeping their activations: true for
+            all, N >= 1 for every N-th, false for none.
         attention: factory, called once a layer with the attention contract's arguments.
         ffn: factory, called once a layer with d_model.
         norm: factory, called with dim.
@@ -65,7 +66,7 @@ class Transformer(nn.Module):
         head_dim: int | None,
         tie_embeddings: bool,
         dropout: float,
-        activation_checkpointing: bool,
+        activation_checkpointing: bool | int,
         attention: Callable[..., nn.Module],
         ffn: Callable[..., nn.Module],
         norm: Callable[..., nn.Module],
@@ -77,7 +78,12 @@ class Transformer(nn.Module):
         super().__init__()
         head_dim = resolve_head_dim(d_model=d_model, num_heads=num_heads, head_dim=head_dim)
         check_geometry(vocab_size=vocab_size, d_model=d_model, num_layers=num_layers, dropout=dropout)
-        self.vocab_size, self.d_model, self.activation_checkpointing = vocab_size, d_model, activation_checkpointing
+        if activation_checkpointing < 0:
+            raise ConfigError(
+                f"model.activation_checkpointing={activation_checkpointing}: must be true, false, or N above 0 to "
+                "recompute every N-th block; try 2"
+            )
+        self.vocab_size, self.d_model, self.recompute_every = vocab_size, d_model, int(activation_checkpointing)
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position = position(head_dim=head_dim)
         build_attention = partial(
@@ -124,7 +130,8 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             cache = None if caches is None else caches[i]
             run = partial(layer, positions=positions, document_ids=document_ids, cache=cache)
-            if self.activation_checkpointing and self.training and cache is None:
+            is_recomputed = self.recompute_every and i % self.recompute_every == 0
+            if is_recomputed and self.training and cache is None:
                 out = checkpoint(run, x, use_reentrant=False)
             else:
                 out = run(x)

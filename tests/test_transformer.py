@@ -79,14 +79,20 @@ def test_weights_start_with_the_documented_spread(composed):
     assert model.token_embedding.weight.std().item() == pytest.approx(0.02, rel=0.03)
 
 
-def test_recomputed_blocks_give_the_same_gradients(composed):
+def test_recomputed_blocks_give_the_same_gradients_and_keep_less(composed):
     ids = torch.randint(VOCAB, (2, 9))
-    gradients = []
-    for flag in ("false", "true"):
-        model = tiny(composed, f"model.activation_checkpointing={flag}")
-        run(model, ids).square().sum().backward()
+    gradients, kept = [], []
+    for flag in ("false", "2", "true"):
+        model = tiny(composed, "model.num_layers=4", f"model.activation_checkpointing={flag}")
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            out = run(model, ids).square().sum()
+        kept.append(sum(sizes))
+        out.backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for other in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other, strict=True))
+    assert kept[2] < kept[1] < kept[0]
 
 
 def test_flops_count_two_for_each_weight_used_and_the_mean_number_of_keys(composed):
@@ -102,6 +108,7 @@ def test_flops_count_two_for_each_weight_used_and_the_mean_number_of_keys(compos
         ("model.num_heads=6", r"model.num_heads=6: must divide model.d_model=32; try 4 or 8"),
         ("model.num_kv_heads=3", r"model.num_kv_heads=3: must divide model.num_heads=4"),
         ("model.num_layers=0", r"model.num_layers=0: must be at least 1"),
+        ("model.activation_checkpointing=-1", r"model.activation_checkpointing=-1: must be true, false, or N above 0"),
         ("model.dropout=1.0", r"model.dropout=1.0: must lie in \[0, 1\)"),
         ("model.head_dim=5", r"model.head_dim=5: rotary positions turn pairs"),
     ],
