@@ -35,6 +35,11 @@ class Launch(NamedTuple):
     """Processes on this node."""
 
     @property
+    def local_rank(self) -> int:
+        """Number of this process among those of its node."""
+        return self.rank % max(1, self.devices)
+
+    @property
     def num_nodes(self) -> int:
         """Nodes with as many processes each."""
         return max(1, self.world_size // max(1, self.devices))

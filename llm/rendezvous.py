@@ -32,6 +32,16 @@ def agree(text: str, launch: Launch, *, about: str = "run folder", patience: tim
     return store.get(f"{KEY}/{about}").decode()
 
 
+def smallest(number: int, launch: Launch, *, about: str) -> int:
+    """Return the smallest of the ranks' numbers on every rank; the arguments are those of `agree`."""
+    if launch.world_size == 1:
+        return number
+    store = _store(launch, PATIENCE)
+    _kept.append(store)
+    store.set(f"{KEY}/{about}/{launch.rank}", str(number))
+    return min(int(store.get(f"{KEY}/{about}/{rank}")) for rank in range(launch.world_size))
+
+
 def _store(launch: Launch, patience: timedelta) -> Any:
     """Open the key-value store of the address at which the ranks will meet."""
     if launch.name == "srun":
