@@ -25,6 +25,7 @@ from llm.config import (
     world_size,
 )
 from llm.errors import ConfigError, CrucibleError
+from llm.noise_probe import PROBE_REMEDY
 from llm.precision import resolve_precision
 from llm.safety import escaping_paths, secrets_in
 from llm.signatures import check_node, fits, locate, suggest, target_nodes, type_name
@@ -84,7 +85,7 @@ def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
         (run_keys | {"batch_schedule"}, lambda: planned_steps(cfg)),
         (run_keys | {"batch_schedule", "trainer"}, lambda: check_ramp(plan=batch_plan(cfg), ramp=batch_ramp(cfg))),
         ({"optimizer", "on_nonfinite", "trainer"}, lambda: _check_optimizer(cfg)),
-        (run_keys | {"scaling", "batch_schedule"}, lambda: _check_scaling(cfg)),
+        (run_keys | {"scaling", "batch_schedule", "optimizer"}, lambda: _check_scaling(cfg)),
         (run_keys | {"batch_schedule", "keep_half_life"}, lambda: _check_half_life(cfg)),
         (run_keys | {"schedule"}, lambda: _check_schedule(cfg)),
         ({"trainer"}, lambda: resolve_precision(cfg["trainer"]["precision"], accelerator=accelerator(cfg["trainer"]))),
@@ -138,11 +139,15 @@ def _check_half_life(cfg: Mapping[str, Any]) -> None:
 
 def _check_probe(cfg: Mapping[str, Any]) -> None:
     base, context = cfg["scaling"].get("base_batch_tokens"), cfg["context_length"]
-    remedy = "set a number of tokens, such as noise_scale in the summary of a run with callbacks=noise_scale"
+    if cfg["optimizer"].get("accumulate") == "momentum":
+        raise ConfigError(
+            "scaling.noise_scale=measured: optimizer.accumulate=momentum leaves no gradients to measure; set "
+            f"optimizer.accumulate=buffer, or {PROBE_REMEDY}"
+        )
     if isinstance(base, int) and base > 0 and (base % context or base < 2 * context):
         raise ConfigError(
             f"scaling.noise_scale=measured: scaling.base_batch_tokens={base} must hold at least two windows of "
-            f"context_length {context}, and whole ones, to compare their gradients; {remedy}"
+            f"context_length {context}, and whole ones, to compare their gradients; {PROBE_REMEDY}"
         )
 
 

@@ -22,6 +22,7 @@ SKIPPED_UPDATES = 8
 """Its first updates, which are not measured."""
 PROBE_PATIENCE = timedelta(hours=1)
 """That the other ranks have with the one that measures."""
+PROBE_REMEDY = "set a number of tokens, such as noise_scale in the summary of a run with callbacks=noise_scale"
 DECAY = 0.9
 """Of the averages, so that the end of the probe counts most: the noise scale goes on growing."""
 
@@ -81,7 +82,7 @@ def measure_noise_scale(
     if found is None:
         raise ConfigError(
             f"scaling.noise_scale=measured: {PROBE_UPDATES} updates of {windows_per_update} windows show none, the run "
-            "is too short or its gradients too noisy; set a number of tokens"
+            f"is too short or its gradients too noisy; {PROBE_REMEDY}"
         )
     return found
 

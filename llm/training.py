@@ -39,7 +39,7 @@ from llm.config import (
     save,
     world_size,
 )
-from llm.errors import SpikeError
+from llm.errors import ConfigError, SpikeError
 from llm.flops import peak_flops
 from llm.generate import generate_text
 from llm.huggingface.folder import is_hf_folder
@@ -49,7 +49,7 @@ from llm.loss import linear_cross_entropy
 from llm.memory import SavedBytes
 from llm.micro_batch import find_micro_batch_size
 from llm.module import LanguageModule, rated_groups
-from llm.noise_probe import PROBE_PATIENCE, PROBE_UPDATES, measure_noise_scale
+from llm.noise_probe import PROBE_PATIENCE, PROBE_REMEDY, PROBE_UPDATES, measure_noise_scale
 from llm.other_text import open_source, source_patterns
 from llm.plan import describe_plan
 from llm.precision import resolve_precision
@@ -196,7 +196,13 @@ def _measured_scaling(cfg: Mapping[str, Any], model: Transformer, data: Any, fol
     node, launch = dict(cfg["scaling"]), find_launch()
     if not needs_probe(cfg):
         return node
-    found = _probe_noise_scale(cfg, model, data) if launch is None or launch.rank == 0 else ""
+    try:
+        found = _probe_noise_scale(cfg, model, data) if launch is None or launch.rank == 0 else ""
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "scaling.noise_scale=measured: the probe trains a copy of the model on one device, which has no room for "
+            f"it; {PROBE_REMEDY}"
+        ) from error
     if launch is not None:
         found = agree(found, launch, about=f"noise scale of {folder.path}", patience=PROBE_PATIENCE)
     node["noise_scale"] = float(found)
