@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from llm.report.build import write_report
 from llm.resume import merge_resumed
 from llm.sweep.job import Plan, plain_command, run_job
-from llm.sweep.manifest import Job
+from llm.sweep.manifest import MANIFEST, Job, read_manifest, read_notes
 from llm.sweep.options import SweepOptions, split_options
 from llm.sweep.sweep import exit_status, open_sweep, resolve_folder, resumed_command
 
@@ -63,11 +63,13 @@ def run_sweep(arguments: Sequence[str], *, task: Task, config_name: str, config_
     ahead = look_ahead(overrides, config_name=config_name, config_dir=config_dir)
     folder = resolve_folder(options.resume, Path(ahead.hydra.sweep.dir), command)
     script = config_dir.parent / f"{config_name}.py"
-    plan = _plan(ahead, folder, plain_command(script, tuple(flags)))
-    with open_sweep(folder, command, ahead.jobs, options.line_every) as monitor, _leaving_in_order():
+    pruning = options.pruning(read_manifest(folder).prune if (folder / MANIFEST).exists() else None)
+    plan = replace(_plan(ahead, folder, plain_command(script, tuple(flags))), prune=pruning)
+    with open_sweep(folder, command, ahead.jobs, options.line_every, pruning) as monitor, _leaving_in_order():
         sys.argv[1:] = ["-m", *command, *_hydra_overrides(ahead, options, folder)]
         function = JobFunction(plan, None if options.isolate else task)
-        hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(function)()
+        with _without_a_best_trial(folder):
+            hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(function)()
     if options.report and any(job.state != "pending" for job in monitor.manifest.jobs):
         report = write_report([folder])
         sys.stdout.write(f"\n{report.text}\n\nreport       {report.page}\n")
@@ -189,6 +191,17 @@ def _split_flags(command: Sequence[str]) -> tuple[list[str], list[str]]:
         (flags if is_flag else overrides).append(argument)
         takes_value = argument in WITH_VALUE
     return flags, overrides
+
+
+@contextlib.contextmanager
+def _without_a_best_trial(folder: Path) -> Iterator[None]:
+    """Let a search end like any sweep where every job failed: its sweeper, at the end, looks for a best one."""
+    try:
+        yield
+    except ValueError:
+        notes = read_notes(folder)
+        if not notes or any(note.state != "failed" for note in notes):
+            raise
 
 
 @contextlib.contextmanager

@@ -34,6 +34,8 @@ class Row:
     optimizer_state_bytes: float | None
     parameters: int | None
     finished: int
+    pruned: int
+    """Of all its runs, at every rate, those that were ended early because they fell behind."""
     runs: int
     """All its runs, at every rate."""
 
@@ -46,13 +48,17 @@ class Verdict:
     second: str
     comparison: Comparison
     p: float
-    """Corrected for the number of pairs; NaN for groups of one seed."""
+    """Corrected for the number of pairs; NaN for groups of one seed, or with pruned seeds."""
+    is_selected: bool = False
+    """Whether seeds were pruned, so that those left were chosen by their losses."""
 
     @property
     def word(self) -> str:
         """What may be said of the first against the second."""
         if math.isnan(self.comparison.difference):
             return "diverged"
+        if self.is_selected:
+            return "seeds pruned, no claim"
         if math.isnan(self.p):
             return "one seed, no claim"
         if self.p >= ALPHA:
@@ -114,6 +120,7 @@ def _row(group: Group, cell: Cell, rank: int | None, target: float | None) -> Ro
         optimizer_state_bytes=_mean(finished, "optimizer_state_bytes"),
         parameters=next((run.summary["parameters"] for run in cell.runs if run.summary.get("parameters")), None),
         finished=sum(run.state == "finished" for run in group.runs),
+        pruned=sum(cell.pruned for cell in group.cells),
         runs=len(group.runs),
     )
 
@@ -136,9 +143,12 @@ def verdicts(groups: Sequence[Group]) -> list[Verdict]:
         diverged = not math.isfinite(sum(map(sum, losses)))
         counts = len(losses[0]), len(losses[1])
         comparison = Comparison(math.nan, math.nan, math.nan, math.nan, counts) if diverged else welch(*losses)
-        pairs.append((first.label, second.label, comparison))
-    corrected = holm([comparison.p for *_, comparison in pairs])
-    return [Verdict(a, b, comparison, p) for (a, b, comparison), p in zip(pairs, corrected, strict=True)]
+        is_selected = bool(first.best.pruned + second.best.pruned)
+        if is_selected:
+            comparison = comparison._replace(low=math.nan, high=math.nan, p=math.nan)
+        pairs.append((first.label, second.label, comparison, is_selected))
+    corrected = holm([comparison.p for _, _, comparison, _ in pairs])
+    return [Verdict(a, b, comparison, p, sel) for (a, b, comparison, sel), p in zip(pairs, corrected, strict=True)]
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -178,7 +188,7 @@ def to_text(rows: Sequence[Row], pairs: Sequence[Verdict], target: float | None)
             _text(row.seconds_to_loss, format_seconds),
             _text(row.optimizer_state_bytes, format_bytes),
             _text(row.mfu, "{:.1%}".format),
-            f"{row.finished}/{row.runs}",
+            f"{row.finished}/{row.runs}" + (f", {row.pruned} pruned" if row.pruned else ""),
         ]
         for row in rows
     ]

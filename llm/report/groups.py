@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from llm.report.runs import Run
+from llm.report.runs import PRUNED, Run
 from llm.report.stats import standard_error
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -45,6 +45,11 @@ class Cell:
         """Mean of the losses, NaN without any."""
         losses = list(self.losses.values())
         return statistics.fmean(losses) if losses else math.nan
+
+    @property
+    def pruned(self) -> int:
+        """Runs that were ended early because they fell behind: the losses left are a selection."""
+        return sum(run.state == PRUNED for run in self.runs)
 
     @property
     def error(self) -> float:

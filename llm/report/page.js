@@ -55,7 +55,8 @@ function headline() {
   const gap = fixed(Math.abs(second.loss - first.loss), 4);
   const words = { better: `${first.group} is best${rate}: ${gap} nats a token below ${second.group}.`,
     "no difference seen": `${first.group}${rate} leads by ${gap}, which is not more than noise.`,
-    "one seed, no claim": `${first.group}${rate} leads by ${gap} on one seed: no claim.` };
+    "one seed, no claim": `${first.group}${rate} leads by ${gap} on one seed: no claim.`,
+    "seeds pruned, no claim": `${first.group}${rate} leads by ${gap}; seeds were pruned: no claim.` };
   return words[pair && pair.word] || `${first.group}${rate} leads by ${gap}.`;
 }
 
@@ -166,7 +167,7 @@ function board() {
     { name: "MFU", value: (r) => r.mfu, show: (r) => (r.mfu === null ? "–" : (100 * r.mfu).toFixed(1) + " %") },
     { name: "state, bytes", value: (r) => r.optimizer_state_bytes },
     ...(new Set(DATA.rows.map((row) => row.parameters)).size > 1 ? [{ name: "parameters", value: (r) => r.parameters }] : []),
-    { name: "runs done", value: (r) => r.finished / r.runs, show: (r) => `${r.finished}/${r.runs}` },
+    { name: "runs done", value: (r) => r.finished / r.runs, show: (r) => `${r.finished}/${r.runs}` + (r.pruned ? `, ${r.pruned} pruned` : "") },
   ], rows, 0));
 }
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +12,10 @@ import yaml
 
 from llm.errors import ConfigError
 from llm.run_folder import RunFolder
+from llm.run_folder_lines import Line, LineReader
 
+PRUNED = "pruned"
+"""The state of a run that its sweep stopped because it fell behind."""
 KEPT = ("step", "tokens_seen", "train/loss", "val/loss", "training_seconds", "tokens_per_second")
 KEPT_ENDINGS = ("/expert_load_global", "/codebook_usage", "/codebook_perplexity")
 FLOPS_A_PARAMETER = 6
@@ -57,8 +59,10 @@ class Run:
 
     @property
     def state(self) -> str:
-        """One of pending, running, finished, stopped, failed, died."""
+        """One of pending, running, finished, pruned, stopped, failed, died."""
         word = str(self.summary.get("status") or "").split(":")[0]
+        if word == "stopped" and self.job.get("state") == PRUNED:
+            return PRUNED
         if word == "finished" or (word and word != "running"):
             return word
         if self.is_live:
@@ -70,7 +74,7 @@ class Run:
     @property
     def reason(self) -> str:
         """Why it failed or stopped, or ""."""
-        told = str(self.summary.get("status") or "").partition(": ")[2]
+        told = "" if self.state == PRUNED else str(self.summary.get("status") or "").partition(": ")[2]
         return told or str(self.job.get("reason") or "")
 
     @property
@@ -165,7 +169,7 @@ class RunReader:
     """Reads run folders, again and again without parsing what it has parsed."""
 
     def __init__(self) -> None:
-        self._parsed: dict[Path, tuple[int, int, list[dict[str, Any]]]] = {}  # inode, offset, lines before it
+        self._lines = LineReader(_kept)
 
     def read(self, folder: Path) -> Run:
         """Return the run as it stands now."""
@@ -179,38 +183,15 @@ class RunReader:
             choices={k.split("@")[0]: str(v) for k, v in choices.items() if not k.startswith("hydra/") and v},
             overrides=tuple(str(o).lstrip("+~").split("=")[0] for o in job.get("overrides", overrides)),
             summary=_json(folder / "summary.json"),
-            lines=self._lines(folder / "metrics.jsonl"),
+            lines=self._lines.read(folder / "metrics.jsonl"),
             job=job,
             is_live=RunFolder(folder, is_writer=False).is_live(),
             extrapolation=_extrapolation(_json(folder / "eval" / "extrapolation.json")),
         )
 
-    def _lines(self, path: Path) -> list[dict[str, Any]]:
-        """Parse what is new. The last line may still change; a resumed run replaces the file."""
-        if not path.exists():
-            return []
-        with open(path, "rb") as file:
-            inode, size = os.fstat(file.fileno()).st_ino, os.fstat(file.fileno()).st_size
-            known, offset, lines = self._parsed.get(path, (inode, 0, []))
-            if known != inode or size < offset:
-                offset, lines = 0, []
-            file.seek(offset)
-            *whole, _ = file.read().split(b"\n")
-        settled = [record for line in whole[:-1] if (record := _parse(line)) is not None]
-        offset += sum(len(line) + 1 for line in whole[:-1])
-        self._parsed[path] = (inode, offset, [*lines, *settled])
-        last = _parse(whole[-1]) if whole else None
-        return [*lines, *settled, *([] if last is None else [last])]
 
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or "step" not in record:
-        return None
-    return {k: v for k, v in record.items() if k in KEPT or k.endswith(KEPT_ENDINGS)}
+def _kept(line: Line) -> Line:
+    return {k: v for k, v in line.items() if k in KEPT or k.endswith(KEPT_ENDINGS)}
 
 
 def flatten(node: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -20,11 +20,14 @@ from llm.errors import CrucibleError
 from llm.run_folder import RunFolder
 from llm.sweep.follow import PARENT, follow
 from llm.sweep.manifest import NOTE, Job, read_notes, signal_name
+from llm.sweep.prune import Behind, Pruner, Pruning
 
 CONSOLE = "console.log"
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 KEPT = (NOTE, ".hydra")
 """What stays of a start that is begun anew, beside its logs."""
+LOOK_EVERY = 0.25
+"""Seconds between looks at a job that may be pruned."""
 
 
 class JobError(CrucibleError):
@@ -45,6 +48,7 @@ class Plan:
         environment: variables that each job gets.
         swept: keys that differ between jobs.
         raises: a failed job raises, for sweepers that ask for it; else its value is NaN.
+        prune: the rule by which jobs end early, None for none.
     """
 
     sweep: Path
@@ -56,12 +60,13 @@ class Plan:
     environment: Mapping[str, str] = field(default_factory=dict)
     swept: tuple[str, ...] = ()
     raises: bool = False
+    prune: Pruning | None = None
 
 
 def run_job(
     plan: Plan, overrides: tuple[str, ...], folder: Path, in_process: Callable[[Path, bool], float | None] | None = None
 ) -> float | None:
-    """Run one job unless it has finished, go on with it where it has a checkpoint, and return its validation loss.
+    """Run one job unless it is done, go on with it where it has a checkpoint, and return its validation loss.
 
     Args:
         plan: what the jobs have in common.
@@ -82,6 +87,8 @@ def run_job(
     if summary.get("status") == "finished":
         replace(job, state="finished", reason="", value=summary.get("val/loss")).write(plan.sweep)
         return summary.get("val/loss")
+    if job.state == "pruned":
+        return _value(plan, job)
     is_resumed = any(path.glob("checkpoints/step-*/manifest.json"))
     if not is_resumed:
         _clear(path)
@@ -90,16 +97,27 @@ def run_job(
     job.write(plan.sweep)
     if in_process is None:
         told = (path / CONSOLE).stat().st_size if (path / CONSOLE).exists() else 0
-        ended = _judge(job, path, _run_process(plan, job, path, is_resumed), told)
+        ended = _judge(job, path, *_run_process(plan, job, path, is_resumed), told)
     else:
         ended = _run_here(job, lambda: in_process(path, is_resumed))
     ended = replace(ended, seconds=time.time() - began)
     ended.write(plan.sweep)
     if ended.state == "stopped":
         raise SystemExit(128 + _signal_number(ended.reason))
-    if ended.state == "failed" and plan.raises:
-        raise JobError(f"{' '.join(overrides)}: {ended.reason}")
-    return math.nan if ended.state == "failed" else ended.value
+    return _value(plan, ended)
+
+
+def _value(plan: Plan, job: Job) -> float | None:
+    """Return the loss of a job that has ended: the last one of a pruned job, so that a search learns from it as well.
+
+    Raises:
+        JobError: it has none, where the plan asks for that.
+    """
+    if job.value is not None and math.isfinite(job.value):
+        return job.value
+    if plan.raises:
+        raise JobError(f"{' '.join(job.overrides)}: {job.reason or 'no finite validation loss'}")
+    return math.nan
 
 
 def _claim(plan: Plan, overrides: tuple[str, ...], folder: Path) -> Job:
@@ -127,8 +145,10 @@ def _clear(path: Path) -> None:
             left.unlink()
 
 
-def _run_process(plan: Plan, job: Job, path: Path, is_resumed: bool) -> int:
-    """Run the job as a plain run of its own process group, pass signals on, and return its exit status."""
+def _run_process(plan: Plan, job: Job, path: Path, is_resumed: bool) -> tuple[int, Behind | None]:
+    """Run the job as a plain run of its own process group and pass signals on; return its exit status, and what it was
+    pruned for.
+    """
     quoted = str(path).replace("\\", "\\\\").replace("'", "\\'")
     own = [f"resume={path}"] if is_resumed else [*job.overrides, f"hydra.run.dir='{quoted}'"]
     with _devices(plan) as devices, open(path / CONSOLE, "ab") as console:
@@ -140,11 +160,23 @@ def _run_process(plan: Plan, job: Job, path: Path, is_resumed: bool) -> int:
             env={**os.environ, **_environment(plan, job), **devices},
             start_new_session=True,
         )
-        with _passing_on(process):
+        with _passing_on(process) as passed:
+            behind = None if plan.prune is None else _prune(process, Pruner(plan.prune, plan.sweep, job))
             status = process.wait()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)  # ranks and workers that outlived their leader
-    return status
+    return status, None if passed else behind
+
+
+def _prune(process: subprocess.Popen[bytes], pruner: Pruner) -> Behind | None:
+    """Wait until a job ends by itself, or tell it to, as a scheduler would, once it has fallen behind."""
+    while process.poll() is None:
+        if behind := pruner.look():
+            process.terminate()
+            return behind
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(LOOK_EVERY)
+    return None
 
 
 def _environment(plan: Plan, job: Job) -> dict[str, str]:
@@ -182,30 +214,39 @@ def share(devices: tuple[str, ...], slot: int, slots: int) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Hand every signal that would stop us to the job, which saves a checkpoint and ends."""
+def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Hand every signal that would stop us to the job, which saves a checkpoint and ends; yield those handed on."""
+    passed: list[int] = []
 
     def pass_on(number: int, _: Any) -> None:
+        passed.append(number)
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield passed
         return
     previous = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:
-        yield
+        yield passed
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _judge(job: Job, path: Path, status: int, told: int) -> Job:
-    """Say what became of a job from its exit status, its summary, and what it wrote after the first `told` bytes."""
+def _judge(job: Job, path: Path, status: int, behind: Behind | None, told: int) -> Job:
+    """Say what became of a job from its exit status, what it was pruned for, its summary, and what it wrote after the
+    first `told` bytes.
+    """
     summary = RunFolder(path, is_writer=False).read_summary()
     word, _, why = str(summary.get("status") or "").partition(": ")
     if status == 0:
         return replace(job, state="finished", value=summary.get("val/loss"), exit_status=0)
+    if behind and status in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        if word == "finished":  # before it could be told
+            return replace(job, state="finished", value=summary.get("val/loss"), exit_status=status)
+        loss = behind.loss if math.isfinite(behind.loss) else None
+        return replace(job, state="pruned", reason=behind.why, value=loss, exit_status=status)
     if status < 0:
         return replace(job, state="failed", reason=f"killed by {signal_name(-status)}", exit_status=status)
     if status > 128 and word == "stopped":

@@ -12,7 +12,9 @@ from typing import Any, Literal
 from llm.errors import ConfigError
 
 MANIFEST, NOTE = "manifest.json", "job.json"
-State = Literal["pending", "running", "finished", "failed", "stopped"]
+State = Literal["pending", "running", "finished", "pruned", "failed", "stopped"]
+DONE = ("finished", "pruned")
+"""States of jobs for which nothing is left to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +24,10 @@ class Job:
     Args:
         overrides: what its command line sets; they identify it.
         folder: its run folder, relative to the sweep's.
-        state: what it is doing; a job whose process was killed is `failed`, one told to stop is `stopped`.
-        reason: why it failed or stopped, or "".
-        value: its validation loss once it has finished.
+        state: what it is doing; a job whose process was killed is `failed`, one told to stop is `stopped`, one that
+            the sweep ended early is `pruned`.
+        reason: why it failed, stopped or was pruned, or "".
+        value: its validation loss once it has finished, the last one if it was pruned.
         attempts: how often it was started.
         began: when it was last started, seconds since 1970.
         seconds: how long the last start took, until it ended.
@@ -66,17 +69,19 @@ class Manifest:
         state: running until every job has ended or the sweep was told to stop.
         created: when it began, seconds since 1970.
         jobs: all that are known, those that have not begun too.
+        prune: the rule by which jobs end early, as its settings; None: none.
     """
 
     command: tuple[str, ...]
     state: Literal["running", "finished", "failed", "stopped"] = "running"
     created: float = field(default_factory=time.time)
     jobs: tuple[Job, ...] = ()
+    prune: dict[str, Any] | None = None
 
     @property
     def is_complete(self) -> bool:
-        """Whether every job finished."""
-        return bool(self.jobs) and all(job.state == "finished" for job in self.jobs)
+        """Whether nothing is left to do."""
+        return bool(self.jobs) and all(job.state in DONE for job in self.jobs)
 
     def write(self, sweep: Path) -> None:
         """Write it into the sweep's folder, in one step."""

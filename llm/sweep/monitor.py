@@ -17,7 +17,14 @@ from llm.tables import format_seconds
 
 TICK = 0.5
 """Seconds between looks at the jobs."""
-COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "stopped": "yellow", "pending": "dim"}
+COLOURS = {
+    "running": "cyan",
+    "finished": "green",
+    "failed": "red",
+    "pruned": "magenta",
+    "stopped": "yellow",
+    "pending": "dim",
+}
 
 
 class Monitor:
@@ -88,7 +95,7 @@ class Monitor:
         shown = [*enumerate(jobs)]
         room = max(4, Console().height - 6)
         if len(shown) > room:  # what moves is what one looks for
-            order = ("running", "failed", "stopped", "finished", "pending")
+            order = ("running", "failed", "stopped", "pruned", "finished", "pending")
             shown = sorted(sorted(shown, key=lambda item: order.index(item[1].state))[:room])
         for number, job in shown:
             state = f"[{COLOURS[job.state]}]{job.state}[/]"

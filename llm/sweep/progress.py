@@ -33,13 +33,14 @@ class ProgressReader:
             return None
         step, now = int(line["step"]), time.monotonic()
         first_step, since = self._first.setdefault(folder, (step, now))
-        total = self._total(folder)
+        total = self.total_steps(folder)
         left = None
         if total is not None and step > first_step:
             left = max(0, total - step) * (now - since) / (step - first_step)
         return Progress(step, total, line.get("train/loss"), left)
 
-    def _total(self, folder: Path) -> int | None:
+    def total_steps(self, folder: Path) -> int | None:
+        """Return how many updates the run in `folder` is to make; None while it has not said so."""
         if folder not in self._totals:
             try:
                 config = yaml.load((folder / "config.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))

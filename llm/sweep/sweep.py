@@ -5,15 +5,16 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from llm.errors import ConfigError
 from llm.run_folder import RunFolder
-from llm.sweep.manifest import MANIFEST, Job, Manifest, find_unfinished, merge, read_manifest, read_notes
+from llm.sweep.manifest import DONE, MANIFEST, Job, Manifest, find_unfinished, merge, read_manifest, read_notes
 from llm.sweep.monitor import Monitor
+from llm.sweep.prune import Pruning
 
 GRACE_SECONDS = 60.0
 """How long jobs on their way out, which save a checkpoint, are waited for."""
@@ -73,7 +74,9 @@ def is_held(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def open_sweep(folder: Path, command: Sequence[str], jobs: Sequence[Job], line_every: float) -> Iterator[Monitor]:
+def open_sweep(
+    folder: Path, command: Sequence[str], jobs: Sequence[Job], line_every: float, prune: Pruning | None = None
+) -> Iterator[Monitor]:
     """Hold a sweep's folder while its jobs run, and keep its manifest.
 
     Args:
@@ -81,6 +84,7 @@ def open_sweep(folder: Path, command: Sequence[str], jobs: Sequence[Job], line_e
         command: the sweep's arguments.
         jobs: those known ahead; others join when they begin.
         line_every: seconds between lines about a running job.
+        prune: the rule by which jobs end early, which the manifest keeps.
 
     Raises:
         ConfigError: it cannot be written, or another process runs it.
@@ -97,10 +101,10 @@ def open_sweep(folder: Path, command: Sequence[str], jobs: Sequence[Job], line_e
         is_resumed = (folder / MANIFEST).exists()
         manifest = read_manifest(folder) if is_resumed else Manifest(command=tuple(command))
         foretold = merge(manifest.jobs or tuple(jobs), read_notes(folder))
-        manifest = replace(manifest, jobs=foretold, state="running")
+        manifest = replace(manifest, jobs=foretold, state="running", prune=prune and asdict(prune))
         manifest.write(folder)
-        done = sum(job.state == "finished" for job in manifest.jobs)
-        told = f", {done} of {len(manifest.jobs)} jobs have finished" if is_resumed else ""
+        done = sum(job.state in DONE for job in manifest.jobs)
+        told = f", {done} of {len(manifest.jobs)} jobs are done" if is_resumed else ""
         sys.stdout.write(f"sweep folder {_short(folder)}{told}\n")
         monitor = Monitor(folder, manifest, line_every=line_every)
         try:
@@ -134,21 +138,19 @@ def _state(manifest: Manifest) -> str:
 
 
 def exit_status(manifest: Manifest) -> int:
-    """Return 0 where every job finished, else 1."""
+    """Return 0 where every job finished or was pruned, else 1."""
     return 0 if manifest.state == "finished" else 1
 
 
 def _closing_words(manifest: Manifest, folder: Path) -> str:
     """Return what failed and why, and how to go on."""
     failed = [job for job in manifest.jobs if job.state == "failed"]
-    open_jobs = [job for job in manifest.jobs if job.state not in ("failed", "finished")]
+    open_jobs = [job for job in manifest.jobs if job.state not in ("failed", *DONE)]
     lines = [f"failed: {job.brief(manifest.jobs)}: {job.reason}; see {_short(folder / job.folder)}" for job in failed]
     if failed or open_jobs:
         count = len(manifest.jobs)
         done = count - len(failed) - len(open_jobs)
-        lines.append(
-            f"{done} of {count} jobs finished, {len(failed)} failed; go on with -m sweep.resume={_short(folder)}"
-        )
+        lines.append(f"{done} of {count} jobs done, {len(failed)} failed; go on with -m sweep.resume={_short(folder)}")
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -150,4 +150,5 @@ def project(tmp_path) -> Project:
 def sweep(project, monkeypatch, capfd):
     """Call `sweep("seed=1,2", …)`: (exit status, standard output, standard error)."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as the command line does
     return lambda *arguments: project.sweep(*arguments, monkeypatch=monkeypatch, capfd=capfd)

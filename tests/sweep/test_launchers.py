@@ -1,22 +1,16 @@
 """Hydra's launchers and sweepers around our jobs; each needs its plugin, extra `sweep`."""
 
-import importlib.metadata
 import json
 
-import pytest
 import yaml
 from catalogue import CONF
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from needed import needs
 
 from llm.multirun import is_multirun, look_ahead
 from llm.sweep.job import share
 from llm.sweep.manifest import read_manifest
-
-
-def needs(plugin):
-    there = any(found.name == plugin for found in importlib.metadata.distributions())
-    return pytest.mark.skipif(not there, reason=f"{plugin} is not installed")
 
 
 def starts(project):
@@ -82,6 +76,14 @@ def test_a_study_outlives_its_failed_trials_and_is_resumed_without_repeating_one
     assert len(again.jobs) >= 6
     kept = {job.key: job.attempts for job in again.jobs}
     assert all(kept[job.key] == 1 for job in manifest.jobs if job.state == "finished")
+
+
+@needs("hydra-optuna-sweeper")
+def test_a_study_whose_every_trial_fails_ends_like_any_sweep(project, sweep):
+    status, _, err = sweep("hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "kind=choice(fails,nothing)")
+    assert status == 1
+    assert err.endswith(f"0 of 2 jobs done, 2 failed; go on with -m sweep.resume=multirun/{project.sweeps[0].name}\n")
+    assert "Traceback" not in err
 
 
 def test_the_jobs_of_a_sweep_are_known_ahead(project):

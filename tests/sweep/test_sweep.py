@@ -40,7 +40,7 @@ def test_failed_and_killed_jobs_are_resumed_to_the_leaderboard_of_an_undisturbed
         **{f"kind=dies seed={s}": ("failed", "killed by SIGKILL") for s in (1, 2)},
     }
     assert read_manifest(first).state == "failed"
-    assert "2 of 6 jobs finished, 4 failed" in err
+    assert "2 of 6 jobs done, 4 failed" in err
     assert f"-m sweep.resume=multirun/{first.name}" in err
     assert err.count("the answer is not 42") == 2
     assert "6 runs: 4 failed, 2 finished" in out
@@ -73,7 +73,7 @@ def test_the_same_command_again_goes_on_with_what_is_unfinished(project, sweep):
     status, out, _ = sweep(*command)
     assert status == 0
     (folder,) = project.sweeps
-    assert f"sweep folder multirun/{folder.name}, 1 of 2 jobs have finished" in out
+    assert f"sweep folder multirun/{folder.name}, 1 of 2 jobs are done" in out
     assert sweep(*command, "optimizer.lr=0.02")[0] == 0  # another command is another sweep
     assert sweep(*command, "sweep.resume=null")[0] == 0
     assert len(project.sweeps) == 3
@@ -120,7 +120,7 @@ def test_a_sweep_told_to_stop_saves_its_job_and_goes_on_later(project, sweep):
     (folder,) = project.sweeps
     assert states(folder) == {"seed=1": ("stopped", "SIGTERM"), "seed=2": ("pending", "")}
     assert read_manifest(folder).state == "stopped"
-    assert f"0 of 2 jobs finished, 0 failed; go on with -m sweep.resume=multirun/{folder.name}" in err
+    assert f"0 of 2 jobs done, 0 failed; go on with -m sweep.resume=multirun/{folder.name}" in err
     status, _, err = sweep("seed=1,2", "step_seconds=0.1")
     assert status == 0, err
     assert [starts(folder / job.folder)[-1]["argv"][0][:6] for job in read_manifest(folder).jobs] == [

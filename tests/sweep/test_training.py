@@ -1,5 +1,6 @@
 """Sweeps of real training, and what their reports say."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from catalogue import CONF
 
@@ -80,3 +82,45 @@ def test_a_real_job_killed_halfway_goes_on_to_the_losses_of_an_undisturbed_one(t
     ]
     exact = [[[line.split(",")[i] for i in (0, 1, 2, 3, 4, 5, 6, 7)] for line in board] for board in boards]
     assert exact[0] == exact[1]  # all but what is timed
+
+
+def test_jobs_of_two_ranks_are_one_job_each_and_end_early_together(tiny, tmp_path):
+    """Two CPU ranks a job; the second, whose rate is far too low, is pruned."""
+    shared = [a for a in tiny if a != "trainer=cpu" and not a.startswith("max_steps")]
+    shared += ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "micro_batch_size=2", "max_steps=400"]
+    shared += [
+        "val_every=40",
+        "checkpoint_every=400",
+        "callbacks.samples=null",
+        "optimizer.lr=4e-3,1e-8",
+        f"hydra.sweep.dir={tmp_path}/sweep",
+    ]
+    start = [sys.executable, str(CONF.parent / "train.py"), "-m", *shared, "sweep.prune=median", "sweep.prune_others=1"]
+    process = subprocess.Popen(start, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    seen = {}
+    deadline = time.monotonic() + 900
+    while process.poll() is None:
+        assert time.monotonic() < deadline
+        for job in psutil.Process(process.pid).children():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                members = [job, *job.children(recursive=True)]
+                ranks = [p for p in members if any("hydra.run.dir=" in word for word in p.cmdline())]
+                if len(ranks) > len(seen.get(job.pid, [])):
+                    seen[job.pid] = [(os.getpgid(p.pid), p.cmdline()) for p in ranks]
+        time.sleep(0.1)
+    out = process.communicate()[0]
+    assert process.returncode == 0, out
+    first, second = read_manifest(tmp_path / "sweep").jobs
+    assert (first.state, second.state) == ("finished", "pruned"), out
+    assert second.reason.startswith("val/loss ")
+    reached = [max(path.name for path in (tmp_path / "sweep" / job.folder).glob("checkpoints/step-*")) for job in
+               (first, second)]  # fmt: skip
+    assert reached[0] == "step-00000400"
+    assert "step-00000100" < reached[1] < "step-00000400"  # the pruned one could go on from there
+    assert len(seen) == 2
+    for leader, ranks in seen.items():
+        assert len(ranks) == 3  # the job itself, and two ranks
+        assert {group for group, _ in ranks} == {leader}
+        assert not any("-m" in command[1:] for _, command in ranks)
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep"}
+    assert len(list(tmp_path.glob("sweep/*/summary.json"))) == 2

@@ -1,0 +1,146 @@
+"""Jobs that fall behind the others of their sweep end early: when, and by which rule, from run folders alone."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from llm.run_folder_lines import Line, LineReader
+from llm.sweep.manifest import Job, read_notes
+from llm.sweep.progress import ProgressReader
+from llm.tables import format_count
+
+Rule = Literal["median", "halving"]
+
+
+class Validation(NamedTuple):
+    """One validation of a run; a loss that is not finite is infinite."""
+
+    step: int
+    tokens: float
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """When a sweep ends a job early.
+
+    Jobs of one seed are compared, each by its lowest validation loss up to the same number of tokens, whatever has
+    become of them since: the luck of a seed ends none.
+
+    Source: `median` is the median stopping rule of Golovin et al. 2017 (Google Vizier, section 3.2.2); `halving` is
+    asynchronous successive halving, Li et al. 2018 (arXiv 1810.05934, Algorithm 2).
+    Differs: the median is that of the others' losses, not of their running averages, which lag behind a falling loss,
+    and running jobs count like finished ones. Halving judges a job as it arrives at a rung and never brings back one
+    that it ended, where Algorithm 2 pauses jobs and promotes them later. Both wait for `others`.
+
+    Args:
+        rule: `median`: worse than the median of the others, at any validation; `halving`: not among the best 1 of
+            `factor`, at the first validation on or after each rung.
+        after: share of a job's updates, in (0, 1), before which it is left alone; the first rung.
+        factor: how far rungs lie apart, and how many compete for one place; at least 2.
+        others: how many other jobs must have come as far, at least 1.
+    """
+
+    rule: Rule
+    after: float
+    factor: int
+    others: int
+
+    def judge(self, loss: float, others: Sequence[float]) -> str:
+        """Return what is wrong with a loss beside those of the others, or ""."""
+        if len(others) < self.others:
+            return ""
+        if self.rule == "median":
+            median = statistics.median(others)
+            return f"above {median:.4f}, the median of {len(others)} others" if loss > median else ""
+        rank, count = 1 + sum(other < loss for other in others), 1 + len(others)
+        places = max(1, count // self.factor)
+        return f"number {rank} of {count}, of which {places} may go on" if rank > places else ""
+
+    def asks(self, before: float, now: float) -> bool:
+        """Tell whether to judge at a validation after this share of the updates; `before`: at the one before it."""
+        if not self.after <= now < 1:
+            return False
+        return self.rule == "median" or self._rung(before) < self._rung(now)
+
+    def _rung(self, share: float) -> int:
+        """Return the number of the last rung reached, -1 before the first."""
+        if share < self.after:
+            return -1
+        return math.floor(math.log(share / self.after, self.factor) + 1e-9)  # a rung itself is reached
+
+
+class Behind(NamedTuple):
+    """A job that fell behind: its loss, and beside what."""
+
+    loss: float
+    why: str
+
+
+class Pruner:
+    """Watches one running job.
+
+    Args:
+        pruning: the rule.
+        sweep: the sweep's folder.
+        job: the job that may be ended.
+    """
+
+    def __init__(self, pruning: Pruning, sweep: Path, job: Job) -> None:
+        self.pruning, self.sweep, self.job = pruning, sweep, job
+        self._lines, self._progress = LineReader(_validations_alone), ProgressReader()
+        self._seen = 0
+
+    def look(self) -> Behind | None:
+        """Judge the validations that are new since the last look; return what shows that the job should end."""
+        own = self._validations(self.job)
+        if len(own) <= self._seen:
+            return None
+        total = self._progress.total_steps(self.sweep / self.job.folder)
+        if total is None:
+            return None
+        new, self._seen = range(self._seen, len(own)), len(own)
+        for index in new:
+            before = own[index - 1].step if index else 0
+            if self.pruning.asks(before / total, own[index].step / total) and (why := self._judge(own[: index + 1])):
+                return Behind(own[index].loss, why)
+        return None
+
+    def _judge(self, own: Sequence[Validation]) -> str:
+        tokens = own[-1].tokens
+        loss = min(found.loss for found in own)
+        rivals = [
+            best_by(found, tokens)
+            for note in read_notes(self.sweep)
+            if note.key != self.job.key and seed_of(note) == seed_of(self.job) and (found := self._validations(note))
+        ]
+        why = self.pruning.judge(loss, [rival for rival in rivals if rival is not None])
+        return why and f"val/loss {loss:.4f} at {format_count(tokens)} tokens is {why}"
+
+    def _validations(self, job: Job) -> list[Validation]:
+        lines = self._lines.read(self.sweep / job.folder / "metrics.jsonl")
+        return [Validation(line["step"], line["tokens_seen"], _loss(line["val/loss"])) for line in lines]
+
+
+def best_by(validations: Sequence[Validation], tokens: float) -> float | None:
+    """Return the lowest loss up to so many tokens; None for a run that was not validated before, or not as far."""
+    if not validations or validations[-1].tokens < tokens:
+        return None
+    return min((found.loss for found in validations if found.tokens <= tokens), default=None)
+
+
+def seed_of(job: Job) -> str | None:
+    """Return the seed that a job's command line sets."""
+    return next((override for override in job.overrides if override.startswith("seed=")), None)
+
+
+def _validations_alone(line: Line) -> Line | None:
+    keys = ("step", "tokens_seen", "val/loss")
+    return {key: line[key] for key in keys} if all(key in line for key in keys) else None
+
+
+def _loss(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.inf
