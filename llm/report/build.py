@@ -11,6 +11,7 @@ from llm.report.fits import fit_all
 from llm.report.groups import LR, group_runs, swept_keys
 from llm.report.page import report_data, to_html
 from llm.report.runs import RunReader, find_runs
+from llm.report.useful_batch import useful_batches, useful_text
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ def write_report(
     runs = [reader.read(path) for path in paths]
     groups = group_runs(runs, swept_keys(runs) or [LR])  # where nothing else differs, rates are what is compared
     goal = default_target(groups) if target is None else target
-    rows, pairs = leaderboard(groups, goal), verdicts(groups)
+    rows, pairs, useful = leaderboard(groups, goal), verdicts(groups), useful_batches(groups)
     made = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     title = ", ".join(folder.absolute().name for folder in folders[:3]) + (" …" if len(folders) > 3 else "")
-    data = report_data(runs, groups, rows, pairs, fit_all(groups), title=title, target=goal, made=made)
+    data = report_data(runs, groups, rows, pairs, fit_all(groups), useful, title=title, target=goal, made=made)
     out = out or folders[0] / "report"
     out.mkdir(parents=True, exist_ok=True)
     _replace(out / "leaderboard.csv", to_csv(rows))
@@ -59,7 +60,8 @@ def write_report(
     unfinished = sum(run.state in ("running", "pending") for run in runs)
     states = {state: sum(run.state == state for run in runs) for state in sorted({run.state for run in runs})}
     told = ", ".join(f"{count} {state}" for state, count in states.items())
-    return Report(f"{len(runs)} runs: {told}\n\n{to_text(rows, pairs, goal)}", out / "index.html", unfinished)
+    parts = [f"{len(runs)} runs: {told}", to_text(rows, pairs, goal), useful_text(useful)]
+    return Report("\n\n".join(part for part in parts if part), out / "index.html", unfinished)
 
 
 def _replace(path: Path, text: str) -> None:

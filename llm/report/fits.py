@@ -69,7 +69,7 @@ def fit_all(groups: Sequence[Group]) -> list[Fit]:
     return [*_rates(groups), *_losses(groups)]
 
 
-def _families(groups: Sequence[Group], free: Sequence[str]) -> Iterator[tuple[dict[str, str], list[Group]]]:
+def families(groups: Sequence[Group], free: Sequence[str]) -> Iterator[tuple[dict[str, str], list[Group]]]:
     """Yield groups that differ by the keys of `free` alone."""
     families: dict[tuple[tuple[str, str], ...], list[Group]] = {}
     for group in groups:
@@ -81,7 +81,7 @@ def _families(groups: Sequence[Group], free: Sequence[str]) -> Iterator[tuple[di
 
 
 def _rates(groups: Sequence[Group]) -> Iterator[Fit]:
-    for shared, members in _families(groups, [BATCH, "max_steps"]):
+    for shared, members in families(groups, [BATCH, "max_steps"]):
         found = [(float(g.runs[0].config[BATCH]), best_rate(g)) for g in members if BATCH in g.runs[0].config]
         rates = sorted((batch, rate) for batch, rate in found if rate is not None)
         points = [(batch, rate) for batch, (rate, _) in rates]
@@ -103,7 +103,7 @@ def _losses(groups: Sequence[Group]) -> Iterator[Fit]:
     sized = [key for group in groups for key in group.settings if key in SIZE_KEYS or key.startswith("model.")]
     length = ("max_steps", "max_tokens")
     for x_name, free in (("parameters", dict.fromkeys(sized)), ("FLOPs", dict.fromkeys([*sized, *length]))):
-        for shared, members in _families(groups, list(free)):
+        for shared, members in families(groups, list(free)):
             points = sorted(point for group in members if (point := _measured(group, x_name)) is not None)
             law = power_law(*zip(*points, strict=True)) if points else None
             if law is None:

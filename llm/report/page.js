@@ -227,6 +227,22 @@ function fits() {
   });
 }
 
+function useful() {
+  if (!DATA.useful.length) return;
+  place("useful").append(head("Useful batch", el("span", { class: "quiet" }, "(S/S_min − 1)(E/E_min − 1) = 1 for the S updates and E tokens to one loss")));
+  DATA.useful.forEach((found, index) => {
+    const told = found.lines.map((line, i) => el("p", { class: i && line.trim() === found.caution ? "caution" : i ? "quiet" : null, style: "margin:3px 0" }, line.trim()));
+    if (!found.trade) return place("useful").append(...told);
+    const plot = el("div");
+    place("useful").append(el("div", { class: "fit" }, plot, el("div", {}, ...told)));
+    const [low, high] = extent(found.batches);
+    const line = Array.from({ length: 24 }, (_, i) => 2 * high * (low / high / 4) ** (i / 23))
+      .map((batch) => [found.trade.min_updates * (1 + found.tokens / batch), found.trade.min_tokens * (1 + batch / found.tokens)]);
+    chart(plot, [{ name: "hyperbola", color: "var(--quiet)", points: line, dash: true }, { name: "measured", color: color(index), points: [...found.points].sort((a, b) => a[0] - b[0]), marks: "only", silent: true }],
+      { height: 230, logX: true, logY: true, xLabel: "updates", yLabel: "tokens", legend: false });
+  });
+}
+
 function heat(layer) {
   const canvas = el("canvas", { width: layer.steps.length, height: layer.load.length });
   const pixels = canvas.getContext("2d");
@@ -299,7 +315,7 @@ function runTable() {
   ], DATA.runs));
 }
 
-for (const section of [header, curves, board, rates, versus, fits, experts, codebooks, extrapolation, difference, runTable]) section();
+for (const section of [header, curves, board, rates, versus, fits, useful, experts, codebooks, extrapolation, difference, runTable]) section();
 if (DATA.refresh_seconds && DATA.states.some((state) => state === "running" || state === "pending")) {
   setTimeout(() => { remember("scroll", scrollY); location.reload(); }, 1000 * DATA.refresh_seconds);
   scrollTo(0, remembered.scroll || 0);

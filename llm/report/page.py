@@ -12,6 +12,7 @@ from llm.report.board import Row, Verdict
 from llm.report.fits import Fit
 from llm.report.groups import Group, text_of
 from llm.report.runs import Point, Run
+from llm.report.useful_batch import UsefulBatch
 
 MOST_POINTS = 400
 """Points a curve; longer ones are averaged down to it."""
@@ -40,6 +41,7 @@ def report_data(
     rows: Sequence[Row],
     pairs: Sequence[Verdict],
     fits: Sequence[Fit],
+    useful: Sequence[UsefulBatch],
     *,
     title: str,
     target: float | None,
@@ -62,6 +64,7 @@ def report_data(
             v.comparison._asdict() | {"first": v.first, "second": v.second, "p": v.p, "word": v.word} for v in pairs
         ],
         "fits": [asdict(fit) | {"law": fit.law._asdict()} for fit in fits],
+        "useful": [asdict(u) | {"trade": u.trade and u.trade._asdict(), "lines": u.lines} for u in useful],
     }
 
 

@@ -2,14 +2,14 @@
 
     (S / S_min − 1) (E / E_min − 1) = 1,   S = S_min (1 + B_c / B) updates,   E = E_min (1 + B / B_c) tokens
 
-for one loss to reach; B_c = E_min / S_min is the batch at which both are twice their least, and the noise scale
-estimates it. Source: McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv:1812.06162, eq. 2.11.
+for one loss to reach; B_c = E_min / S_min, the useful batch, is that at which both are twice their least, and the noise
+scale estimates it. Source: McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv:1812.06162, eq. 2.11.
 """
 
+import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
-
-import torch
 
 from llm.errors import ConfigError
 
@@ -41,9 +41,9 @@ def past_useful_batch(*, batch_tokens: float, noise_scale: float) -> str:
     updates = updates_over_minimum(batch_tokens=batch_tokens, noise_scale=noise_scale)
     tokens = tokens_over_minimum(batch_tokens=batch_tokens, noise_scale=noise_scale)
     ratio = batch_tokens / noise_scale
-    side = "past the useful batch" if ratio > 1 else "below the useful batch"
+    side = "at it" if 0.95 < ratio < 1.05 else "past it" if ratio > 1 else "below it"
     return (
-        f"{ratio:.2g} x the noise scale, {side}: {tokens:.2g} x the fewest tokens, {updates:.2g} x the fewest updates"
+        f"{ratio:.2g} x the useful batch, {side}: {tokens:.3g} x the fewest tokens, {updates:.3g} x the fewest updates"
     )
 
 
@@ -58,15 +58,16 @@ def fit_trade(updates: Sequence[float], tokens: Sequence[float]) -> Trade:
         ConfigError: fewer than two different batches, or runs that no such hyperbola passes near: a Trade must
             have positive parts. With signs or Adam it need not hold at all.
     """
-    inverse = torch.tensor([[1 / s, 1 / e] for s, e in zip(updates, tokens, strict=True)], dtype=torch.float64)
     if len({round(e / s, 9) for s, e in zip(updates, tokens, strict=True)}) < 2:
         raise ConfigError("batch_tokens: the trade of updates against tokens needs two batch sizes; sweep batch_tokens")
-    lengths = inverse.norm(dim=0)  # columns of one size: tokens outnumber updates by thousands
-    solution = torch.linalg.lstsq(inverse / lengths, torch.ones(len(inverse), 1, dtype=torch.float64)).solution[:, 0]
-    min_updates, min_tokens = (solution / lengths).tolist()
-    if min_updates <= 0 or min_tokens <= 0:
+    columns = [[1 / value for value in values] for values in (updates, tokens)]
+    lengths = [math.hypot(*column) for column in columns]  # of one size then: tokens outnumber updates by thousands
+    first, second = ([x / length for x in column] for column, length in zip(columns, lengths, strict=True))
+    cosine, sums = math.fsum(map(operator.mul, first, second)), (math.fsum(first), math.fsum(second))
+    least = [(sums[i] - cosine * sums[1 - i]) / (1 - cosine**2) / lengths[i] for i in (0, 1)]
+    if min(least) <= 0:
         raise ConfigError(
             "batch_tokens: these runs lie on no hyperbola of updates against tokens; tune the lr at each batch, and "
             "take batches on both sides of the noise scale"
         )
-    return Trade(min_updates, min_tokens)
+    return Trade(*least)

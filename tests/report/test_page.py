@@ -79,7 +79,7 @@ def test_in_a_browser_the_table_sorts_the_plots_are_there_and_nothing_complains(
     assert found["up"] == sorted(found["up"])
     assert found["down"] == found["up"][::-1]
     assert found["plots"] >= 6
-    assert set(found["sections"]) >= {"curves", "board", "rates", "versus", "fits", "experts", "codebooks",
+    assert set(found["sections"]) >= {"curves", "board", "rates", "versus", "fits", "useful", "experts", "codebooks",
                                       "extrapolation", "difference", "runs"}  # fmt: skip
     assert "adamw" in found["tip"]
     assert "optimizer._target_" in found["difference"]

@@ -34,9 +34,10 @@ def test_the_fit_finds_the_hyperbola_that_made_the_runs(min_updates, min_tokens)
 
 def test_words_say_on_which_side_a_batch_lies():
     assert past_useful_batch(batch_tokens=4000, noise_scale=1000) == (
-        "4 x the noise scale, past the useful batch: 5 x the fewest tokens, 1.2 x the fewest updates"
+        "4 x the useful batch, past it: 5 x the fewest tokens, 1.25 x the fewest updates"
     )
-    assert "below the useful batch" in past_useful_batch(batch_tokens=100, noise_scale=1000)
+    assert "1 x the useful batch, at it: 2 x the fewest tokens" in past_useful_batch(batch_tokens=100, noise_scale=100)
+    assert "0.1 x the useful batch, below it" in past_useful_batch(batch_tokens=100, noise_scale=1000)
 
 
 def test_one_batch_size_or_runs_on_no_hyperbola_are_refused():
