@@ -56,7 +56,7 @@ def describe_plan(cfg: Mapping[str, Any]) -> str:
         f"Memory on one {kind} device, {precision}\n{_memory(model, precision, sum(state.values()), plan, passing)}",
         _memory_by_stage(model, precision, sum(state.values()), plan, sum(passing)),
         f"Work\n{_work(batch_ramp(cfg), plan, flops, kind, 'bf16' in precision)}",
-        f"Optimizer receipt\n{receipt(factories['optimizer'](groups))}",
+        f"Optimizer receipt\n{receipt(factories['optimizer'](groups), across_layers=True)}",
     ]
     return "\n\n".join(sections)
 

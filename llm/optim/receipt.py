@@ -1,10 +1,13 @@
 """The receipt: which rule each tensor gets, and what it costs in memory."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+LAYER = re.compile(r"\.\d+\.")
 
 STATES: dict[type[torch.optim.Optimizer], int] = {
     torch.optim.AdamW: 2,
@@ -95,12 +98,17 @@ def _names(group: dict[str, Any]) -> Sequence[str]:
     return group.get("names") or [f"parameter {i}" for i in range(len(group["params"]))]
 
 
-def receipt(optimizer: Any) -> str:
+def receipt(optimizer: Any, *, across_layers: bool = False) -> str:
     """Write a table of what each tensor gets: name, shape, kind, rule, peak lr, decay, bytes of state.
 
     Works for any torch optimizer built from tagged groups, also inside Lightning's wrapper.
+
+    Args:
+        optimizer: the optimizer.
+        across_layers: give tensors that differ in their layer alone one row, with their number and summed state.
     """
     items = lines(optimizer)
+    listed = _across_layers(items) if across_layers else items
     header = ("name", "shape", "kind", "rule", "lr", "weight decay", "state bytes")
     rows = [
         (
@@ -112,10 +120,22 @@ def receipt(optimizer: Any) -> str:
             f"{item.weight_decay:.3g}",
             f"{item.state_bytes:,}",
         )
-        for item in items
+        for item in listed
     ]
     total_header = ("kind", "rule", "tensors", "parameters", "state bytes", "bytes a parameter")
     return f"{_table([header, *rows])}\n\n{_table([total_header, *_totals(items)])}\n"
+
+
+def _across_layers(items: list[Line]) -> list[Line]:
+    alike: dict[Any, list[Line]] = {}
+    for item in items:
+        alike.setdefault(item._replace(name=LAYER.sub(".*.", item.name)), []).append(item)
+    return [
+        key._replace(name=f"{len(same)} x {key.name}", state_bytes=len(same) * key.state_bytes)
+        if len(same) > 1
+        else same[0]
+        for key, same in alike.items()
+    ]
 
 
 def _totals(items: list[Line]) -> list[tuple[str, ...]]:
