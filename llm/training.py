@@ -54,7 +54,7 @@ from llm.other_text import open_source, source_patterns
 from llm.plan import describe_plan
 from llm.precision import resolve_precision
 from llm.provenance import config_hash, versions
-from llm.rendezvous import agree
+from llm.rendezvous import agree, smallest
 from llm.rollback import go_back, read_rollbacks
 from llm.run_folder import RunFolder
 from llm.scaling.derivation import mismatch, rule_and_settings
@@ -100,7 +100,7 @@ def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> bool:
     data.leave_out(entry["left_out"] for entry in read_rollbacks(folder))
     model = build_model(cfg, data.tokenizer.vocab_size)
     _load_initial_weights(run, model, data.tokenizer.bos_id)
-    cfg["micro_batch_size"] = data.micro_batch_size = _micro_batch_size(cfg, run, model)
+    cfg["micro_batch_size"] = data.micro_batch_size = _micro_batch_size(cfg, run, model, folder)
     plan = batch_plan(cfg)
     cfg["scaling"] = _measured_scaling(cfg, model, data, folder)
     save(cfg, folder.path / "config.yaml")
@@ -175,17 +175,20 @@ def model_state(folder: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in load_model(folder).items()}
 
 
-def _micro_batch_size(cfg: dict[str, Any], run: RunConfig, model: Transformer) -> int:
-    """Return micro_batch_size; where it is auto, the largest that fits, tried with the run's own precision."""
+def _micro_batch_size(cfg: dict[str, Any], run: RunConfig, model: Transformer, folder: RunFolder) -> int:
+    """Return micro_batch_size; where it is auto, the largest that fits every rank, tried in the run's own precision."""
     if run.micro_batch_size != "auto":
         return run.micro_batch_size
-    device = torch.device(accelerator(cfg["trainer"]))
+    launch, device = find_launch(), torch.device(accelerator(cfg["trainer"]))
+    if launch is not None and device.type == "cuda":
+        device = torch.device("cuda", launch.local_rank)
     precision = resolve_precision(cfg["trainer"]["precision"], accelerator=device.type)
     candidates = micro_batch_candidates(
         batch_tokens=run.batch_tokens, context_length=run.context_length, world_size=world_size(cfg["trainer"])
     )
     trial = partial(trial_step, model.to(device), device=device, precision=precision, context_length=run.context_length)
-    return find_micro_batch_size(trial, candidates=candidates, device=device, context_length=run.context_length)
+    found = find_micro_batch_size(trial, candidates=candidates, device=device, context_length=run.context_length)
+    return found if launch is None else smallest(found, launch, about=f"micro_batch_size of {folder.path}")
 
 
 def _measured_scaling(cfg: Mapping[str, Any], model: Transformer, data: Any, folder: RunFolder) -> dict[str, Any]:
