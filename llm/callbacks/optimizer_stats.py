@@ -9,12 +9,13 @@ from torch import Tensor
 
 from llm.errors import ConfigError
 from llm.optim.receipt import unwrap
-from llm.optim.stats import kind_stats, sampled_orthogonality
+from llm.optim.stats import Move, kind_stats, moves_to_come, sampled_orthogonality
 
 
 class OptimizerStats(Callback):
     """Adds to the metrics, for each kind: RMS of the update and of the weights, their ratio, and the gradient's norm.
 
+    A kind's tensors count together, also where `rates` gives them rates of their own.
     For Muon's matrices, also how far the update is from orthogonal (`llm.optim.stats.orthogonality_error`, on a few of
     them); for Tiger, how often tensors were shrunk for a gradient that was not finite. Measured on every `every`-th
     update, from copies of the parameters made just before it: 4 bytes a parameter while it lasts.
@@ -29,7 +30,9 @@ class OptimizerStats(Callback):
             if value < 1:
                 raise ConfigError(f"callbacks.optimizer_stats.{name}={value}: must be at least 1; try 4")
         self.every, self.orthogonality_samples = every, orthogonality_samples
-        self._step, self._before, self._norms = -1, [], {}
+        self._step = -1
+        self._moves: dict[str, list[Move]] = {}
+        self._norms: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Refuse what it could not measure: updates of tensors that no rank holds whole."""
@@ -44,28 +47,25 @@ class OptimizerStats(Callback):
         step = trainer.global_step + 1
         if step % self.every:
             return
-        groups = unwrap(optimizer).param_groups
-        self._step = step
-        self._before = [[p.detach().clone() for p in group["params"]] for group in groups]
-        self._norms = {}
-        for group in groups:
-            gradients = [p.grad for p in group["params"] if p.grad is not None]
+        self._step, self._norms = step, {}
+        self._moves = moves_to_come(unwrap(optimizer).param_groups)
+        for kind, moves in self._moves.items():
+            gradients = [move.parameter.grad for move in moves if move.parameter.grad is not None]
             if gradients:
-                self._norms[group["kind"]] = torch.nn.utils.get_total_norm(gradients)
+                self._norms[kind] = torch.nn.utils.get_total_norm(gradients)
 
     @torch.no_grad()
     def step_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Tensor | float]:
         """Return the figures of the update just made, if it was measured."""
-        before, self._before = self._before, []
-        if self._step != trainer.global_step or not before:
+        by_kind, self._moves = self._moves, {}
+        if self._step != trainer.global_step or not by_kind:
             return {}
         optimizer = unwrap(trainer.optimizers[0])
         metrics: dict[str, Tensor | float] = {f"optimizer/grad_norm/{kind}": n for kind, n in self._norms.items()}
-        for group, old in zip(optimizer.param_groups, before, strict=True):
-            kind = group["kind"]
-            metrics |= {f"optimizer/{name}/{kind}": value for name, value in kind_stats(group, old).items()}
+        for kind, moves in by_kind.items():
+            metrics |= {f"optimizer/{name}/{kind}": value for name, value in kind_stats(moves).items()}
             if kind == "matrix" and getattr(optimizer, "orthogonalizes", False):
-                error = sampled_orthogonality(group, old, samples=self.orthogonality_samples)
+                error = sampled_orthogonality(moves, samples=self.orthogonality_samples)
                 metrics["optimizer/orthogonality_error/matrix"] = error
         shrunk = sum(state.get("shrunk", 0) for state in optimizer.state.values())
         return metrics | ({"optimizer/shrunk": float(shrunk)} if shrunk else {})

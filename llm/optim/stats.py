@@ -1,6 +1,7 @@
 """What an optimizer really did in a step, measured from the parameters before and after: pure functions."""
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -32,27 +33,46 @@ def orthogonality_error(update: Float[Tensor, "*stack rows columns"]) -> Float[T
     return error.mean()
 
 
-def update_without_decay(before: Tensor, after: Tensor, *, lr: float, weight_decay: float) -> Tensor:
-    """What was subtracted from a parameter beside its weight decay: before · (1 − lr·λ) − after."""
-    return before.float() * (1 - lr * weight_decay) - after.detach().float()
+class Move(NamedTuple):
+    """One tensor's step, to be looked at when it has been made."""
+
+    parameter: Tensor
+    """It holds the values after the step."""
+    before: Tensor
+    """A copy from before it."""
+    lr: float
+    weight_decay: float
+
+    @property
+    def change(self) -> Tensor:
+        """What was subtracted from the parameter."""
+        return self.before.float() - self.parameter.detach().float()
+
+    @property
+    def update(self) -> Tensor:
+        """What was subtracted beside the weight decay: before · (1 − lr·λ) − after."""
+        return self.before.float() * (1 - self.lr * self.weight_decay) - self.parameter.detach().float()
 
 
-def kind_stats(group: dict[str, Any], before: list[Tensor]) -> dict[str, Tensor]:
-    """RMS of the update and of the weights, and their ratio, over one group after its step.
+def moves_to_come(groups: Iterable[Mapping[str, Any]]) -> dict[str, list[Move]]:
+    """Copy the parameters of an optimizer's groups by kind, of which several may have one, before a step is made."""
+    moves: dict[str, list[Move]] = {}
+    for group in groups:
+        rates = float(group["lr"]), float(group["weight_decay"])
+        own = moves.setdefault(group["kind"], [])
+        own += [Move(parameter, parameter.detach().clone(), *rates) for parameter in group["params"]]
+    return moves
 
-    Args:
-        group: an optimizer's group, with its rates as they were in the step.
-        before: copies of its parameters from before the step.
-    """
-    moves = [old.float() - new.detach().float() for old, new in zip(before, group["params"], strict=True)]
-    update, weight = pooled_rms(moves), pooled_rms(group["params"])
+
+def kind_stats(moves: list[Move]) -> dict[str, Tensor]:
+    """RMS of the update and of the weights, and their ratio, over all tensors of a kind."""
+    update = pooled_rms([move.change for move in moves])
+    weight = pooled_rms([move.parameter for move in moves])
     return {"update_rms": update, "weight_rms": weight, "update_ratio": update / weight.clamp_min(1e-30)}
 
 
-def sampled_orthogonality(group: dict[str, Any], before: list[Tensor], *, samples: int) -> Tensor:
-    """Mean `orthogonality_error` of the updates of up to `samples` matrices, spread over the depth of the model."""
-    count = len(before)
+def sampled_orthogonality(moves: list[Move], *, samples: int) -> Tensor:
+    """Mean `orthogonality_error` of the updates of up to `samples` matrices, spread over all of them."""
+    count = len(moves)
     chosen = sorted({round(i * (count - 1) / max(samples - 1, 1)) for i in range(samples)})
-    rates = {"lr": float(group["lr"]), "weight_decay": float(group["weight_decay"])}
-    errors = [orthogonality_error(update_without_decay(before[i], group["params"][i], **rates)) for i in chosen]
-    return torch.stack(errors).mean()
+    return torch.stack([orthogonality_error(moves[i].update) for i in chosen]).mean()

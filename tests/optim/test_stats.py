@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llm.optim.newton_schulz import orthogonalize
-from llm.optim.stats import kind_stats, orthogonality_error, pooled_rms, sampled_orthogonality
+from llm.optim.stats import Move, kind_stats, moves_to_come, orthogonality_error, pooled_rms, sampled_orthogonality
 
 
 def test_rms_is_pooled_over_elements_not_over_tensors():
@@ -28,10 +28,14 @@ def test_an_update_of_zeros_is_no_division_by_zero():
     assert orthogonality_error(torch.zeros(3, 4)).item() == pytest.approx(1.0)
 
 
-def test_stats_of_a_group_are_those_of_its_move():
-    before = [torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0]])]
-    group = {"params": [torch.tensor([[3.0, 2.0]]), torch.tensor([[2.0]])], "lr": 0.1, "weight_decay": 0.0}
-    stats = kind_stats(group, before)
+def test_stats_of_a_kind_are_those_of_all_its_groups():
+    parameters = [torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0]])]
+    rates = [{"kind": "matrix", "lr": lr, "weight_decay": 0.0} for lr in (0.1, 0.2)]
+    groups = [{"params": [p], **its} for p, its in zip(parameters, rates, strict=True)]
+    moves = moves_to_come(groups)
+    assert [move.lr for move in moves["matrix"]] == [0.1, 0.2]
+    parameters[0][0, 1], parameters[1][0, 0] = 2.0, 2.0
+    stats = kind_stats(moves["matrix"])
     assert stats["update_rms"].item() == pytest.approx((8 / 3) ** 0.5)
     assert stats["weight_rms"].item() == pytest.approx((17 / 3) ** 0.5)
     assert stats["update_ratio"].item() == pytest.approx((8 / 17) ** 0.5)
@@ -42,5 +46,5 @@ def test_orthogonality_is_sampled_without_the_decay(samples):
     before = [torch.randn(8, 8) for _ in range(5)]
     updates = [torch.linalg.qr(torch.randn(8, 8)).Q for _ in range(5)]
     after = [old * (1 - 0.1 * 3.0) - 0.1 * update for old, update in zip(before, updates, strict=True)]
-    group = {"params": after, "lr": 0.1, "weight_decay": 3.0}
-    assert sampled_orthogonality(group, before, samples=samples).item() < 1e-4  # fp32 differences of numbers near 1
+    moves = [Move(new, old, 0.1, 3.0) for new, old in zip(after, before, strict=True)]
+    assert sampled_orthogonality(moves, samples=samples).item() < 1e-4  # fp32 differences of numbers near 1
