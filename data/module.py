@@ -329,6 +329,6 @@ def _keep(batch: Any) -> Batch:
 
 
 def _ignore_signals(_: int) -> None:
-    """Let the main process alone answer SIGTERM and Ctrl-C: it saves a checkpoint first and then ends its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Let the main process alone answer what stops a run: it saves a checkpoint first and then ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -16,19 +16,20 @@ log = logging.getLogger(__name__)
 class RngState(Callback):
     """Saves and restores the random states of Python, NumPy, torch and the GPU, each rank its own.
 
-    Validation and sampling leave no trace in them either: how often they happen does not change what is trained.
+    Validation and sampling leave no trace in them either: how often they happen does not change what is trained; nor
+    does what loggers and loaders draw before the first batch.
     """
 
     def __init__(self) -> None:
-        self._loaded: dict[str, Any] | None = None
+        self._at_start: dict[str, Any] | None = get_rng_state()
         self._before: dict[str, Any] | None = None
         self._step = -1
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Restore at the first batch, when every data loader stands: making them draws numbers too."""
-        if self._loaded is not None:
-            set_rng_state(self._loaded)
-            self._loaded = None
+        """Restore at the first batch, when every logger and data loader stands: making them draws numbers too."""
+        if self._at_start is not None:
+            set_rng_state(self._at_start)
+            self._at_start = None
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Note the states after each update: validation may come next."""
@@ -53,7 +54,7 @@ class RngState(Callback):
         ranks = state_dict["ranks"]
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         if rank < len(ranks):
-            self._loaded = ranks[rank]
+            self._at_start = ranks[rank]
         else:
             log.warning("the checkpoint has random states of %d ranks: rank %d draws from its seed", len(ranks), rank)
 

@@ -33,6 +33,15 @@ def test_a_rank_that_the_checkpoint_does_not_know_keeps_its_own_state(caplog):
     assert "0 ranks" in caplog.text
 
 
+def test_what_is_drawn_between_the_start_and_the_first_batch_leaves_no_trace():
+    callback = RngState()
+    expected = draw()
+    callback.on_train_batch_start()
+    assert draw() == expected
+    callback.on_train_batch_start()
+    assert draw() != expected
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpus_generator_goes_on_where_it_was():

@@ -33,11 +33,15 @@ def test_a_disk_that_fills_in_the_middle_of_a_run_stops_it_with_the_checkpoint_b
 
 
 @pytest.mark.slow
-def test_a_quota_that_a_checkpoint_does_not_fit_is_named(fault):
-    fault.file_limit = 50_000
-    outcome = fault.run()
-    assert outcome.status != 0
-    assert "disk or quota is full" in outcome.err
+@pytest.mark.parametrize(
+    ("cache", "answer"), [("kept", "disk or quota is full"), ("new", "cannot be written ([Errno 27] File too large)")]
+)
+def test_a_quota_that_a_checkpoint_or_the_tokens_do_not_fit_is_named(fault, steady, tmp_path, cache, answer):
+    assert steady  # that run has left its tokens
+    fault.file_limit = 20_000
+    outcome = fault.run(*([f"loader.cache_dir={tmp_path}/cache"] if cache == "new" else []))
+    assert outcome.status == 2, outcome.err
+    assert answer in outcome.err
     assert outcome.leftovers == []
 
 

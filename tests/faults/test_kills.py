@@ -10,6 +10,15 @@ from llm.checkpoint_files import list_checkpoints, step_folder
 
 # a checkpoint of these runs takes some 20 ms to write; the moments cover all of that
 MOMENTS = 0.03
+SLOW_DISK = """
+import time, torch
+write, written = torch.save, []
+def save_slowly(*given, **named):
+    written.append(time.sleep(100 if written else 0))
+    write(*given, **named)
+torch.save = save_slowly
+"""
+"""Every checkpoint but the first takes minutes."""
 
 
 def test_a_run_killed_while_it_saves_goes_on_and_leaves_nothing_half_written(fault, steady):
@@ -39,27 +48,33 @@ def damage(folder):
     truncate(step_folder(folder / "checkpoints", 40) / "model.safetensors")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_twenty_kills_at_random_moments_of_saving_give_twenty_good_resumes(tiny, tmp_path, ranks):
-    """At least 20 kills; each is resumed; the end is that of an undisturbed run, bit for bit."""
-    several = [
-        "trainer=deepspeed",
-        "trainer.accelerator=cpu",
-        "trainer.devices=2",
-        "trainer.stage=2",
-        "micro_batch_size=2",
-    ]
-    base = [*tiny, *(several if ranks == 2 else []), "max_steps=60", "checkpoint_every=1", "callbacks.samples=null"]
-    base = [o for o in base if ranks == 1 or o not in ("trainer=cpu", "micro_batch_size=4")]
-    folders = {name: tmp_path / name for name in ("whole", "killed")}
-    for folder in folders.values():
-        folder.mkdir()
-    whole = Fault(base=base, cwd=folders["whole"]).run()
+RANKS = {
+    1: (),
+    2: ("trainer=deepspeed", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.stage=2", "micro_batch_size=2"),
+}
+OFTEN = ("max_steps=60", "checkpoint_every=1", "callbacks.samples=null")
+KILLS = 5
+"""Of each of four runs."""
+
+
+@pytest.fixture(scope="module", params=RANKS)
+def often(request, tiny, tmp_path_factory):
+    """Overrides of a run that saves at every update, and its losses when nothing happens to it."""
+    replaced = {override.split("=")[0] for override in RANKS[request.param]}
+    base = [o for o in tiny if o.split("=")[0] not in replaced] + [*RANKS[request.param], *OFTEN]
+    whole = Fault(base=base, cwd=tmp_path_factory.mktemp("often")).run()
     assert whole.status == 0, whole.err
-    fault, chance, reached = Fault(base=base, cwd=folders["killed"]), random.Random(0), 0
+    return base, whole.losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_twenty_kills_at_random_moments_of_saving_give_twenty_good_resumes(often, tmp_path, seed):
+    """Each kill is resumed; the end is that of an undisturbed run, bit for bit."""
+    base, losses = often
+    fault, chance, reached = Fault(base=base, cwd=tmp_path), random.Random(seed), 0
     fault.run(kill=Kill(at_step=2, to_group=True))
-    for _ in range(20):
+    for _ in range(KILLS):
         killed = fault.run(f"resume={fault.folder}", kill=Kill(while_saving=chance.uniform(0, MOMENTS), to_group=True))
         assert killed.status == -signal.SIGKILL
         assert len(killed.whole) >= 1
@@ -67,7 +82,7 @@ def test_twenty_kills_at_random_moments_of_saving_give_twenty_good_resumes(tiny,
         reached = max(killed.whole)
     done = fault.run(f"resume={fault.folder}")
     assert done.status == 0, done.err
-    assert done.losses == whole.losses
+    assert done.losses == losses
     assert done.leftovers == []
 
 
@@ -86,11 +101,17 @@ def test_every_signal_to_the_whole_group_saves_tells_and_goes_on(fault, steady, 
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_leaves_at_once_and_older_checkpoints_stay_whole(fault):
+def test_a_second_ctrl_c_leaves_at_once_and_older_checkpoints_stay_whole(fault, steady):
+    fault.patch = SLOW_DISK
     stopped = fault.run(kill=Kill(signal.SIGINT, at_step=6, times=2))
     assert stopped.status == 130, stopped.err
-    assert stopped.whole
-    assert fault.run(f"resume={fault.folder}").status == 0
+    assert stopped.seconds < 60
+    assert stopped.whole == [4]  # the one that was being written is not waited for
+    fault.patch = ""
+    done = fault.run(f"resume={fault.folder}")
+    assert done.status == 0, done.err
+    assert done.losses == steady
+    assert done.leftovers == []
 
 
 @pytest.mark.slow
