@@ -48,8 +48,14 @@ def plan_batch(*, batch_tokens: int, context_length: int, world_size: int, micro
     return BatchPlan(batch_tokens, context_length, world_size, micro_batch_size)
 
 
-def micro_batch_candidates(*, batch_tokens: int, context_length: int, world_size: int) -> list[int]:
+def micro_batch_candidates(*, batch_tokens: int, context_length: int, world_size: int, least: int = 1) -> list[int]:
     """Return the micro-batch sizes that divide an update, largest first.
+
+    Args:
+        batch_tokens: tokens per update.
+        context_length: tokens a window.
+        world_size: devices.
+        least: micro-batches that an update is to have, over all devices; one window at a time where that is too many.
 
     Raises:
         ConfigError: batch_tokens that is not a whole number of windows on every device.
@@ -57,7 +63,7 @@ def micro_batch_candidates(*, batch_tokens: int, context_length: int, world_size
     windows = plan_batch(
         batch_tokens=batch_tokens, context_length=context_length, world_size=world_size, micro_batch_size=1
     ).accumulation
-    return [n for n in range(windows, 0, -1) if windows % n == 0]
+    return [n for n in range(windows, 0, -1) if windows % n == 0 and (n == 1 or windows // n * world_size >= least)]
 
 
 def total_steps(*, max_steps: int | None, max_tokens: int | None, batch_tokens: int) -> int:

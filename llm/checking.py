@@ -20,6 +20,8 @@ from llm.config import (
     build_rates,
     build_tokenizer,
     instantiate,
+    least_micro_batches,
+    micro_batch_sizes,
     needs_probe,
     planned_steps,
     world_size,
@@ -28,9 +30,10 @@ from llm.errors import ConfigError, CrucibleError
 from llm.noise_probe import PROBE_REMEDY
 from llm.precision import resolve_precision
 from llm.safety import escaping_paths, secrets_in
-from llm.signatures import check_node, fits, locate, suggest, target_nodes, type_name
+from llm.signatures import check_node, fits, keyword_parameters, locate, suggest, target_nodes, type_name
 
 SUPPLIED_TO = {"data.module.TokenDataModule": frozenset({"source"})}
+REMEDIES = {"base_batch_tokens": "the tokens per update at which optimizer.lr was tuned"}
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -84,6 +87,7 @@ def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
     probes: list[tuple[set[str], Callable[[], Any]]] = [
         (run_keys | {"batch_schedule"}, lambda: planned_steps(cfg)),
         (run_keys | {"batch_schedule", "trainer"}, lambda: check_ramp(plan=batch_plan(cfg), ramp=batch_ramp(cfg))),
+        (run_keys | {"callbacks", "trainer"}, lambda: _check_micro_batches(cfg)),
         ({"optimizer", "on_nonfinite", "trainer"}, lambda: _check_optimizer(cfg)),
         (run_keys | {"scaling", "batch_schedule", "optimizer"}, lambda: _check_scaling(cfg)),
         (run_keys | {"batch_schedule", "keep_half_life"}, lambda: _check_half_life(cfg)),
@@ -111,6 +115,19 @@ def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
     return problems
 
 
+def _check_micro_batches(cfg: Mapping[str, Any]) -> None:
+    """Refuse an update of fewer micro-batches than a callback compares."""
+    plan, (least, callback) = batch_plan(cfg), least_micro_batches(cfg)
+    if plan.accumulation * plan.world_size >= least:
+        return
+    smaller = [n for n in micro_batch_sizes(cfg) if plan.windows // n >= least]
+    remedy = f"micro_batch_size={smaller[0]}" if smaller else f"batch_tokens={least * cfg['context_length']} or more"
+    raise ConfigError(
+        f"micro_batch_size={cfg['micro_batch_size']}: leaves one micro-batch an update on one device, and "
+        f"callbacks.{callback} compares at least {least}; set {remedy}"
+    )
+
+
 def _check_schedule(cfg: Mapping[str, Any]) -> None:
     steps = planned_steps(cfg)
     schedule = instantiate(cfg["schedule"])
@@ -121,6 +138,15 @@ def _check_schedule(cfg: Mapping[str, Any]) -> None:
 def _check_scaling(cfg: Mapping[str, Any]) -> None:
     """Ask for the rate at every batch of the run; what is yet to be measured is taken as the batch itself."""
     node = dict(cfg["scaling"])
+    rule = str(node["_target_"]).rpartition(".")[2]
+    asked = [n for n, p in keyword_parameters(locate(node["_target_"])).items() if p.kind is p.KEYWORD_ONLY]
+    lines = [
+        f"scaling.{name}: missing; the {rule} rule needs it: set {REMEDIES.get(name, 'what its file in conf/ does')}"
+        for name in asked
+        if name not in node
+    ]
+    if lines:
+        raise ConfigError("\n".join(lines))
     if needs_probe(cfg):
         _check_probe(cfg)
         node["noise_scale"] = float(cfg["batch_tokens"])

@@ -52,13 +52,18 @@ class RunConfig:
     plan: bool
 
 
+def piece_at(target: str) -> Any:
+    """Return what a `_target_` names; None where it names nothing, or nothing that is allowed: `check` tells of it."""
+    try:
+        return locate(target) if is_allowed(target) else None
+    except (ImportError, AttributeError):
+        return None
+
+
 def suited_rule(optimizer: str, rules: Mapping[str, str]) -> str:
     """Return the rule that `conf/scaling/auto.yaml` has for an optimizer's `_target_`, `none` where it has none."""
-    try:
-        family = family_of(locate(optimizer)) if is_allowed(optimizer) else None
-    except (ImportError, AttributeError):  # `check` tells of it
-        family = None
-    return rules.get(family or "", "none")
+    piece = piece_at(optimizer)
+    return rules.get((piece and family_of(piece)) or "", "none")
 
 
 OmegaConf.register_new_resolver("suited_rule", suited_rule, replace=True)
@@ -156,11 +161,28 @@ def planned_steps(cfg: Mapping[str, Any]) -> int:
     return batch_ramp(cfg).total_steps
 
 
+def least_micro_batches(cfg: Mapping[str, Any]) -> tuple[int, str]:
+    """Return how many micro-batches an update must have over all devices, and the callback that asks for them."""
+    nodes = {key: node for key, node in (cfg.get("callbacks") or {}).items() if isinstance(node, Mapping)}
+    asked = {key: getattr(piece_at(str(node.get("_target_"))), "least_micro_batches", 1) for key, node in nodes.items()}
+    return max(((count, key) for key, count in asked.items()), default=(1, ""))
+
+
+def micro_batch_sizes(cfg: Mapping[str, Any]) -> list[int]:
+    """Return what `micro_batch_size=auto` may be, largest first."""
+    return micro_batch_candidates(
+        batch_tokens=cfg["batch_tokens"],
+        context_length=cfg["context_length"],
+        world_size=world_size(cfg["trainer"]),
+        least=least_micro_batches(cfg)[0],
+    )
+
+
 def batch_plan(cfg: Mapping[str, Any]) -> BatchPlan:
     """Return the plan of an update; `micro_batch_size=auto` is taken as its largest candidate."""
     sizes = {key: cfg[key] for key in ("batch_tokens", "context_length")}
     sizes["world_size"], micro = world_size(cfg["trainer"]), cfg["micro_batch_size"]
-    return plan_batch(**sizes, micro_batch_size=micro_batch_candidates(**sizes)[0] if micro == "auto" else micro)
+    return plan_batch(**sizes, micro_batch_size=micro_batch_sizes(cfg)[0] if micro == "auto" else micro)
 
 
 def build_tokenizer(cfg: Mapping[str, Any]) -> Any:

@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from llm.batching import BatchPlan, micro_batch_candidates
+from llm.batching import BatchPlan
 from llm.callbacks.stop_signals import StopSignals
 from llm.checking import check
 from llm.checkpoint import FolderCheckpointIO, FoundCheckpoint, compare_state, find_last, load_model
@@ -31,13 +31,13 @@ from llm.config import (
     build_loggers,
     build_model,
     build_trainer,
+    micro_batch_sizes,
     module_factories,
     needs_probe,
     planned_steps,
     retuned_optimizer,
     run_config,
     save,
-    world_size,
 )
 from llm.errors import ConfigError, SpikeError
 from llm.flops import peak_flops
@@ -183,11 +183,9 @@ def _micro_batch_size(cfg: dict[str, Any], run: RunConfig, model: Transformer, f
     if launch is not None and device.type == "cuda":
         device = torch.device("cuda", launch.local_rank)
     precision = resolve_precision(cfg["trainer"]["precision"], accelerator=device.type)
-    candidates = micro_batch_candidates(
-        batch_tokens=run.batch_tokens, context_length=run.context_length, world_size=world_size(cfg["trainer"])
-    )
     trial = partial(trial_step, model.to(device), device=device, precision=precision, context_length=run.context_length)
-    found = find_micro_batch_size(trial, candidates=candidates, device=device, context_length=run.context_length)
+    sizes = micro_batch_sizes(cfg)
+    found = find_micro_batch_size(trial, candidates=sizes, device=device, context_length=run.context_length)
     return found if launch is None else smallest(found, launch, about=f"micro_batch_size of {folder.path}")
 
 

@@ -20,7 +20,10 @@ def test_a_batch_that_is_not_whole_names_the_nearest_legal_values():
 
 
 def test_candidates_are_the_divisors_of_an_update_largest_first():
-    assert micro_batch_candidates(batch_tokens=12 * 64, context_length=64, world_size=2) == [6, 3, 2, 1]
+    sizes = {"batch_tokens": 12 * 64, "context_length": 64}
+    assert micro_batch_candidates(**sizes, world_size=2) == [6, 3, 2, 1]
+    assert micro_batch_candidates(**sizes, world_size=2, least=3) == [3, 2, 1]
+    assert micro_batch_candidates(**sizes, world_size=1, least=100) == [1]
 
 
 def test_steps_follow_from_tokens():

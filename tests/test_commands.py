@@ -170,6 +170,30 @@ def test_a_sweep_gives_each_job_a_folder(tiny, tmp_path):
         (["data=text", "data.files=nowhere/*.txt"], "nowhere"),
         (["resume=nowhere"], "resume=nowhere: holds no config.yaml"),
         (["init_from=nowhere"], "nowhere"),
+        (["scaling.base_batch_tokens=null"], "scaling.base_batch_tokens=None: must be at least 1; set the tokens per"),
+        (["~scaling.base_batch_tokens"], "scaling.base_batch_tokens: missing; the sqrt rule needs it: set the tokens"),
+        (["scaling=sign", "scaling.noise_scale=0"], "scaling.noise_scale=0: must be a number above 0; set the tokens"),
+        (["scaling=sign", "scaling.noise_scale=-3"], "scaling.noise_scale=-3: must be a number above 0"),
+        (["scaling=sign", "~scaling.noise_scale"], "scaling.noise_scale: missing; the sign rule needs it"),
+        (["scaling.noise_scale=41000"], "scaling.noise_scale: unknown key"),
+        (
+            ["batch_schedule=doubling", "batch_schedule.start_share=0.015625"],
+            "batch_schedule: 128 tokens an update from 0 tokens on: must be a multiple of context_length 256",
+        ),
+        (
+            ["batch_schedule=stages", "batch_schedule.shares=[0.3,0.5,1]"],
+            "batch_schedule.shares=[0.3, 0.5, 1]: 0.3 gives 2457.6 of batch_tokens=8192; take a share that leaves",
+        ),
+        (
+            ["callbacks=noise_scale", "micro_batch_size=32"],
+            "micro_batch_size=32: leaves one micro-batch an update on one device, and callbacks.noise_scale compares "
+            "at least 2; set micro_batch_size=16",
+        ),
+        (["callbacks=noise_scale", "batch_tokens=256"], "compares at least 2; set batch_tokens=512 or more"),
+        (
+            ["scaling=sign", "batch_tokens=16384", "scaling.base_batch_tokens=256"],
+            "scaling.base_batch_tokens=256 must hold at least two windows of context_length 256",
+        ),
     ],
 )
 def test_a_mistake_is_one_clear_line_and_leaves_nothing_behind(inside, tmp_path, arguments, answer):

@@ -37,10 +37,13 @@ class NoiseScale(Callback):
         ConfigError: a setting out of range, or one micro-batch an update on one device: nothing to compare.
     """
 
+    least_micro_batches = 2
+    """An update has so many, over all devices, also where `micro_batch_size=auto` would leave one."""
+
     def __init__(self, *, every: int, decay: float, accumulation: int, world_size: int) -> None:
         if every < 1:
             raise ConfigError(f"callbacks.noise_scale.every={every}: must be at least 1; try 1")
-        if accumulation * world_size < 2:
+        if accumulation * world_size < self.least_micro_batches:
             raise ConfigError(
                 "callbacks.noise_scale: an update is one micro-batch on one device, and the noise scale compares at "
                 "least two; set micro_batch_size to half of what it is, or less"

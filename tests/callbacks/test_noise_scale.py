@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import Callback
 
 from llm import training
 from llm.callbacks.noise_scale import NoiseScale
-from llm.config import build_callbacks
+from llm.config import batch_plan, build_callbacks, load
 from llm.errors import ConfigError
 from llm.optim.param_groups import parameter_kinds
 from llm.scaling.noise_scale import SmoothedNoiseScale, two_batch_estimate
@@ -93,6 +93,14 @@ def test_what_cannot_be_measured_is_an_error_that_says_what_to_set(wrong, messag
     with pytest.raises(ConfigError, match=message):
         NoiseScale(**{"every": 1, "decay": 0.99, "accumulation": 2, "world_size": 1, **wrong})
     NoiseScale(every=1, decay=0.99, accumulation=1, world_size=2)  # two devices are enough
+
+
+def test_an_automatic_micro_batch_leaves_two_to_compare(composed, tiny, tmp_path):
+    cfg = composed(*tiny, "callbacks=noise_scale", "micro_batch_size=auto", "max_steps=2")
+    assert batch_plan(cfg).accumulation == 2
+    assert batch_plan({**cfg, "callbacks": None}).accumulation == 1
+    train(cfg, tmp_path)
+    assert load(tmp_path / "config.yaml")["micro_batch_size"] == 4  # of 8 windows
 
 
 def test_an_optimizer_that_leaves_no_gradients_is_refused_when_training_starts(composed, tiny, tmp_path):
