@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/attention.py --lengths 1024 2048 4096 8192 16384 --rounds 5
     python benchmarks/attention.py --device cuda --lengths 1024 4096 16384 65536
 
-One round runs forward and backward of every side once, in an order that rotates. Every side gets the same queries, keys
-and values, 4 heads of 64, one row; ours include placing and quantising. Times are medians over rounds, with quartiles
-in the JSON; memory is the growth of the peak over what is held before. An exponent is the slope of log time over log
-length from 4096 tokens on, or over all lengths where there are fewer than three of those.
+One round runs forward and backward of every side at every length once, in an order that rotates. Every side gets the
+same queries, keys and values, 4 heads of 64, one row; ours include placing and quantising. Times are medians over
+rounds, with quartiles in the JSON; memory is the growth of the peak over what is held before. An exponent is the slope
+of log time over log length from 4096 tokens on, or over all lengths where there are fewer than three of those.
 """
 
 import argparse
@@ -132,7 +132,9 @@ class Peak:
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
 
 
-def measure(side: Side, length: int, device: torch.device, dtype: torch.dtype, *, with_peak: bool) -> tuple[float, int]:
+def measure(
+    side: Side, length: int, device: torch.device, dtype: torch.dtype, clock: Callable[[], float], *, with_peak: bool
+) -> tuple[float, int]:
     """Return seconds and, if asked, peak bytes of one forward and backward."""
     generator = torch.Generator().manual_seed(length)
     q, k, v = (
@@ -141,17 +143,17 @@ def measure(side: Side, length: int, device: torch.device, dtype: torch.dtype, *
     )
     grad = torch.ones_like(v)
     with Peak(device) if with_peak else contextlib.nullcontext() as peak:
-        start = now(device)
+        start = now(device, clock)
         side(q, k, v).backward(grad)
-        seconds = now(device) - start
+        seconds = now(device, clock) - start
     return seconds, 0 if peak is None else peak.bytes
 
 
-def now(device: torch.device) -> float:
+def now(device: torch.device, clock: Callable[[], float]) -> float:
     """Return the time, once the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return clock()
 
 
 def exponent(points: dict[int, float]) -> float:
@@ -179,18 +181,20 @@ def overtakes(fast: dict[int, float], slow: dict[int, float]) -> float | None:
 def run_rounds(sides: dict[str, Side], arguments: argparse.Namespace) -> dict[str, dict[int, dict[str, Any]]]:
     """Return seconds of every round and the peak, by side and length."""
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    clock = time.perf_counter if arguments.clock == "wall" else time.process_time
     results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in sides}
-    for length in arguments.lengths:
-        limits = dict.fromkeys(QUADRATIC, arguments.longest_quadratic) | dict.fromkeys(HUNGRY, arguments.longest_hungry)
-        chosen = [name for name in sides if length <= limits.get(name, length)]
-        rounds = arguments.rounds if length <= arguments.many_rounds_up_to else 2
-        for number in range(rounds + 1):  # the first warms up, and is watched for its memory, which costs time
+    limits = dict.fromkeys(QUADRATIC, arguments.longest_quadratic) | dict.fromkeys(HUNGRY, arguments.longest_hungry)
+    for number in range(arguments.rounds + 1):  # the first warms up, and is watched for its memory, which costs time
+        for length in arguments.lengths:
+            if number > 2 and length > arguments.many_rounds_up_to:
+                continue
+            chosen = [name for name in sides if length <= limits.get(name, length)]
             for name in chosen[number % len(chosen) :] + chosen[: number % len(chosen)]:
-                seconds, peak = measure(sides[name], length, device, dtype, with_peak=number == 0)
+                seconds, peak = measure(sides[name], length, device, dtype, clock, with_peak=number == 0)
                 entry = results[name].setdefault(length, {"seconds": [], "peak_bytes": peak})
                 if number:
                     entry["seconds"].append(seconds)
-        print(f"{length} tokens: done", flush=True)
+        print(f"round {number}: done", flush=True)
     return results
 
 
@@ -213,6 +217,8 @@ def report(results: dict[str, dict[int, dict[str, Any]]]) -> None:
     for name, by in results.items():
         cells = "".join(f" {by[t]['peak_bytes'] / 2**20:.0f} |" if t in by else " |" for t in lengths)
         print(f"| {name} |{cells}")
+    if not {"softmax rerope", "softmax rope"} <= set(medians):
+        return
     ratio = {t: medians["softmax rerope"][t] / medians["softmax rope"][t] for t in medians["softmax rerope"]}
     print("\nrerope over rope, in time: " + ", ".join(f"{r:.2f} at {t}" for t, r in ratio.items()))
 
@@ -227,10 +233,14 @@ def main() -> None:
     parser.add_argument("--longest-hungry", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--many-rounds-up-to", type=int, default=8192, help="longer lengths run 2 rounds")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: this process's own seconds")
+    parser.add_argument("--sides", nargs="+", help="only these, and SDPA")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     sides = {name: our_side(overrides, device) for name, overrides in SIDES.items()} | peers(device)
+    if arguments.sides:
+        sides = {name: side for name, side in sides.items() if name in (*arguments.sides, "SDPA")}
     results = run_rounds(sides, arguments)
     report(results)
     if arguments.json:
