@@ -4,6 +4,7 @@ import logging
 import netrc
 import os
 import threading
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -28,6 +29,8 @@ AXIS = "tokens_seen"
 FILES = ("plan.txt", "optimizer.txt", "samples.txt", "curves.png", "expert_load.png")
 """What a run folder gives to W&B at the end, where it is there."""
 _ID_FILE = "wandb_run_id.txt"
+TABLES_AGAIN_AFTER = 600.0
+"""Seconds without tables once one could not be sent: W&B asks its server about each, and waits for its answer."""
 
 
 class WandbRunLogger(WandbLogger):
@@ -35,7 +38,8 @@ class WandbRunLogger(WandbLogger):
 
     The key comes from `wandb login` or WANDB_API_KEY, never from a configuration. Metrics are drawn against
     tokens_seen under the names of metrics.jsonl; samples and expert load are tables; the plan and the optimizer's
-    receipt are files. The jobs of a sweep share a group, and have the swept values as tags.
+    receipt are files. The jobs of a sweep share a group, and have the swept values as tags. Where the network or W&B's
+    own process is lost on the way, training goes on, with one warning.
 
     Args:
         run_folder: holds the run's id and `wandb/`.
@@ -70,6 +74,7 @@ class WandbRunLogger(WandbLogger):
                 raise ConfigError(f"logger.{key}={seconds}: must be above 0 seconds; try 5")
         self.run_folder, self.mode, self.timeout, self.finish_timeout = run_folder, mode, timeout, finish_timeout
         self.describe = describe
+        self._has_failed, self._tables_from = False, 0.0
         try:
             super().__init__(name=name, save_dir=run_folder.path, project=project, entity=entity, config=redact(config))
         except ModuleNotFoundError as error:
@@ -87,17 +92,27 @@ class WandbRunLogger(WandbLogger):
         return self._experiment
 
     @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log numbers."""
+        _ = self.experiment  # an error at the start is an error
+        self._try(lambda: super(WandbRunLogger, self).log_metrics(metrics, step))
+
+    @rank_zero_only
     def log_rows(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, tokens_seen: int) -> None:
         """Show rows as a table."""
         import wandb
 
+        run, now = self.experiment, time.monotonic()
         table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
-        self.experiment.log({name: table, AXIS: tokens_seen})
+        if now >= self._tables_from and not self._try(lambda: run.log({name: table, AXIS: tokens_seen})):
+            self._tables_from = now + TABLES_AGAIN_AFTER
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Add to the run's configuration, redacted."""
-        super().log_hyperparams(redact(params if isinstance(params, dict) else vars(params)))
+        _ = self.experiment
+        told = redact(params if isinstance(params, dict) else vars(params))
+        self._try(lambda: super(WandbRunLogger, self).log_hyperparams(told))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -107,12 +122,27 @@ class WandbRunLogger(WandbLogger):
         run, self._experiment = self._experiment, None
         offline = getattr(run, "offline", False)
         folder = Path(run.dir).parent if offline else None
+        self._try(lambda: self._finish(run, exit_code=0 if status == "success" else 1))
+        if folder is not None:
+            log.info("W&B recorded offline; upload with: wandb sync %s", folder)
+
+    def _finish(self, run: Any, *, exit_code: int) -> None:
         for name in FILES:
             if (self.run_folder.path / name).is_file():
                 run.save(str(self.run_folder.path / name), base_path=str(self.run_folder.path), policy="now")
-        run.finish(exit_code=0 if status == "success" else 1)
-        if folder is not None:
-            log.info("W&B recorded offline; upload with: wandb sync %s", folder)
+        run.finish(exit_code=exit_code)
+
+    def _try(self, send: Callable[[], Any]) -> bool:
+        """Do what fails without a network, or once W&B's own process is gone; return whether it went well."""
+        try:
+            send()
+        except Exception as error:  # of many kinds: none of them is worth a training run
+            if not self._has_failed:
+                why = next(iter(str(error).splitlines()), "") or type(error).__name__
+                log.warning("W&B failed (%s): training goes on, and metrics.jsonl has everything", why)
+            self._has_failed = True
+            return False
+        return True
 
     def _begin(self) -> Any:
         import wandb

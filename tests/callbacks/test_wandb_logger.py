@@ -9,6 +9,7 @@ import pytest
 import yaml
 from catalogue import CONF
 from wandb.proto import wandb_internal_pb2
+from wandb_server import StandIn
 
 from llm.callbacks.wandb_logger import WandbRunLogger, has_key, is_reachable
 from llm.checking import check
@@ -110,6 +111,92 @@ def test_what_an_offline_run_really_wrote_has_the_axis_the_names_the_table_the_f
     saved = {item.path for files in records["files"] for item in files.files}
     assert {"plan.txt", "optimizer.txt"} <= saved
     assert (tmp_path / "plan.txt").read_text() == "the plan\n"
+
+
+def test_a_server_gets_one_run_with_its_axis_and_a_resumed_run_goes_on_in_it(tmp_path):
+    with StandIn() as server:
+        reach = {"WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": server.url, "WANDB_RUN_GROUP": "multirun-7"}
+        for attempt in (1, 2):
+            began = time.monotonic()
+            result = run_without_terminal(tmp_path, **reach, WANDB_JOB_TYPE="sweep", WANDB_TAGS="seed=3")
+            assert result.returncode == 0, result.stderr
+            assert time.monotonic() - began < 60  # most of it imports; without an answer it would be minutes
+            assert server.exit_codes == {(tmp_path / "wandb_run_id.txt").read_text().strip(): [0] * attempt}
+        ((run_id, run),) = server.runs.items()
+    assert (run["groupName"], run["jobType"], run["tags"], run["displayName"]) == (
+        "multirun-7",
+        "sweep",
+        ["seed=3"],
+        "n",
+    )
+    config = json.loads(run["config"])
+    assert config["batch_tokens"] == {"value": 64}
+    assert "very-secret" not in run["config"]
+    # defined metrics travel as protocol buffers' field numbers: name 1, pattern 2, axis 5 as a place in this list
+    told = [(m.get("1") or m.get("2"), m.get("5")) for m in config["_wandb"]["value"]["m"]]
+    assert told == [("tokens_seen", None), ("*", 1)]
+    rows = [(r["_step"], r["tokens_seen"], r.get("train/loss"), r.get("val/loss")) for r in server.history(run_id)]
+    once = [(64, 1, None), (128, None, 0.5), (128, None, None)]
+    assert rows == [(step, *row) for step, row in enumerate([*once, *once])]  # the second goes on behind the first
+    assert server.files[run_id, "plan.txt"] == b"the plan\n"
+    assert server.files[run_id, "optimizer.txt"] == b"the receipt"
+    assert server.artifacts == [f"run-{run_id}-samples"] * 2
+    (table, *_) = (content for (_, name), content in server.files.items() if name.startswith("media/table"))
+    assert json.loads(table)["data"] == [[2, "once upon"]]
+
+
+LOSE = """
+import sys, psutil
+from llm.callbacks.wandb_logger import WandbRunLogger
+from llm.run_folder import RunFolder
+import logging, time
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+logger = WandbRunLogger(run_folder=RunFolder(sys.argv[1]), name="n", project="p", entity=None, mode="auto", timeout=5.0,
+                        finish_timeout=5.0, describe=str, config={})
+logger.log_metrics({"train/loss": 1.0, "tokens_seen": 64.0}, step=1)
+if sys.argv[2] == "core":
+    for process in psutil.Process().children(recursive=True):
+        if "wandb-core" in process.name():
+            process.kill()
+else:
+    print("begun", flush=True)
+    time.sleep(3)
+for step in range(2, 5):
+    began = time.monotonic()
+    logger.log_metrics({"train/loss": 1.0, "tokens_seen": 64.0 * step}, step=step)
+    logger.log_rows("samples", ("text",), [["once upon"]], tokens_seen=64 * step)
+    print("seconds", time.monotonic() - began)
+logger.finalize("success")
+print("trained to the end")
+"""
+
+
+def losing(tmp_path, what, server):
+    kept = {name: value for name, value in os.environ.items() if "WANDB" not in name and "NETRC" not in name}
+    reach = {"HOME": str(tmp_path), "WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": server.url, "WANDB_SILENT": "true"}
+    return subprocess.Popen([sys.executable, "-c", LOSE, str(tmp_path), what], stdin=subprocess.DEVNULL, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=kept | reach)  # fmt: skip
+
+
+def test_training_goes_on_when_wandbs_own_process_dies(tmp_path):
+    with StandIn() as server:
+        out, err = losing(tmp_path, "core", server).communicate(timeout=120)
+    assert "trained to the end" in out, err
+    assert err.count("W&B failed") == 1
+
+
+@pytest.mark.slow
+def test_training_goes_on_when_the_network_is_lost_and_waits_for_one_table_alone(tmp_path):
+    with StandIn() as server:
+        process = losing(tmp_path, "network", server)
+        assert process.stdout.readline() == "begun\n"
+        server.is_silent = True
+        out, err = process.communicate(timeout=200)
+    assert "trained to the end" in out, err
+    assert err.count("W&B failed") == 1
+    waits = [float(line.split()[1]) for line in out.splitlines() if line.startswith("seconds")]
+    assert waits[0] < 60
+    assert max(waits[1:]) < 1
 
 
 def test_the_sweep_for_wandbs_own_agent_gives_command_lines_that_compose(composed):

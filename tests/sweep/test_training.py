@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 from catalogue import CONF
+from wandb_server import StandIn
 
 from llm.multirun import run_sweep
 from llm.report.build import write_report
@@ -84,23 +85,16 @@ def test_a_real_job_killed_halfway_goes_on_to_the_losses_of_an_undisturbed_one(t
     assert exact[0] == exact[1]  # all but what is timed
 
 
-def test_jobs_of_two_ranks_are_one_job_each_and_end_early_together(tiny, tmp_path):
-    """Two CPU ranks a job; the second, whose rate is far too low, is pruned."""
-    shared = [a for a in tiny if a != "trainer=cpu" and not a.startswith("max_steps")]
-    shared += ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "micro_batch_size=2", "max_steps=400"]
-    shared += [
-        "val_every=40",
-        "checkpoint_every=400",
-        "callbacks.samples=null",
-        "optimizer.lr=4e-3,1e-8",
-        f"hydra.sweep.dir={tmp_path}/sweep",
-    ]
-    start = [sys.executable, str(CONF.parent / "train.py"), "-m", *shared, "sweep.prune=median", "sweep.prune_others=1"]
-    process = subprocess.Popen(start, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.fixture
+def wandb_server():
+    with StandIn() as server:
+        yield server
+
+
+def ranks_seen(process):
+    """Watch a sweep until it ends; return, by the leader of each job, the process groups and commands of its ranks."""
     seen = {}
-    deadline = time.monotonic() + 900
     while process.poll() is None:
-        assert time.monotonic() < deadline
         for job in psutil.Process(process.pid).children():
             with contextlib.suppress(psutil.Error, ProcessLookupError):
                 members = [job, *job.children(recursive=True)]
@@ -108,13 +102,27 @@ def test_jobs_of_two_ranks_are_one_job_each_and_end_early_together(tiny, tmp_pat
                 if len(ranks) > len(seen.get(job.pid, [])):
                     seen[job.pid] = [(os.getpgid(p.pid), p.cmdline()) for p in ranks]
         time.sleep(0.1)
-    out = process.communicate()[0]
-    assert process.returncode == 0, out
+    return seen
+
+
+def test_jobs_of_two_ranks_are_one_job_each_and_end_early_together(tiny, tmp_path, wandb_server):
+    """Two CPU ranks a job; the second, whose rate is far too low, is pruned. Each is one run of W&B."""
+    jobs = [a for a in tiny if a != "trainer=cpu" and not a.startswith("max_steps")]
+    jobs += ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "micro_batch_size=2", "max_steps=400"]
+    jobs += ["val_every=40", "checkpoint_every=400", "callbacks.samples=null", "logger=wandb"]
+    jobs += ["optimizer.lr=4e-3,1e-8", f"hydra.sweep.dir={tmp_path}/sweep"]
+    start = [sys.executable, str(CONF.parent / "train.py"), "-m", *jobs, "sweep.prune=median", "sweep.prune_others=1"]
+    reach = {"WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": wandb_server.url, "HOME": str(tmp_path / "sweep")}
+    with open(tmp_path / "out.txt", "w+") as out:
+        process = subprocess.Popen(start, cwd=tmp_path, stdout=out, stderr=out, env=os.environ | reach)
+        seen = ranks_seen(process)
+        out.seek(0)
+        assert process.returncode == 0, out.read()
     first, second = read_manifest(tmp_path / "sweep").jobs
-    assert (first.state, second.state) == ("finished", "pruned"), out
+    assert (first.state, second.state) == ("finished", "pruned")
     assert second.reason.startswith("val/loss ")
-    reached = [max(path.name for path in (tmp_path / "sweep" / job.folder).glob("checkpoints/step-*")) for job in
-               (first, second)]  # fmt: skip
+    folders = [tmp_path / "sweep" / job.folder for job in (first, second)]
+    reached = [max(path.name for path in folder.glob("checkpoints/step-*")) for folder in folders]
     assert reached[0] == "step-00000400"
     assert "step-00000100" < reached[1] < "step-00000400"  # the pruned one could go on from there
     assert len(seen) == 2
@@ -122,5 +130,12 @@ def test_jobs_of_two_ranks_are_one_job_each_and_end_early_together(tiny, tmp_pat
         assert len(ranks) == 3  # the job itself, and two ranks
         assert {group for group, _ in ranks} == {leader}
         assert not any("-m" in command[1:] for _, command in ranks)
-    assert {path.name for path in tmp_path.iterdir()} == {"sweep"}
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep", "out.txt"}
     assert len(list(tmp_path.glob("sweep/*/summary.json"))) == 2
+    ids = [(folder / "wandb_run_id.txt").read_text().strip() for folder in folders]
+    assert list(wandb_server.runs) == ids  # one a job, whatever the number of ranks
+    told = [wandb_server.runs[run] for run in ids]
+    assert [(run["groupName"], run["jobType"]) for run in told] == [("sweep", "sweep")] * 2
+    assert [run["tags"] for run in told] == [["optimizer.lr=0.004"], ["optimizer.lr=1e-08"]]
+    assert {row["tokens_seen"] for row in wandb_server.history(ids[0])} == {256 * step for step in range(1, 401)}
+    assert ids[1] in wandb_server.exit_codes
