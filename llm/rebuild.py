@@ -108,14 +108,14 @@ def _own(folder: Path, cfg: dict[str, Any], device: str | None) -> dict[str, Any
 def read_config(
     folder: Path, *, position: Mapping[str, Any] | None = None, context_length: int | None = None
 ) -> dict[str, Any]:
-    """Return a run's checked configuration.
+    """Return a run's checked configuration, without the callbacks that watched it train.
 
     Args:
         folder: the run folder.
         position: node of another position to read with, or None for the run's own.
         context_length: tokens a window, or None for the run's own.
     """
-    cfg = load(folder / "config.yaml")
+    cfg = load(folder / "config.yaml") | {"callbacks": {}}
     if position is not None:
         cfg["model"]["position"] = dict(position)
     if context_length is not None:
@@ -127,12 +127,14 @@ def read_config(
 
 
 def _set_context_length(cfg: dict[str, Any], context_length: int) -> None:
-    """Read windows of another length, as many tokens at a time as before."""
+    """Read windows of another length, as many tokens at a time as before; what follows from the batch is no matter."""
     if context_length < 1:
         raise ConfigError(f"context_length={context_length}: must be at least 1; try {4 * cfg['context_length']}")
     windows = max(1, batch_plan(cfg).micro_batch_size * cfg["context_length"] // context_length)
     cfg["context_length"], cfg["micro_batch_size"] = context_length, windows
     cfg["batch_tokens"] = context_length * windows * world_size(cfg["trainer"])
+    cfg["batch_schedule"], cfg["keep_half_life"] = None, False
+    cfg["scaling"] = {"_target_": "llm.scaling.rules.none", "_partial_": True, "base_batch_tokens": cfg["batch_tokens"]}
 
 
 def trained_state(folder: Path, weights: Path, average: int) -> dict[str, torch.Tensor]:

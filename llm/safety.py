@@ -16,6 +16,9 @@ PLAIN_KEYS = re.compile(
 )
 """Keys that end in `token` or `tokens` and count or name tokens of a text."""
 
+NUMBERS = re.compile(r"[\d_.,eE+\s\[\]-]+")
+"""Values of counts of tokens, which have many names; no secret is made of digits alone and called `tokens`."""
+
 SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
 SHORTEST_SECRET = 8
 """Characters below which the value of a variable is too common to be told from an ordinary setting."""
@@ -63,7 +66,8 @@ def secrets_on_the_command_line(arguments: Iterable[str]) -> list[str]:
         key, _, value = argument.partition("=")
         name = key.lstrip("+~-")
         asked = re.search(r"oc\.env:\s*([A-Za-z_0-9]+)", value)
-        if value not in ("", "null") and is_secret_key(name.replace("-", "_")):
+        is_count = name.endswith("tokens") and NUMBERS.fullmatch(value)
+        if value not in ("", "null") and not is_count and is_secret_key(name.replace("-", "_")):
             problems.append(f"{name}=…: {REMEDY}")
         elif asked and (SECRET_VARIABLE.search(asked[1].upper()) or is_secret_key(asked[1].lower())):
             problems.append(f"{name}=${{oc.env:{asked[1]}}}: {REMEDY}")

@@ -69,6 +69,15 @@ def test_ordinary_overrides_and_unset_secrets_are_let_through():
     assert secrets_on_the_command_line(arguments) == []
 
 
+def test_every_number_of_tokens_that_conf_has_may_be_set_on_the_command_line():
+    files = (ROOT / "conf").rglob("*.yaml")
+    keys = {key for file in files for key in re.findall(r"^ *([a-z_]*tokens):", file.read_text(), re.MULTILINE)}
+    assert {"batch_tokens", "every_tokens", "pair_tokens"} <= keys
+    for value in ("500000", "500_000,1e6", "[0,200]"):
+        assert secrets_on_the_command_line([f"some.group.{key}={value}" for key in keys]) == []
+    assert secrets_on_the_command_line(["+some.tokens=hf_abcdefgh"])
+
+
 @pytest.mark.parametrize("value", ["../../etc/x", "/etc/x", "a/../../x", "~/x"])
 def test_file_names_that_leave_the_run_folder_are_refused(composed, value):
     node = {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "filename": value}
