@@ -32,7 +32,8 @@ class Kill:
     Args:
         number: the signal.
         at_step: send it when this update is recorded.
-        while_saving: send it when a checkpoint is being written, so many seconds after it was begun.
+        while_saving: send it when a checkpoint is being written that is not the first, so many seconds after it was
+            begun.
         times: send it so often, half a second apart.
         to_group: to every process of the command, as a terminal or a scheduler does.
     """
@@ -151,15 +152,15 @@ class Fault:
 
     def _await(self, process: subprocess.Popen, kill: Kill) -> None:
         deadline = time.monotonic() + PATIENCE
-        before = {path.name for path in (self.folder / "checkpoints").glob(".tmp-step-*")}
+        checkpoints = self.folder / "checkpoints"
+        before = {path.name for path in checkpoints.glob(".tmp-step-*")}
         while time.monotonic() < deadline and process.poll() is None:
             if kill.at_step is not None and self._recorded() >= kill.at_step:
                 return
-            if kill.while_saving is not None:
-                begun = {path.name for path in (self.folder / "checkpoints").glob(".tmp-step-*")}
-                if begun - before:
-                    time.sleep(kill.while_saving)
-                    return
+            begun = {path.name for path in checkpoints.glob(".tmp-step-*")} - before
+            if kill.while_saving is not None and begun and list_checkpoints(checkpoints):
+                time.sleep(kill.while_saving)
+                return
             time.sleep(0.001)
         raise AssertionError(f"the command ended before it was to be killed: {process.communicate()}")
 

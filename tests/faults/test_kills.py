@@ -27,10 +27,7 @@ def test_a_run_killed_while_it_saves_goes_on_and_leaves_nothing_half_written(fau
     assert killed.summary["status"] == "running"
     steps = sorted(killed.losses)
     assert steps == list(range(1, len(steps) + 1))
-    while not killed.whole:  # killed while the first one was saved: there is nothing to resume
-        fault = Fault(base=fault.base, cwd=fault.cwd / "again")
-        fault.cwd.mkdir()
-        killed = fault.run(kill=Kill(at_step=9))
+    assert killed.whole
     done = fault.run(f"resume={fault.folder}")
     assert done.status == 0, done.err
     assert done.losses == steady
@@ -52,9 +49,9 @@ RANKS = {
     1: (),
     2: ("trainer=deepspeed", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.stage=2", "micro_batch_size=2"),
 }
-OFTEN = ("max_steps=60", "checkpoint_every=1", "callbacks.samples=null")
-KILLS = 5
-"""Of each of four runs."""
+OFTEN = ("max_steps=40", "checkpoint_every=1", "callbacks.samples=null")
+KILLS = 2
+"""Of each of ten runs."""
 
 
 @pytest.fixture(scope="module", params=RANKS)
@@ -68,14 +65,14 @@ def often(request, tiny, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(10))
 def test_twenty_kills_at_random_moments_of_saving_give_twenty_good_resumes(often, tmp_path, seed):
     """Each kill is resumed; the end is that of an undisturbed run, bit for bit."""
     base, losses = often
     fault, chance, reached = Fault(base=base, cwd=tmp_path), random.Random(seed), 0
-    fault.run(kill=Kill(at_step=2, to_group=True))
-    for _ in range(KILLS):
-        killed = fault.run(f"resume={fault.folder}", kill=Kill(while_saving=chance.uniform(0, MOMENTS), to_group=True))
+    for kills in range(KILLS):
+        again = [f"resume={fault.folder}"] if kills else []
+        killed = fault.run(*again, kill=Kill(while_saving=chance.uniform(0, MOMENTS), to_group=True))
         assert killed.status == -signal.SIGKILL
         assert len(killed.whole) >= 1
         assert max(killed.whole) >= reached  # nothing that was whole is lost
