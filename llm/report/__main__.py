@@ -35,7 +35,7 @@ def main() -> None:
             )
             sys.stdout.write(f"{report.text}\n\n{report.page}\n")
             sys.stdout.flush()
-            if not arguments.watch or not report.unfinished:
+            if not arguments.watch or not report.is_open:
                 return
             time.sleep(arguments.watch)
     except CrucibleError as error:

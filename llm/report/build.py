@@ -11,6 +11,7 @@ from llm.report.fits import fit_all
 from llm.report.groups import LR, group_runs, swept_keys
 from llm.report.page import report_data, to_html
 from llm.report.runs import RunReader, find_runs
+from llm.report.sweeps import look_ahead
 from llm.report.useful_batch import useful_batches, useful_text
 
 
@@ -20,8 +21,8 @@ class Report:
 
     text: str
     page: Path
-    unfinished: int
-    """Runs that still run, or wait."""
+    is_open: bool
+    """Whether something still runs."""
 
 
 def write_report(
@@ -52,16 +53,18 @@ def write_report(
     rows, pairs, useful = leaderboard(groups, goal), verdicts(groups), useful_batches(groups)
     made = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     title = ", ".join(folder.absolute().name for folder in folders[:3]) + (" …" if len(folders) > 3 else "")
+    ahead = look_ahead(folders)
+    states = [*(run.state for run in runs), *["pending"] * ahead.pending]
+    is_open = ahead.is_open or "running" in states
     data = report_data(runs, groups, rows, pairs, fit_all(groups), useful, title=title, target=goal, made=made)
+    data |= {"states": states, "is_open": is_open}
     out = out or folders[0] / "report"
     out.mkdir(parents=True, exist_ok=True)
     _replace(out / "leaderboard.csv", to_csv(rows))
     _replace(out / "index.html", to_html(data, refresh_seconds))
-    unfinished = sum(run.state in ("running", "pending") for run in runs)
-    states = {state: sum(run.state == state for run in runs) for state in sorted({run.state for run in runs})}
-    told = ", ".join(f"{count} {state}" for state, count in states.items())
-    parts = [f"{len(runs)} runs: {told}", to_text(rows, pairs, goal), useful_text(useful)]
-    return Report("\n\n".join(part for part in parts if part), out / "index.html", unfinished)
+    told = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
+    parts = [f"{len(states)} runs: {told}" if states else "no run yet", to_text(rows, pairs, goal), useful_text(useful)]
+    return Report("\n\n".join(part for part in parts if part), out / "index.html", is_open)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -61,8 +61,8 @@ function headline() {
 }
 
 function subline() {
-  const tokens = Math.max(...DATA.runs.map((run) => run.figures.tokens_seen || 0));
-  const parts = [plural(DATA.runs.length, "run"), plural(DATA.rows.length, "setting"), `up to ${compact(tokens)} tokens each`];
+  const tokens = Math.max(0, ...DATA.runs.map((run) => run.figures.tokens_seen || 0));
+  const parts = [plural(DATA.states.length, "run"), plural(DATA.rows.length, "setting"), `up to ${compact(tokens)} tokens each`];
   const [first, second] = DATA.rows.filter((row) => row.rank !== null);
   const pair = second && between(first.group, second.group);
   if (pair && pair.p !== null) parts.push(`p = ${compact(pair.p)} against the second, by Welch's test on ${pair.counts.join(" and ")} seeds`);
@@ -316,7 +316,7 @@ function runTable() {
 }
 
 for (const section of [header, curves, board, rates, versus, fits, useful, experts, codebooks, extrapolation, difference, runTable]) section();
-if (DATA.refresh_seconds && DATA.states.some((state) => state === "running" || state === "pending")) {
+if (DATA.refresh_seconds && DATA.is_open) {
   setTimeout(() => { remember("scroll", scrollY); location.reload(); }, 1000 * DATA.refresh_seconds);
   scrollTo(0, remembered.scroll || 0);
 }

@@ -55,7 +55,6 @@ def report_data(
         "title": title,
         "made": made,
         "target": target,
-        "states": [run.state for run in runs],
         "rows": [asdict(row) for row in rows],
         "groups": [_group(group) for group in groups],
         "runs": [_run(run, shared) | {"group": group_of.get(id(run)), "is_best": id(run) in best} for run in runs],

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from llm.errors import ConfigError
+from llm.report.sweeps import holds_sweep
 from llm.run_folder import RunFolder
 from llm.run_folder_lines import Line, LineReader
 
@@ -137,14 +138,14 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     """Return the run folders among and under `folders`, in order.
 
     Raises:
-        ConfigError: a folder that is missing, or in which there is no run.
+        ConfigError: a folder that is missing, or in which there is neither a run nor a sweep that has just begun.
     """
     found: dict[Path, None] = {}
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{folder}: no such folder; name a run folder, or a folder that holds some")
         under = sorted((p.parent for p in _marked(folder)), key=_natural)
-        if not under:
+        if not under and not holds_sweep(folder):
             raise ConfigError(f"{folder}: holds no run; name a run folder (runs/…), or a sweep's (multirun/…)")
         found |= dict.fromkeys(under)
     return list(found)
