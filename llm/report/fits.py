@@ -5,10 +5,13 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from llm.errors import ConfigError
 from llm.report.groups import Group
+from llm.report.runs import Run
 from llm.report.stats import PowerLaw, power_law
+from llm.scaling import rules
 
-BATCH = "batch_tokens"
+BATCH, SCALING = "batch_tokens", "scaling."
 SIZE_KEYS = (
     "model.d_model",
     "model.num_layers",
@@ -80,10 +83,23 @@ def families(groups: Sequence[Group], free: Sequence[str]) -> Iterator[tuple[dic
             yield dict(shared), members
 
 
+def lr_scale(run: Run) -> float:
+    """Return what the run's scaling rule multiplied its rate by."""
+    own = {k.removeprefix(SCALING): v for k, v in run.config.items() if k.startswith(SCALING)}
+    rule = getattr(rules, str(own.pop("_target_", "")).rpartition(".")[2], None)
+    settings = {key: value for key, value in own.items() if not key.startswith("_")}
+    try:
+        return 1.0 if rule is None else rule(int(run.config[BATCH]), **settings)
+    except (ConfigError, TypeError):  # of a version with other settings
+        return 1.0
+
+
 def _rates(groups: Sequence[Group]) -> Iterator[Fit]:
+    """Fit the rates that acted: what is to be pasted leaves them as they are."""
     for shared, members in families(groups, [BATCH, "max_steps"]):
+        scales = {float(g.runs[0].config[BATCH]): lr_scale(g.runs[0]) for g in members if BATCH in g.runs[0].config}
         found = [(float(g.runs[0].config[BATCH]), best_rate(g)) for g in members if BATCH in g.runs[0].config]
-        rates = sorted((batch, rate) for batch, rate in found if rate is not None)
+        rates = sorted((batch, (rate[0] * scales[batch], rate[1])) for batch, rate in found if rate is not None)
         points = [(batch, rate) for batch, (rate, _) in rates]
         law = power_law(*zip(*points, strict=True)) if points else None
         if law is None:
@@ -95,7 +111,11 @@ def _rates(groups: Sequence[Group]) -> Iterator[Fit]:
             else ""
         )
         wanted = [*(x for x, _ in points), 2 * points[-1][0], 4 * points[-1][0]]
-        lines = [" ".join([*_settings(shared), f"{BATCH}={x:.0f}", f"optimizer.lr={law.at(x):.3g}"]) for x in wanted]
+        settings, is_scaled = shared, any(scale != 1 for scale in scales.values())
+        if is_scaled:
+            settings = {key: value for key, value in shared.items() if not key.startswith("scaling")}
+            settings["scaling"] = "none"
+        lines = [" ".join([*_settings(settings), f"{BATCH}={x:.0f}", f"optimizer.lr={law.at(x):.3g}"]) for x in wanted]
         yield Fit("best lr against batch", _subject(shared), BATCH, "optimizer.lr", points, law, lines, caution)
 
 

@@ -50,6 +50,16 @@ def test_best_rate_against_batch_gives_the_law_and_overrides_to_paste(make_run):
     assert "batch_tokens=3200 optimizer.lr=0.00566" in fit.overrides
 
 
+def test_a_law_is_of_the_rates_that_acted_and_what_is_pasted_leaves_them_as_they_are(make_run):
+    rule = {"scaling._target_": "llm.scaling.rules.sqrt", "scaling._partial_": True, "scaling.base_batch_tokens": 100}
+    folders = []
+    for batch in (100, 400, 1600):
+        folders += rate_sweep(make_run, batch, 1e-3, [5e-4, 1e-3, 2e-3], **rule)  # the rule is right: one best rate
+    (fit,) = fit_all(groups_of(folders))
+    assert fit.law.exponent == pytest.approx(0.5, abs=1e-6)
+    assert "scaling=none batch_tokens=1600 optimizer.lr=0.004" in fit.overrides
+
+
 def test_loss_against_parameters_is_fitted_for_each_optimizer_by_itself(make_run):
     folders = []
     for target, power in (("torch.optim.AdamW", 0.1), ("llm.optim.lion.Lion", 0.2)):
