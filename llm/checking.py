@@ -1,5 +1,6 @@
 """Every mistake in a configuration, found before data or model exist: keys, values, and what shows when pieces meet."""
 
+import copy
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -49,9 +50,25 @@ def check(cfg: Mapping[str, Any]) -> None:
         nodes["trainer"] = {key: value for key, value in nodes["trainer"].items() if key != "precision"}
     for path, node in target_nodes(nodes):
         problems += check_node(path, node, SUPPLIED_TO.get(str(node["_target_"]), frozenset()))
-    problems += _check_together(cfg, unsound={re.split(r"[.=]", problem)[0] for problem in problems})
+    mended, left = _without_unknown_keys(cfg, problems)
+    problems += _check_together(mended, unsound={re.split(r"[.=]", problem)[0] for problem in left})
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _without_unknown_keys(cfg: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the configuration less the keys that nobody knows, to look for more in it, and the other problems."""
+    mended, left = copy.deepcopy(dict(cfg)), []
+    for problem in problems:
+        *parents, key = problem.split("=")[0].split(".")
+        node: Any = mended
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, Mapping) else None
+        if ": unknown key" in problem and isinstance(node, dict) and key in node:
+            del node[key]
+        else:
+            left.append(problem)
+    return mended, left
 
 
 def _check_run_keys(cfg: Mapping[str, Any]) -> list[str]:
@@ -179,10 +196,13 @@ def _check_probe(cfg: Mapping[str, Any]) -> None:
 
 def _check_optimizer(cfg: Mapping[str, Any]) -> None:
     node, policy = cfg["optimizer"], cfg["on_nonfinite"]
+    rates = []
     if not (isinstance(node["lr"], (int, float)) and 0 < node["lr"] < math.inf):
-        raise ConfigError(f"optimizer.lr={node['lr']}: must be above 0; 4e-3 suits adamw at tiny")
+        rates.append(f"optimizer.lr={node['lr']}: must be above 0; 4e-3 suits adamw at tiny")
     if not 0 <= node["weight_decay"] < math.inf:
-        raise ConfigError(f"optimizer.weight_decay={node['weight_decay']}: must be at least 0; 0.1 is usual")
+        rates.append(f"optimizer.weight_decay={node['weight_decay']}: must be at least 0; 0.1 is usual")
+    if rates:
+        raise ConfigError("\n".join(rates))
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
     group = {"params": [parameter], "names": ["probe"], "kind": "matrix", "lr": node["lr"], "weight_decay": 0.0}
     try:

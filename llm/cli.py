@@ -26,7 +26,7 @@ from llm.errors import ConfigError, CrucibleError
 from llm.help import help_page
 from llm.launch import Launch, adopt, find_launch, note_failure, start_processes
 from llm.multirun import is_multirun, run_sweep
-from llm.overrides import diagnose, keys_set_by, not_overrides
+from llm.overrides import as_if_meant, diagnose, keys_set_by, not_overrides
 from llm.rendezvous import agree
 from llm.resume import merge_resumed
 from llm.run_folder import RunFolder
@@ -102,7 +102,7 @@ def run_command(
         if launch is not None:
             resume_dir += _as_one_of_several(launch, [*arguments, *resume_dir], config_name)
         elif not resume_dir and not {"-m", "--multirun"} & set(arguments):
-            check(_compose(config_name, [a for a in arguments if not a.startswith("-")]))
+            _check_all([a for a in arguments if not a.startswith("-")], config_name, check)
         sys.argv[1:] = [*arguments, *resume_dir]
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
         if mistakes:
@@ -143,6 +143,27 @@ def run_plain_command(
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _fail(diagnose(error, _default_config(config_name), CONFIG_DIR))
+
+
+def _check_all(overrides: list[str], config_name: str, check: Callable[[dict[str, Any]], Any]) -> None:
+    """Check what the overrides compose to; those that do not compose are told together with what else is wrong."""
+    problems = []
+    while True:
+        try:
+            cfg = _compose(config_name, overrides)
+            break
+        except (HydraException, OmegaConfBaseException) as error:
+            complaint = diagnose(error, _default_config(config_name), CONFIG_DIR)
+            rest = as_if_meant(overrides, complaint)
+            if rest == overrides:
+                raise ConfigError("\n".join([*problems, complaint])) from error
+            problems, overrides = [*problems, complaint], rest
+    try:
+        check(cfg)
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _run_job(task: Callable[[dict[str, Any], Path], float | None], cfg: DictConfig, stopped: list[int]) -> Any:

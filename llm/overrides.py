@@ -40,6 +40,26 @@ def diagnose(error: Exception, config: Mapping[str, Any], config_dir: Path) -> s
     return str(error).strip()
 
 
+def as_if_meant(overrides: list[str], complaint: str) -> list[str]:
+    """Return the overrides with the option that a complaint takes for meant, or without those that it is about.
+
+    What belongs to an option that was not found is left out with it: nobody knows its keys.
+    """
+    several = re.match(r"Ambiguous value for argument '(.+)'", complaint)
+    at_fault = several[1] if several else complaint.split(":")[0]
+    meant = re.search(r"; did you mean (\S+)\?", complaint)
+    key, _, option = at_fault.partition("=")
+    if option and meant:
+        return [o.replace(at_fault, f"{key}={meant[1]}") if o.lstrip("+") == at_fault else o for o in overrides]
+    dotted = key.replace("/", ".")
+    names = {o: o.lstrip("+~").split("=")[0].split("@")[0] for o in overrides}
+    return [
+        o
+        for o in overrides
+        if not (o == at_fault or names[o] in (key, dotted) or names[o].replace("/", ".").startswith(f"{dotted}."))
+    ]
+
+
 def suggest_key(key: str, config: Mapping[str, Any], config_dir: Path) -> str:
     """Return a `did you mean` hint for a key that the configuration lacks."""
     if "/" in key:

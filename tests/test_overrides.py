@@ -4,7 +4,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 
-from llm.overrides import diagnose, not_overrides
+from llm.overrides import as_if_meant, diagnose, not_overrides
 
 
 @pytest.fixture
@@ -43,3 +43,23 @@ def test_dashes_are_answered_with_the_right_form():
     assert not_overrides(["--max-steps=5"]) == ["--max-steps=5: settings take no dashes; write max_steps=5"]
     assert not_overrides(["-m", "optimizer=adamw,lion"]) == []
     assert not_overrides([]) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint", "rest"),
+    [
+        (
+            ["optimizer=muonn", "seed=1"],
+            "optimizer=muonn: no such option; did you mean muon?",
+            ["optimizer=muon", "seed=1"],
+        ),
+        (["model/norm=xx", "model.norm.eps=1", "seed=1"], "model/norm=xx: no such option; choose one of", ["seed=1"]),
+        (["modle.d_model=3", "model.d_model=3"], "modle: unknown key; did you mean model?", ["model.d_model=3"]),
+        (["+optimiser=lion", "lr=1"], "optimiser: unknown key; did you mean optimizer?", ["lr=1"]),
+        (["x=[1", "seed=1"], "x=[1: not key=value; quote values", ["seed=1"]),
+        (["seed=1,2", "x=1"], "Ambiguous value for argument 'seed=1,2'\n1. To use", ["x=1"]),
+        (["seed=1"], "something else", ["seed=1"]),
+    ],
+)
+def test_what_a_complaint_is_about_is_taken_as_meant_or_left_out_to_find_the_other_mistakes(overrides, complaint, rest):
+    assert as_if_meant(overrides, complaint) == rest

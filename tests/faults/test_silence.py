@@ -1,9 +1,14 @@
 """No quiet success, and no secret or escape through a command line."""
 
+import contextlib
 import signal
+import sys
 
 import pytest
+import torch
 from fault_harness import Kill
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llm.checking import check
 from llm.cli import run_command
@@ -55,6 +60,69 @@ def test_a_setting_that_cannot_be_meant_ends_with_two_and_runs_nothing(command, 
     assert "hunter2" not in said
     assert not (tmp_path / "owned").exists()
     assert not list(tmp_path.glob("runs/*"))
+
+
+TEN = {
+    "optimizer=muonn": "optimizer=muonn: no such option; did you mean muon?",
+    "modle.d_model=8": "modle: unknown key; did you mean model?",
+    "optimizer.lr=-1": "optimizer.lr=-1: must be above 0",
+    "+optimizer.momentun=0.9": "optimizer.momentun=0.9: unknown key; did you mean momentum?",
+    "model.num_heads=7": "model.num_heads=7: must divide model.d_model=4096",
+    "batch_tokens=1000": "batch_tokens=1000: must be a multiple of context_length 256",
+    "+trainer.devicess=2": "trainer.devicess=2: unknown key; did you mean devices?",
+    "val_every=0": "val_every=0: must be at least 1 update",
+    "seed=one": "seed='one': must be int; got str",
+    "schedule.warmup=9999": "schedule.warmup=9999: must lie between 0 and the run's 250 steps",
+}
+OPENED: list[str] | None = None
+"""Files opened while this is a list."""
+sys.addaudithook(lambda event, given: OPENED.append(str(given[0])) if event == "open" and OPENED is not None else None)
+
+
+class RealBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that have storage."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        out = function(*arguments, **(named or {}))
+        tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.device.type != "meta"]
+        self.total += sum(tensor.nbytes for tensor in tensors)
+        return out
+
+
+def test_ten_mistakes_are_told_at_once_and_neither_data_nor_model_is_touched(command, corpus, tmp_path):
+    """Hence within seconds at any size: what takes long is not begun."""
+    text = ("data=text", f"data.files={corpus}/*.txt", f"loader.cache_dir={tmp_path}/cache")
+    with RealBytes() as made, listening() as opened:
+        status, said = command("model=moe", "model/size=7b", *text, *TEN)
+    assert status == 2
+    assert len([line for line in said.splitlines() if line.startswith("error: ")]) == len(TEN), said
+    assert [answer for answer in TEN.values() if f"error: {answer}" not in said] == []
+    assert made.total < 10_000
+    assert [path for path in opened if str(corpus) in path] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextlib.contextmanager
+def listening():
+    """Yield a list that gets the names of files that are opened."""
+    global OPENED
+    OPENED = []
+    try:
+        yield OPENED
+    finally:
+        OPENED = None
+
+
+def test_a_sound_configuration_of_any_size_is_checked_without_its_model_or_its_data(composed, corpus):
+    cfg = composed("model=moe", "model/size=7b", "optimizer=muon", "data=text", f"data.files={corpus}/*.txt")
+    with RealBytes() as made, listening() as opened:
+        check(cfg)
+    assert made.total < 1e6  # of some 80 GB
+    assert [path for path in opened if str(corpus) in path] == []
 
 
 def test_a_resumed_run_is_named_every_setting_that_contradicts_it_and_no_file_is_touched(command, tiny, tmp_path):
