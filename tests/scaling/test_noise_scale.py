@@ -29,6 +29,7 @@ def test_both_estimates_are_unbiased_on_a_gaussian_toy(small, parts):
         [two_batch_estimate(s, b, small=small, big=small * parts) for s, b in draws(small=small, parts=parts).tolist()]
     )
     means, errors = estimates.mean(0), estimates.std(0) / len(estimates) ** 0.5
+    print(f"({small}, {small * parts}):", *(f"{m:.3f} ± {e:.3f}" for m, e in zip(means, errors, strict=True)))
     for mean, error, true in zip(means.tolist(), errors.tolist(), (SIGNAL, TRACE), strict=True):
         assert abs(mean - true) < 4 * error  # once in 16 000 seeds otherwise
         assert error < 0.15 * true  # and the test can tell: sizes (4, 8) give 10 % for |g|², the others less
