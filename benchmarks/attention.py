@@ -27,6 +27,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
 
+from llm.allocator import keep_freed_memory
+
 CONF = Path(__file__).resolve().parent.parent / "conf"
 HEADS, HEAD_DIM = 4, 64
 QUADRATIC = ("softmax rope", "softmax rerope", "SDPA")
@@ -238,6 +240,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    keep_freed_memory()  # as training on a CPU does
     sides = {name: our_side(overrides, device) for name, overrides in SIDES.items()} | peers(device)
     if arguments.sides:
         sides = {name: side for name, side in sides.items() if name in (*arguments.sides, "SDPA")}

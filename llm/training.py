@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from llm.allocator import keep_freed_memory
 from llm.batching import BatchPlan
 from llm.callbacks.stop_signals import StopSignals
 from llm.checking import check
@@ -90,6 +91,8 @@ def train(cfg: dict[str, Any], path: Path) -> float | None:
 def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> bool:
     """Train until the run ends; return False where it has to go on from an earlier checkpoint instead."""
     quiet_lightning()
+    if accelerator(cfg["trainer"]) == "cpu":
+        keep_freed_memory()
     L.seed_everything(run.seed, verbose=False)
     checkpoint = _checkpoint_to_resume(run, folder)
     if _is_complete(checkpoint, planned_steps(cfg)):
