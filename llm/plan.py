@@ -16,6 +16,7 @@ from llm.config import (
     build_model,
     build_tokenizer,
     module_factories,
+    needs_probe,
     run_config,
 )
 from llm.flops import peak_flops
@@ -24,6 +25,7 @@ from llm.memory import SavedBytes, optimizer_state_bytes
 from llm.module import FORWARD_AND_BACKWARD, rated_groups
 from llm.optim.receipt import receipt
 from llm.precision import resolve_precision
+from llm.scaling.derivation import brief, derivation
 from llm.tables import format_bytes, format_count, format_seconds, format_table
 from llm.zero.memory import bytes_a_rank
 from llm.zero.settings import STAGES
@@ -56,6 +58,7 @@ def describe_plan(cfg: Mapping[str, Any]) -> str:
         f"Memory on one {kind} device, {precision}\n{_memory(model, precision, sum(state.values()), plan, passing)}",
         _memory_by_stage(model, precision, sum(state.values()), plan, sum(passing)),
         f"Work\n{_work(batch_ramp(cfg), plan, flops, kind, 'bf16' in precision)}",
+        "\n".join(["Learning rate", *_rates(cfg, factories)]),
         f"Optimizer receipt\n{receipt(factories['optimizer'](groups), across_layers=True)}",
     ]
     return "\n\n".join(sections)
@@ -137,6 +140,14 @@ def activation_bytes(
             hidden = model(ids, positions=positions).hidden
             linear_cross_entropy(hidden, model.lm_head.weight, ids)
         return saved.total, min(CHUNK_SCORES, micro_batch_size * context_length * vocab_size) * 4
+
+
+def _rates(cfg: Mapping[str, Any], factories: Mapping[str, Any]) -> list[str]:
+    """How the rate follows from the batch, for each batch size of the run."""
+    lr, sizes = factories["lr"], dict.fromkeys(size for _, _, size in batch_ramp(cfg).stages)
+    if needs_probe(cfg):
+        return [f"  lr {brief(lr)} at the base batch; the rest follows from a noise scale that a probe measures first"]
+    return [f"  {derivation(factories['scaling'], lr=lr, batch_tokens=size)}" for size in sizes]
 
 
 def _work(ramp: BatchRamp, plan: BatchPlan, flops: float, kind: str, bf16: bool) -> str:

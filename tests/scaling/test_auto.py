@@ -6,6 +6,7 @@ from catalogue import options
 
 from llm.checking import check
 from llm.config import instantiate, load
+from llm.plan import describe_plan
 from llm.scaling.derivation import mismatch
 from llm.signatures import locate
 from llm.training import train
@@ -52,6 +53,14 @@ def test_a_run_says_which_rule_acted_in_its_log_its_receipt_and_its_configuratio
     assert load(tmp_path / "config.yaml")["scaling"]["_target_"] == "llm.scaling.rules.sqrt"
     rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {row["lr/matrix"] for row in rows} == {2e-3}
+
+
+def test_a_plan_says_how_the_rate_follows(composed, tiny):
+    assert "lr 4.0e-3 -> 8.0e-3: sqrt rule, batch 64 -> 256 tokens" in describe_plan(
+        composed(*tiny, "scaling.base_batch_tokens=64")
+    )
+    probed = describe_plan(composed(*tiny, "scaling=sign", "scaling.base_batch_tokens=64"))
+    assert "lr 4.0e-3 at the base batch; the rest follows from a noise scale" in probed
 
 
 @pytest.mark.parametrize("path", options("experiment"))
