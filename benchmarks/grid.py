@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,8 @@ def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
     if not is_done(path):
         cfg = composed(overrides)
         check(cfg)
-        folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob("*"):
-            if left_over.is_file():
-                left_over.unlink()
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted call left
+        folder.mkdir(parents=True)
         with contextlib.suppress(NonFiniteError):
             train(cfg, folder)
         _drop_checkpoints(folder)
