@@ -10,9 +10,13 @@ import torch
 from catalogue import CONF
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hypothesis import settings
 from omegaconf import OmegaConf
 
 from llm.config import to_plain
+
+settings.register_profile("unhurried", deadline=None)  # a busy machine takes its time, which is no mistake
+settings.load_profile("unhurried")
 
 TINY = (
     "model.d_model=32",
