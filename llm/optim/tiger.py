@@ -1,6 +1,5 @@
 """Tiger: Lion with one beta, rates relative to each tensor's size, and gradient accumulation for free."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -234,10 +233,10 @@ class Tiger(GroupedOptimizer):
         return mask.expand(parameter.shape)
 
 
-def norms_of(params: list[Tensor]) -> Sequence[Tensor]:
+def norms_of(params: list[Tensor]) -> list[Tensor]:
     """‖θ‖ of each tensor; on a CPU by way of its rows, for torch takes the norm of a whole tensor with one thread."""
     if params[0].device.type != "cpu":
-        return foreach.norm(params)
+        return list(foreach.norm(params))
     return [torch.linalg.vector_norm(torch.linalg.vector_norm(parameter, dim=-1)) for parameter in params]
 
 
