@@ -4,7 +4,8 @@ from pathlib import Path
 
 import yaml
 
-EXAMPLES = """\
+EXAMPLES = {
+    "train": """\
 Examples
   python train.py                                        train on this Python's own sources
   python train.py model/size=small data=text data.files='corpus/*.txt' max_steps=2000
@@ -12,12 +13,25 @@ Examples
 
   python train.py plan=true model/size=124m              what it would cost, and train nothing
   python train.py resume=runs/<folder>                   go on where a run stopped
-"""
+""",
+    "eval": """\
+Examples
+  python eval.py run_dir=runs/<folder>
+  python eval.py run_dir=runs/<folder> 'eval=[loss,extrapolation]' model/position=rerope model.position.window=128
+  python eval.py 'run_dir=[runs/a,runs/b]' 'eval=[loss,attention]'                     one table of both
+  python eval.py run_dir=runs/<folder> 'eval=[lm_eval]' 'eval.lm_eval.tasks=[lambada_openai]'
+""",
+}
 
 
 def help_page(config_dir: Path, config_name: str) -> str:
     """Return the help text of the configuration in `config_dir`, read from the first comment of each file."""
-    lines = [_first_comment(config_dir / f"{config_name}.yaml"), "", "Usage: python train.py [key=value …] [-m]", ""]
+    lines = [
+        _first_comment(config_dir / f"{config_name}.yaml"),
+        "",
+        f"Usage: python {config_name}.py [key=value …] [-m]",
+        "",
+    ]
     lines += ["Run-level keys", *_run_keys(config_dir / f"{config_name}.yaml"), ""]
     if config_name == "train":
         lines += ["Of a sweep, with -m", *_sweep_keys(config_dir / "sweep.yaml"), ""]
@@ -25,23 +39,33 @@ def help_page(config_dir: Path, config_name: str) -> str:
         "Groups: choose with <group>=<option>, change a value inside with <group>.<key>=<value>; * is the default"
     ]
     defaults = _chosen(config_dir, f"{config_name}.yaml", "")
-    for folder in sorted(p for p in config_dir.rglob("*") if p.is_dir() and list(p.glob("*.yaml"))):
+    everything = sorted(p for p in config_dir.rglob("*") if p.is_dir() and list(p.glob("*.yaml")))
+    own = {config_dir / name for name in _groups(config_dir / f"{config_name}.yaml")}
+    for folder in everything if config_name == "train" else [p for p in everything if p in own]:
         lines += ["", f"  {folder.relative_to(config_dir).as_posix()}"]
-        chosen = defaults.get(folder.relative_to(config_dir).as_posix())
+        chosen = defaults.get(folder.relative_to(config_dir).as_posix(), ())
         for file in sorted(folder.glob("*.yaml")):
-            mark = "*" if file.stem == chosen else " "
+            mark = "*" if file.stem in chosen else " "
             lines.append(f"  {mark} {file.stem:<14} {_first_comment(file)}")
-    return "\n".join([*lines, "", EXAMPLES])
+    return "\n".join([*lines, "", EXAMPLES[config_name]])
 
 
-def _chosen(config_dir: Path, file: str, group: str) -> dict[str, str]:
-    """Return the default option of each group, following the defaults lists."""
+def _groups(file: Path) -> set[str]:
+    """Return the groups that a configuration's defaults list names."""
+    entries = yaml.safe_load(file.read_text()).get("defaults", [])
+    return {name.removeprefix("optional ") for entry in entries if isinstance(entry, dict) for name in entry}
+
+
+def _chosen(config_dir: Path, file: str, group: str) -> dict[str, tuple[str, ...]]:
+    """Return the default options of each group, following the defaults lists."""
     entries = (yaml.safe_load((config_dir / group / file).read_text()) or {}).get("defaults", [])
-    chosen: dict[str, str] = {}
+    chosen: dict[str, tuple[str, ...]] = {}
     for name, option in (pair for entry in entries if isinstance(entry, dict) for pair in entry.items()):
         path = f"{group}/{name}".lstrip("/")
-        if option and "@" not in name and (config_dir / path / f"{option}.yaml").is_file():
-            chosen |= {path: option, **_chosen(config_dir, f"{option}.yaml", path)}
+        if isinstance(option, list):
+            chosen[path] = tuple(option)
+        elif option and "@" not in name and (config_dir / path / f"{option}.yaml").is_file():
+            chosen |= {path: (option,), **_chosen(config_dir, f"{option}.yaml", path)}
     return chosen
 
 
@@ -51,7 +75,7 @@ def _first_comment(file: Path) -> str:
 
 
 def _run_keys(file: Path) -> list[str]:
-    return _settings(file.read_text().split("\n\n", 1)[1].split("\nloader:")[0])
+    return _settings(file.read_text().split("\n\n", 1)[1].split("\nloader:")[0].split("\nhydra:")[0])
 
 
 def _sweep_keys(file: Path) -> list[str]:

@@ -27,13 +27,18 @@ def diagnose(error: Exception, config: Mapping[str, Any], config_dir: Path) -> s
     missing = getattr(error, "missing_cfg_file", None)
     if missing:
         group, _, option = str(missing).rpartition("/")
-        options = sorted(getattr(error, "options", None) or [])
+        there = (file.stem for file in (config_dir / group).glob("*.yaml"))
+        options = sorted(getattr(error, "options", None) or there)  # of a list's entry Hydra names none
         plugins = "; pip install -e '.[sweep]' brings joblib, submitit_slurm and optuna"
         remedy = f"choose one of {', '.join(options)}{plugins if group in PLUGIN_GROUPS else ''}"
         return f"{group}={option}: no such option{did_you_mean(option, options)}; {remedy}"
     key = getattr(error.__cause__, "full_key", None)
     if key:
         return f"{key}: unknown key{suggest_key(str(key), config, config_dir)}"
+    if group := re.match(r"Could not override '([^'@]+)", str(error)):
+        with_it = _options_with(group[1], config_dir)
+        has_it = f"; only {' and '.join(with_it)} has it" if with_it else suggest_key(group[1], config, config_dir)
+        return f"{group[1]}: unknown key{has_it}"
     override = getattr(error, "override", None)
     if override:
         return f"{override}: not key=value; quote values with spaces or brackets, as in 'key=[1,2]'"
@@ -96,6 +101,17 @@ def not_overrides(arguments: Iterable[str]) -> list[str]:
 
 def _groups(config_dir: Path) -> list[str]:
     return [p.relative_to(config_dir).as_posix() for p in config_dir.rglob("*") if p.is_dir()]
+
+
+def _options_with(group: str, config_dir: Path) -> list[str]:
+    """Return the options, as overrides, that bring a group along with them: model/ffn=moe for model/ffn/router."""
+    parent, _, name = group.rpartition("/")
+    found = []
+    for file in sorted((config_dir / parent).glob("*.yaml")) if parent else ():
+        entries = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("defaults", [])
+        if any(isinstance(entry, dict) and name in entry for entry in entries):
+            found.append(f"{parent}={file.stem}")
+    return found
 
 
 def _names(node: Any) -> list[str]:

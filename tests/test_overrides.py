@@ -31,6 +31,10 @@ def complaint(composed):
         ("batch_size=3", "batch_size: unknown key; did you mean batch_tokens?"),
         ("model.num_heads=[1", "model.num_heads=[1: not key=value"),
         ("model.num_heads=1,2", "--multirun"),
+        ("experiment=optimizerz", "experiment=optimizerz: no such option; did you mean optimizers?"),
+        ("averaging=emaa", "averaging=emaa: no such option; did you mean ema?"),
+        ("eval=[loss,atention]", "eval=atention: no such option; did you mean attention?; choose one of attention,"),
+        ("model/ffn/router=softmax", "model/ffn/router: unknown key; only model/ffn=moe has it"),
         ("hydra/launcher=nowhere", "pip install -e '.[sweep]' brings joblib"),
     ],
 )

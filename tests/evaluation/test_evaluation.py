@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from catalogue import CONF, options
 from torch import nn
 
 from llm.averaging import mean_state
@@ -13,6 +14,7 @@ from llm.evals.base import Subject
 from llm.evals.extrapolation import Extrapolation
 from llm.evals.loss import Loss
 from llm.evaluation import evaluate
+from llm.help import help_page
 from llm.rebuild import rebuild_model
 from llm.training import train
 from llm.transformer import Transformer, TransformerOutput
@@ -187,3 +189,12 @@ def test_bits_per_byte_of_a_known_language_do_not_depend_on_the_tokenizer(tokens
 def test_settings_of_extrapolation_ascend():
     with pytest.raises(ConfigError, match="must ascend"):
         Extrapolation(factors=[4, 2], last=8, windows=4)
+
+
+def test_help_lists_what_may_be_asked_of_a_run_and_nothing_of_training():
+    page = help_page(CONF, "eval")
+    assert "python eval.py [key=value" in page
+    assert all(f" {name} " in page for group in ("eval", "model/position") for name in options(group))
+    assert "  * loss" in page
+    assert "optimizer" not in page
+    assert "train.py" not in page
