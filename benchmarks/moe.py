@@ -21,6 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from llm.allocator import keep_freed_memory
 from llm.ffn.balance.loss_free import LossFree
 from llm.ffn.moe import MoE
 from llm.ffn.router import TopKRouter
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=8)
     arguments = parser.parse_args()
+    keep_freed_memory()  # as training on a CPU does
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments}")
     print(f"{'shape':26s} {'precision':10s} {'side':22s} {'tokens/s':>12s}  share of dense [quartiles]")
