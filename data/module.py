@@ -23,10 +23,14 @@ SCANNED_AT_ONCE = 1 << 22
 
 
 class WindowDataset(Dataset):
-    """The windows of a token stream: window n is ids n * context_length .. (n + 1) * context_length, both included."""
+    """The windows of a token stream: window n is ids n * context_length .. (n + 1) * context_length, both included.
 
-    def __init__(self, stream: TokenStream, *, context_length: int, bos_id: int, unscored_bit: int):
-        self.stream = stream
+    Raises:
+        DataError: an id that the vocabulary does not have, when its window is read.
+    """
+
+    def __init__(self, stream: TokenStream, *, context_length: int, bos_id: int, unscored_bit: int, vocab_size: int):
+        self.stream, self.vocab_size = stream, vocab_size
         self.context_length = context_length
         self.bos_id = bos_id
         self.unscored_bit = unscored_bit
@@ -43,7 +47,18 @@ class WindowDataset(Dataset):
         for row, index in zip(windows, indices, strict=True):
             start = index * self.context_length
             row[:] = self.stream.read(start, start + self.context_length + 1)
+        if (windows & ~self.unscored_bit).max(initial=0) >= self.vocab_size:
+            self._refuse(windows & ~self.unscored_bit, indices)
         return pack(windows, bos_id=self.bos_id, unscored_bit=self.unscored_bit)
+
+    def _refuse(self, windows: np.ndarray, indices: list[int]) -> None:
+        """Raise DataError for the first id outside the vocabulary, and say where it is."""
+        row, column = np.argwhere(windows >= self.vocab_size)[0]
+        path, offset = self.stream.place(indices[row] * self.context_length + int(column))
+        raise DataError(
+            f"loader.cache_dir={path}: token {windows[row, column]} at byte {offset}, and the vocabulary has "
+            f"{self.vocab_size}: the file is damaged; delete this cache, and it is built again"
+        )
 
 
 class TokenDataModule(LightningDataModule):
@@ -173,6 +188,7 @@ class TokenDataModule(LightningDataModule):
             context_length=self.context_length,
             bos_id=self.tokenizer.bos_id,
             unscored_bit=cache.unscored_bit,
+            vocab_size=self.tokenizer.vocab_size,
         )
 
     def train_sampler(

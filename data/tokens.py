@@ -95,6 +95,12 @@ class TokenStream:
             return np.empty(0, self.dtype)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def place(self, number: int) -> tuple[Path, int]:
+        """Return the shard that holds a token, and the byte where it begins."""
+        index = bisect.bisect_right(self.ends, number)
+        before = self.ends[index - 1] if index else 0
+        return self.paths[index], HEADER_BYTES + (number - before) * self.dtype.itemsize
+
     def _map(self, index: int) -> np.ndarray:
         found = self._maps.get(index)
         if found is None:

@@ -67,7 +67,7 @@ def publish(folder: Path, *, manifest: Mapping[str, Any], needed: int) -> Iterat
         _write_manifest(temporary, manifest)
         _swap_in(temporary, folder)
     except Exception as error:
-        if not _is_full(error):
+        if not is_full_disk(error):
             raise
         shutil.rmtree(temporary, ignore_errors=True)
         raise _full_disk(folder, needed, shutil.disk_usage(folder.parent).free) from error
@@ -136,7 +136,7 @@ def _full_disk(folder: Path, needed: int, free: int) -> CheckpointError:
     )
 
 
-def _is_full(error: BaseException) -> bool:
+def is_full_disk(error: BaseException) -> bool:
     """Tell a full disk from other failures; the writers below us report it in three different ways."""
     chain: BaseException | None = error
     while chain is not None:

@@ -28,6 +28,10 @@ class NonFiniteError(CrucibleError):
     """A loss or gradient that is not finite, met before it could be applied."""
 
 
+class OutOfMemoryError(CrucibleError):
+    """A device or a host without room for what a step needs."""
+
+
 class SpikeError(CrucibleError):
     """An update that is not applied and asks for a return to the last good checkpoint.
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from llm.errors import ConfigError
 
-FREE_KEYS = frozenset({"resume", "max_steps", "max_tokens", "val_every", "checkpoint_every", "plan", "on_nonfinite"})
+FREE_KEYS = frozenset(
+    {"resume", "max_steps", "max_tokens", "val_every", "checkpoint_every", "plan", "on_nonfinite", "micro_batch_size"}
+)
 FREE_GROUPS = frozenset({"logger", "callbacks", "trainer", "hydra", "spikes", "eval"})
 FREE_LOADER_KEYS = frozenset({"num_workers", "cache_dir", "num_processes"})
 
@@ -69,6 +71,8 @@ def _differ(key: str, given: Any, kept: Any) -> Iterator[tuple[str, str, str]]:
 def _is_free(parts: list[str]) -> bool:
     if parts[0] == "loader":
         return len(parts) > 1 and parts[1] in FREE_LOADER_KEYS
+    if parts[0] == "model":
+        return parts[1:] == ["activation_checkpointing"]
     return parts[0] in FREE_KEYS | FREE_GROUPS
 
 

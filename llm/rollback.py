@@ -10,7 +10,7 @@ import torch.distributed as dist
 from llm.checkpoint import find_last
 from llm.checkpoint_files import list_checkpoints
 from llm.errors import CheckpointError, SpikeError
-from llm.run_folder import RunFolder
+from llm.run_folder import RunFolder, replace_text
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ def go_back(error: SpikeError, *, folder: RunFolder, data: Any, guard: Any) -> N
     step = from_first_rank(lambda: _newest(folder))
     first, stop = data.numbers_of_steps(step, error.step + guard.past)
     entry = {"step": error.step + 1, "why": error.why, "to": step, "left_out": [first, stop]}
-    folder.save_text(FILE, json.dumps([*done, entry], indent=1) + "\n")
+    if folder.is_writer:
+        replace_text(folder.path / FILE, json.dumps([*done, entry], indent=1) + "\n")
     folder.truncate_metrics(step)
     folder.update({"status": "running", "rollbacks": len(done) + 1})
     log.warning(

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import logging
 import math
 import os
 import shutil
@@ -14,7 +15,11 @@ from typing import Any
 
 import psutil
 
+from llm.checkpoint_files import is_full_disk
 from llm.errors import ConfigError
+from llm.metrics_file import MetricsFile, parse_object
+
+log = logging.getLogger(__name__)
 
 SUMMARY_KEYS = (
     "status",
@@ -43,7 +48,8 @@ _TEMPORARY = ".tmp-"
 class RunFolder:
     """One run's folder: claimed by one process at a time, readable at any moment, whole after any kill.
 
-    Every file is either replaced in one step (summary.json, texts) or grows by whole lines (metrics.jsonl).
+    Every file is either replaced in one step (summary.json, texts) or grows by whole lines (metrics.jsonl). None of
+    them ends a run: a full disk is warned of once, and lines of metrics wait in memory until there is room.
 
     Args:
         path: the folder; made when missing.
@@ -57,8 +63,9 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.jsonl"
         self.summary_path = self.path / "summary.json"
         self._lock_path = self.path / "run.lock"
-        self._last_line: tuple[int, int, dict[str, Any]] | None = None  # step, offset, record
+        self._metrics = MetricsFile(self.metrics_path)
         self._last_sign = 0.0
+        self._was_full = False
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -87,7 +94,7 @@ class RunFolder:
                     f"hydra.run.dir={self.path}: already holds a run ({trace}); choose another folder, "
                     f"or continue that run with resume={self.path}"
                 )
-            _replace_text(self._lock_path, json.dumps(_this_process()))
+            replace_text(self._lock_path, json.dumps(_this_process()))
         self.remove_leftovers()
 
     def release(self) -> None:
@@ -117,7 +124,8 @@ class RunFolder:
         """Replace summary.json in one step; keys of `SUMMARY_KEYS` that are missing are written as null."""
         if self.is_writer:
             whole = {key: figures.get(key) for key in SUMMARY_KEYS} | dict(figures)
-            _replace_text(self.summary_path, json.dumps(_plain(whole), indent=2) + "\n")
+            with self.unless_full("summary.json"):
+                replace_text(self.summary_path, json.dumps(_plain(whole), indent=2) + "\n")
 
     def update(self, figures: Mapping[str, Any]) -> None:
         """Write these figures over the ones summary.json holds, in one step."""
@@ -132,36 +140,26 @@ class RunFolder:
         """
         if not self.is_writer:
             return
-        record = {"step": step} | _plain(dict(metrics))
-        with open(self.metrics_path, "r+b" if self.metrics_path.exists() else "w+b") as file:
-            offset = file.seek(0, os.SEEK_END)
-            if self._last_line is not None and self._last_line[0] == step:
-                offset, record = self._last_line[1], self._last_line[2] | record
-            line = json.dumps(record).encode() + b"\n"
-            file.seek(offset)
-            file.write(line)
-            file.truncate()
-        self._last_line = (step, offset, record)
+        with self.unless_full("metrics.jsonl"):
+            self._metrics.append({"step": step} | _plain(dict(metrics)))
         self._sign_of_life()
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl; a last line that a kill cut off is left out."""
-        if not self.metrics_path.exists():
-            return []
-        records = (_parse_object(line) for line in self.metrics_path.read_bytes().splitlines())
-        return [record for record in records if record is not None]
+        return self._metrics.read()
 
     def truncate_metrics(self, step: int) -> None:
         """Keep the lines at or before `step`: what a resumed run will write again must not stand there twice."""
-        self._last_line = None
+        self._metrics.forget_newest()
         if self.is_writer and self.metrics_path.exists():
             kept = [record for record in self.read_metrics() if record.get("step", 0) <= step]
-            _replace_text(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
+            replace_text(self.metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def save_text(self, name: str, text: str) -> None:
         """Write `text` to the file `name` in one step."""
         if self.is_writer:
-            _replace_text(self.path / name, text)
+            with self.unless_full(name):
+                replace_text(self.path / name, text)
 
     def append_record(self, name: str, record: Mapping[str, Any]) -> None:
         """Add one line of JSON to the file `name`, whose folder is made where it is missing."""
@@ -172,8 +170,22 @@ class RunFolder:
     def append_text(self, name: str, text: str) -> None:
         """Add `text` to the end of the file `name`."""
         if self.is_writer:
-            with open(self.path / name, "a", encoding="utf-8") as file:
+            with self.unless_full(name), open(self.path / name, "a", encoding="utf-8") as file:
                 file.write(text)
+
+    @contextlib.contextmanager
+    def unless_full(self, name: str) -> Iterator[None]:
+        """Go on where the disk has no room for a note."""
+        try:
+            yield
+        except OSError as error:
+            if not is_full_disk(error):
+                raise
+            if not self._was_full:
+                log.warning("%s: the disk or quota is full, and not all is written down; make room", self.path / name)
+            self._was_full = True
+        else:
+            self._was_full = False
 
     def _probe(self) -> None:
         """Write and remove a small file, so that a folder without permission is found now and not hours later."""
@@ -233,7 +245,8 @@ def _started(pid: int) -> float | None:
         return None
 
 
-def _replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in one step: it has its old content or the new one, flushed to the disk."""
     temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -247,17 +260,9 @@ def _replace_text(path: Path, text: str) -> None:
 
 def _read_object(path: Path) -> dict[str, Any] | None:
     try:
-        return _parse_object(path.read_bytes())
+        return parse_object(path.read_bytes())
     except OSError:
         return None
-
-
-def _parse_object(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _plain(value: Any) -> Any:

@@ -40,7 +40,7 @@ from llm.config import (
     run_config,
     save,
 )
-from llm.errors import ConfigError, SpikeError
+from llm.errors import ConfigError, OutOfMemoryError, SpikeError
 from llm.flops import peak_flops
 from llm.generate import generate_text
 from llm.huggingface.folder import is_hf_folder
@@ -117,6 +117,8 @@ def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> bool:
     except SpikeError as error:
         go_back(error, folder=folder, data=data, guard=module.spikes)
         return False
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError(_what_takes_less(cfg, folder, trainer.global_step, error)) from error
     except SystemExit:  # a second Ctrl-C, for which Lightning leaves with 1
         _leave_if_stopped(trainer, folder)
         raise
@@ -324,6 +326,16 @@ def _announce(cfg: Mapping[str, Any], folder: RunFolder, module: LanguageModule,
     warning = mismatch(rule_and_settings(module.scaling)[0], getattr(module.build_optimizer, "func", object))
     if warning and any("->" in line for line in module.lr_derivation):
         log.warning(warning)
+
+
+def _what_takes_less(cfg: Mapping[str, Any], folder: RunFolder, step: int, error: BaseException) -> str:
+    micro, saved = cfg["micro_batch_size"], list_checkpoints(folder.checkpoints)
+    again = f"resume={folder.path}" if saved else "the same command"
+    less = f"micro_batch_size={max(1, micro // 2)}" if micro > 1 else "trainer=deepspeed trainer.stage=3"
+    return (
+        f"micro_batch_size={micro}: no memory is left at step {step + 1} ({next(iter(str(error).splitlines()), '')}); "
+        f"go on with {again} {less}, or with model.activation_checkpointing=true; plan=true shows what takes how much"
+    )
 
 
 def _leave_if_stopped(trainer: L.Trainer, folder: RunFolder) -> None:

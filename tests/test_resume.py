@@ -28,6 +28,13 @@ def test_what_does_not_change_the_training_is_taken_from_the_command_line():
     assert merged["resume"] == "runs/x"
 
 
+def test_what_a_device_with_less_memory_needs_may_change():
+    saved = {**SAVED, "micro_batch_size": 8, "model": {"activation_checkpointing": False, "d_model": 4}}
+    given = {**saved, "micro_batch_size": 2, "model": {"activation_checkpointing": True, "d_model": 4}}
+    merged = merge_resumed(saved, given, ["micro_batch_size=2", "model.activation_checkpointing=true"])
+    assert (merged["micro_batch_size"], merged["model"]["activation_checkpointing"]) == (2, True)
+
+
 def test_defaults_that_were_not_given_do_not_replace_saved_values():
     merged = merge_resumed({**SAVED, "seed": 7}, composed(seed=0), ["resume=runs/x"])
     assert merged["seed"] == 7

@@ -1,3 +1,5 @@
+import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -6,8 +8,11 @@ import time
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llm.errors import ConfigError
+from llm.metrics_file import MetricsFile
 from llm.provenance import config_hash, git_commit, redact, versions
 from llm.run_folder import SUMMARY_KEYS, RunFolder
 
@@ -214,3 +219,69 @@ def test_secrets_are_redacted_and_token_counts_are_not():
 def test_the_config_hash_follows_settings_and_not_their_order():
     assert config_hash({"a": 1, "b": {"c": [2]}}) == config_hash({"b": {"c": [2]}, "a": 1})
     assert config_hash({"a": 1}) != config_hash({"a": 2})
+
+
+def full_after(count):
+    """Stand for os.pwrite on a disk with room for so many bytes."""
+    write = os.pwrite
+
+    def pwrite(file, content, offset):
+        write(file, content[:count], offset)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    return pwrite
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_lines_that_a_full_disk_does_not_take_wait_and_none_is_ever_cut(tmp_path, monkeypatch, caplog, count):
+    folder = RunFolder(tmp_path)
+    folder.append_metrics(1, {"train/loss": 1.0})
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "pwrite", full_after(count))
+        folder.append_metrics(1, {"val/loss": 1.5})
+        folder.append_metrics(2, {"train/loss": 2.0})
+        folder.append_metrics(2, {"val/loss": 2.5})
+        assert all(json.loads(line) for line in folder.metrics_path.read_text().splitlines())
+    folder.append_metrics(3, {"train/loss": 3.0})
+    assert folder.read_metrics() == [
+        {"step": 1, "train/loss": 1.0, "val/loss": 1.5},
+        {"step": 2, "train/loss": 2.0, "val/loss": 2.5},
+        {"step": 3, "train/loss": 3.0},
+    ]
+    assert caplog.text.count("the disk or quota is full") == 1
+
+
+def test_no_note_ends_a_run_on_a_full_disk_and_other_failures_do(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    folder.update({"status": "running"})
+
+    def fail(number):
+        def sync(_):
+            raise OSError(number, os.strerror(number))
+
+        return sync
+
+    monkeypatch.setattr(os, "fsync", fail(errno.ENOSPC))
+    folder.update({"status": "finished"})
+    folder.save_text("optimizer.txt", "x")
+    assert folder.read_summary()["status"] == "running"
+    assert not list(tmp_path.glob(".tmp-*"))
+    monkeypatch.setattr(os, "fsync", fail(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        folder.update({"status": "finished"})
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=12))
+def test_whatever_the_disk_takes_and_when_the_lines_are_those_of_a_disk_with_room(tmp_path_factory, writes):
+    """Each write goes some steps on, or joins the newest line, with room or without; in the end there is room."""
+    path = tmp_path_factory.mktemp("metrics")
+    there, expected, step = MetricsFile(path / "there"), MetricsFile(path / "expected"), 0
+    for number, (ahead, has_room) in enumerate([*writes, (1, True)]):
+        step += ahead
+        expected.append({"step": step, f"{number}": number})
+        with pytest.MonkeyPatch.context() as disk:
+            if not has_room:
+                disk.setattr(os, "pwrite", full_after(3))
+            with contextlib.suppress(OSError):
+                there.append({"step": step, f"{number}": number})
+    assert there.read() == expected.read()

@@ -26,7 +26,8 @@ class Curves(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw, once every line is written."""
         if trainer.is_global_zero:
-            draw_curves(self.run_folder.read_metrics(), self.run_folder.path / "curves.png")
+            with self.run_folder.unless_full("curves.png"):
+                draw_curves(self.run_folder.read_metrics(), self.run_folder.path / "curves.png")
 
 
 def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:

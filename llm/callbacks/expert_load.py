@@ -88,7 +88,8 @@ class ExpertLoad(Callback):
         """Draw, once every line is written."""
         if self._idle and trainer.is_global_zero:
             lines = self.run_folder.read_metrics()
-            draw_expert_load(lines, self.run_folder.path / "expert_load.png")
+            with self.run_folder.unless_full("expert_load.png"):
+                draw_expert_load(lines, self.run_folder.path / "expert_load.png")
             log_rows(trainer, pl_module, "expert_load", ("step", "layer", "expert", "load"), load_rows(lines))
 
 

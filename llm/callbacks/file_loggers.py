@@ -6,6 +6,19 @@ from llm.errors import ConfigError
 from llm.run_folder import RunFolder
 
 
+class RunCsvLogger(CSVLogger):
+    """Lightning's CSV logger, for which a full disk is no reason to end a run."""
+
+    def __init__(self, *, run_folder: RunFolder, flush_every: int) -> None:
+        super().__init__(save_dir=run_folder.path, name="csv", flush_logs_every_n_steps=flush_every)
+        self.run_folder = run_folder
+
+    def save(self) -> None:
+        """Write what there is room for."""
+        with self.run_folder.unless_full("csv"):
+            super().save()
+
+
 def csv_logger(*, run_folder: RunFolder, flush_every: int) -> CSVLogger:
     """Write `csv/version_N/metrics.csv`; a resumed run opens the next N, because Lightning starts a file anew.
 
@@ -15,7 +28,7 @@ def csv_logger(*, run_folder: RunFolder, flush_every: int) -> CSVLogger:
     """
     if flush_every < 1:
         raise ConfigError(f"logger.flush_every={flush_every}: must be at least 1; try 20")
-    return CSVLogger(save_dir=run_folder.path, name="csv", flush_logs_every_n_steps=flush_every)
+    return RunCsvLogger(run_folder=run_folder, flush_every=flush_every)
 
 
 def tensorboard_logger(*, run_folder: RunFolder) -> TensorBoardLogger:

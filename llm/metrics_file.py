@@ -1,0 +1,77 @@
+"""metrics.jsonl: one object a line, in the file when a call returns, and whole after any kill."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class MetricsFile:
+    """Appends lines by step; what a full disk does not take waits in memory and goes first when there is room.
+
+    Args:
+        path: the file; made by the first line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._last: tuple[int, Record] | None = None  # where the newest line begins, and what it says
+        self._waiting: list[Record] = []
+
+    def append(self, record: Record) -> None:
+        """Add a line; a record of the newest line's step joins it.
+
+        Raises:
+            OSError: the disk is full or the like; the file is as it was, or lacks its newest line, which waits too.
+        """
+        offset = None
+        if self._waiting and self._waiting[-1]["step"] == record["step"]:
+            self._waiting[-1] |= record
+        elif not self._waiting and self._last is not None and self._last[1]["step"] == record["step"]:
+            offset = self._last[0]
+            self._waiting.append(self._last[1] | record)
+        else:
+            self._waiting.append(record)
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            self._write_waiting(file, os.fstat(file).st_size if offset is None else offset)
+        finally:
+            os.close(file)
+
+    def read(self) -> list[Record]:
+        """Return the lines; a last one that a kill cut off is left out."""
+        if not self.path.exists():
+            return []
+        return [record for line in self.path.read_bytes().splitlines() if (record := parse_object(line)) is not None]
+
+    def forget_newest(self) -> None:
+        """Join nothing to what is there: the file has been replaced."""
+        self._last, self._waiting = None, []
+
+    def _write_waiting(self, file: int, offset: int) -> None:
+        lines = [json.dumps(record).encode() + b"\n" for record in self._waiting]
+        content = b"".join(lines)
+        try:
+            done = 0
+            while done < len(content):
+                done += os.pwrite(file, content[done:], offset + done)
+            os.ftruncate(file, offset + done)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(file, offset)  # half a line is none
+            self._last = None
+            raise
+        self._last = (offset + len(content) - len(lines[-1]), self._waiting[-1])
+        self._waiting = []
+
+
+def parse_object(line: bytes) -> Record | None:
+    """Return the object in a line of JSON, None where there is none."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
