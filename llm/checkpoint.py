@@ -119,8 +119,12 @@ def load_training(folder: Path, *, check: bool = True) -> dict[str, Any]:
         raise _unusable(folder, f"{TRAINING} is not plain data written by this project") from error
 
 
-def find_last(run_folder: Path) -> FoundCheckpoint:
+def find_last(run_folder: Path, *, key: str = "resume") -> FoundCheckpoint:
     """Return the newest checkpoint of a run that verifies, and which newer ones were passed over and why.
+
+    Args:
+        run_folder: the run's.
+        key: the setting that names it, for messages.
 
     Raises:
         CheckpointError: there is none.
@@ -133,10 +137,10 @@ def find_last(run_folder: Path) -> FoundCheckpoint:
         passed_over.append(f"{folder.name}: {'; '.join(problems)}")
     if passed_over:
         raise CheckpointError(
-            f"resume={run_folder}: every checkpoint in it is damaged ({' | '.join(passed_over)}); "
+            f"{key}={run_folder}: every checkpoint in it is damaged ({' | '.join(passed_over)}); "
             "restore one from a copy, or start a new run"
         )
-    raise CheckpointError(f"resume={run_folder}: holds no checkpoint; give the folder of a run that saved one")
+    raise CheckpointError(f"{key}={run_folder}: holds no checkpoint; give the folder of a run that saved one")
 
 
 def compare_state(model_state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str) -> None:

@@ -14,7 +14,6 @@ from llm.evals.harness import HarnessModel
 from llm.rebuild import rebuild_model
 
 
-@register_model("crucible")
 class CrucibleLM(HarnessModel):
     """A run folder as a model of the harness.
 
@@ -24,7 +23,8 @@ class CrucibleLM(HarnessModel):
         average: take the mean of the last so many checkpoints.
         max_length: tokens that are read at a time, or None for training's.
         batch_size: texts side by side.
-        device: where to, or None for what the run's trainer would choose here.
+        device: where to; None, or a GPU where there is none (the harness's own default), for what the run's trainer
+            would choose here.
         max_batch_size: asked for by the harness; of no effect, since batch_size is never guessed.
 
     Raises:
@@ -41,6 +41,8 @@ class CrucibleLM(HarnessModel):
         device: str | None = None,
         max_batch_size: int | None = None,
     ) -> None:
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None
         trained = rebuild_model(Path(run_dir), checkpoint, average=average, device=device)
         half = trained.precision == "bf16-mixed"
         super().__init__(
@@ -61,9 +63,19 @@ def main() -> None:
     except CrucibleError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except ValueError as error:
+        if not str(error).startswith("Tasks not found: "):
+            raise
+        sys.stderr.write(
+            f"error: --tasks={str(error).split(': ')[1]}: no such task; name one that `ls tasks` lists, or put its "
+            "file into --include_path\n"
+        )
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    from llm import harness  # registered under its importable name, not as __main__
+    from llm import harness  # registered once, under its importable name
 
     harness.main()
+else:
+    register_model("crucible")(CrucibleLM)

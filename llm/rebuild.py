@@ -115,6 +115,8 @@ def read_config(
         position: node of another position to read with, or None for the run's own.
         context_length: tokens a window, or None for the run's own.
     """
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"run_dir={folder}: holds no config.yaml; name a run folder, such as runs/<folder>")
     cfg = load(folder / "config.yaml") | {"callbacks": {}}
     if position is not None:
         cfg["model"]["position"] = dict(position)

@@ -168,7 +168,7 @@ def _load_initial_weights(run: RunConfig, model: Transformer, bos_id: int) -> No
         model.load_state_dict(hf_state)
         log.info("weights from %s", source)
         return
-    folder = source if (source / "manifest.json").is_file() else find_last(source).path
+    folder = source if (source / "manifest.json").is_file() else find_last(source, key="init_from").path
     state = model_state(folder)
     compare_state(state, model.state_dict(), source=f"init_from={folder}")
     model.load_state_dict(state)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.errors import ConfigError
+from llm.errors import ConfigError, DataError
 from llm.evals.base import Result, Subject, on_device, token_losses
 from llm.metrics import validation_metrics
 
@@ -39,7 +39,7 @@ class Loss:
         sums = {"validation": loss_sums(subject, subject.data)}
         sources = {name: name for name in subject.source_files} if self.sources is None else self.sources
         for name, files in sources.items():
-            sums[name] = loss_sums(subject, subject.open_source(files, self.share))
+            sums[name] = loss_sums(subject, self._open(subject, name, files))
         metrics = {name: validation_metrics(*values) for name, values in sums.items()}
         figures: dict[str, Any] = dict(metrics["validation"])
         if sources:
@@ -48,6 +48,12 @@ class Loss:
         headline = {name.removeprefix("val/"): value for name, value in metrics["validation"].items()}
         headline |= {f"loss of {name}": metrics[name]["val/loss"] for name in sources}
         return Result(headline=headline, figures=figures, header=HEADER, rows=rows)
+
+    def _open(self, subject: Subject, name: str, files: str) -> Any:
+        try:
+            return subject.open_source(files, self.share)
+        except DataError as error:
+            raise DataError(f"eval.loss.sources.{name}={files}: cannot be read: {error}") from error
 
 
 def loss_sums(subject: Subject, data: Any) -> tuple[float, float, float]:

@@ -1,8 +1,11 @@
 """The harness's tasks, from files of the test's own: no network is touched."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+from catalogue import CONF
 
 from llm.errors import ConfigError
 from llm.evaluation import evaluate
@@ -121,6 +124,28 @@ def test_single_answers_equal_those_of_the_exported_model(trained, tasks, tmp_pa
     prompts = [("3 plus 4 makes", {"until": ["and", "."], "max_gen_toks": 12}), ("9", {"until": [], "max_gen_toks": 6})]
     asked = [Instance("generate_until", {}, prompt, i) for i, prompt in enumerate(prompts)]
     assert ours.generate_until(asked) == theirs.generate_until(asked)
+
+
+def harness(*arguments):
+    command = [sys.executable, "-m", "llm.harness", "run", "--model", "crucible", *arguments]
+    return subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_the_harness_s_own_command_line_gives_the_scores_of_eval_py(trained, tasks, judged, monkeypatch_module):
+    result = harness("--model_args", f"run_dir={trained[0]}", "--tasks", "local_choice", "--include_path", str(tasks))
+    assert result.returncode == 0, result.stderr
+    (row,) = [line.split("|") for line in result.stdout.splitlines() if line.startswith("|local_choice")]
+    assert float(row[7]) == pytest.approx(judged["local_choice"]["acc,none"], abs=1e-4)  # printed digits
+
+
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [("local_choice", "error: run_dir=nowhere: holds no config.yaml"), ("nope", "error: --tasks=nope: no such task")],
+)
+def test_the_harness_s_own_command_line_answers_what_is_not_there(tasks, task, answer):
+    result = harness("--model_args", "run_dir=nowhere", "--tasks", task, "--include_path", str(tasks))
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(answer)
 
 
 def test_a_task_that_is_not_there_is_named(trained, tasks, judging, tmp_path):
