@@ -21,9 +21,9 @@ ALLOWED_TARGETS = (
 
 MACHINERY = (
     "llm.checkpoint", "llm.cli", "llm.config", "llm.evaluation", "llm.export", "llm.harness", "llm.help",
-    "llm.huggingface", "llm.launch", "llm.multirun", "llm.other_text", "llm.plan", "llm.provenance", "llm.rebuild",
-    "llm.rendezvous", "llm.replay", "llm.report", "llm.resume", "llm.rollback", "llm.run_folder", "llm.signatures",
-    "llm.sweep", "llm.training", "data.build", "data.pool", "data.prepare", "data.worker",
+    "llm.huggingface", "llm.launch", "llm.metrics_file", "llm.multirun", "llm.other_text", "llm.plan", "llm.provenance",
+    "llm.rebuild", "llm.rendezvous", "llm.replay", "llm.report", "llm.resume", "llm.rollback", "llm.run_folder",
+    "llm.signatures", "llm.sweep", "llm.training", "data.build", "data.pool", "data.prepare", "data.worker",
 )  # fmt: skip
 """Modules of ours that hold no pieces: what starts processes, writes files or builds other things."""
 
