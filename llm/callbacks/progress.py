@@ -131,7 +131,8 @@ def _redirected() -> Iterator[tuple[Any, Any]]:
     """Send log lines through the bar's stand-in for standard output, so that they land above the bar."""
     for handler in logging.getLogger().handlers:
         is_console = type(handler) is logging.StreamHandler
-        if is_console and getattr(handler.stream, "isatty", bool)():
+        is_open = is_console and not getattr(handler.stream, "closed", False)  # one that was left behind says nothing
+        if is_open and getattr(handler.stream, "isatty", bool)():
             with contextlib.suppress(ValueError):
                 yield handler, handler.setStream(sys.stdout)
 
