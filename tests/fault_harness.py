@@ -155,7 +155,7 @@ class Fault:
         checkpoints = self.folder / "checkpoints"
         before = {path.name for path in checkpoints.glob(".tmp-step-*")}
         while time.monotonic() < deadline and process.poll() is None:
-            if kill.at_step is not None and self._recorded() >= kill.at_step:
+            if kill.at_step is not None and self.recorded() >= kill.at_step:
                 return
             begun = {path.name for path in checkpoints.glob(".tmp-step-*")} - before
             if kill.while_saving is not None and begun and list_checkpoints(checkpoints):
@@ -164,7 +164,8 @@ class Fault:
             time.sleep(0.001)
         raise AssertionError(f"the command ended before it was to be killed: {process.communicate()}")
 
-    def _recorded(self) -> int:
+    def recorded(self) -> int:
+        """Return the newest update in metrics.jsonl."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0

@@ -1,7 +1,10 @@
 """Disks that are full, small or read-only."""
 
+import contextlib
 import errno
 import subprocess
+import threading
+import time
 
 import pytest
 
@@ -45,16 +48,46 @@ def test_a_quota_that_a_checkpoint_or_the_tokens_do_not_fit_is_named(fault, stea
     assert outcome.leftovers == []
 
 
-@pytest.mark.slow
-def test_a_small_disk_that_fills_up_keeps_what_is_whole(fault, tmp_path):
+@pytest.fixture
+def small_disk(fault, tmp_path):
+    """Have the run folder on a disk of 3 MB."""
     fault.cwd = tmp_path / "small"
     fault.cwd.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", fault.cwd], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", fault.cwd], capture_output=True).returncode:
         pytest.skip("no right to mount a small disk here")
-    try:
-        outcome = fault.run()
-        assert outcome.status != 0
-        assert "full" in outcome.err or "No space left" in outcome.err
-        assert all(not path.name.startswith(".tmp-step") for path in fault.folder.rglob("*"))
-    finally:
-        subprocess.run(["umount", fault.cwd], check=True)
+    yield fault.cwd
+    subprocess.run(["umount", fault.cwd], check=True)
+
+
+def fill(path):
+    """Leave no room on the disk."""
+    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+
+
+@pytest.mark.slow
+def test_a_small_disk_that_fills_up_keeps_what_is_whole(fault, small_disk):
+    outcome = fault.run("callbacks.checkpoints.keep=99")
+    assert outcome.status == 2
+    assert "the disk or quota is full" in outcome.err
+    assert outcome.whole
+    assert outcome.leftovers == []
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_while_between_two_checkpoints_costs_no_line(fault, small_disk):
+    def meanwhile():
+        while not fault.recorded() >= 20:
+            time.sleep(0.01)
+        fill(small_disk / "filler")
+        time.sleep(3)
+        (small_disk / "filler").unlink()
+
+    watcher = threading.Thread(target=meanwhile, daemon=True)
+    watcher.start()
+    outcome = fault.run("max_steps=600", "checkpoint_every=600", "val_every=600")
+    watcher.join(timeout=10)
+    assert outcome.status == 0, outcome.err
+    assert "the disk or quota is full, and not all is written down" in outcome.said
+    assert sorted(outcome.losses) == list(range(1, 601))
