@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+import yaml
+from catalogue import CONF
 from fault_harness import Kill
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -162,6 +164,18 @@ def test_a_configuration_read_from_a_run_folder_runs_no_code(composed, tiny, tmp
     with pytest.raises(ConfigError, match=r"data\._target_=llm\.launch\.start_processes: not on the allow-list"):
         train(cfg | {"resume": str(tmp_path)}, tmp_path)
     assert not (tmp_path / "owned").exists()
+
+
+def test_no_keyword_of_a_defaults_list_is_misspelt():
+    """Hydra drops an entry whose keyword it does not know, and says nothing."""
+    for path in sorted(CONF.rglob("*.yaml")):
+        for entry in (yaml.safe_load(path.read_text()) or {}).get("defaults", []):
+            for key in [entry] if isinstance(entry, str) else entry:
+                *keywords, name = key.split()
+                group = name.split("@")[0]
+                places = (CONF / group.lstrip("/"), path.parent / group, path.parent / f"{group}.yaml")
+                assert set(keywords) <= {"override", "optional"}, f"{path}: {key}"
+                assert group == "_self_" or any(place.exists() for place in places), f"{path}: {key}"
 
 
 @pytest.mark.slow
