@@ -15,6 +15,7 @@ TINY = (
     "callbacks.samples.max_new_tokens=2", "trainer.gradient_clip_val=0.5", "loader.val_tokens=64",
 )  # fmt: skip
 ZERO = ("trainer=deepspeed", "trainer.accelerator=cpu", "trainer.persistence_threshold=64")
+DDP = ("trainer=ddp", "trainer.accelerator=cpu")
 
 
 REPLACED = {"trainer", *(setting.split("=")[0] for setting in TINY)}
@@ -38,11 +39,11 @@ class Runs:
         train({**self.config("trainer=cpu", *overrides), "resume": str(folder) if resume else None}, folder)
         return folder
 
-    def plan(self, name, *overrides, resume=False, **options):
+    def plan(self, name, *overrides, resume=False, strategy=ZERO, **options):
         """Note a run for two ranks; return the run folder."""
         folder = self.out / name
         # the environment of this process says one device: the ranks find two
-        config = {**self.config(*ZERO, *overrides), "resume": str(folder) if resume else None}
+        config = {**self.config(*strategy, *overrides), "resume": str(folder) if resume else None}
         self.jobs.append({"folder": str(folder), "config": config, **options})
         return folder
 
@@ -63,6 +64,12 @@ class Runs:
         for link in ("last", "best"):
             (folder / "checkpoints" / link).unlink(missing_ok=True)
         return folder
+
+
+@pytest.fixture(scope="session")
+def ddp():
+    """What a run is planned with to train under DDP instead."""
+    return {"strategy": DDP}
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
-"""Checkpoints of ZeRO are those of one process: any stage, and any number of ranks, goes on from them."""
+"""Two ranks go on exactly; checkpoints of ZeRO are those of one process: any stage and number of ranks reads them."""
 
 import json
 
 import pytest
 import torch
+from catalogue import options as options_of
+from covering import every_pair, name_of
 from distributed_helpers import losses, weights
 
 FP32 = ("trainer.precision=32-true", "trainer.gradient_clip_val=null")
@@ -59,3 +61,34 @@ def test_a_checkpoint_of_shards_has_what_one_process_writes(session):
     names = [[group["names"] for group in state["param_groups"]] for state in states]
     assert names[0] == names[1]
     assert json.loads((two / "manifest.json").read_text())["step"] == 4
+
+
+MODELS = {
+    "dense": (),
+    "moe": ("model=moe", "model.ffn.num_experts=4"),
+    "vq": ("model/attention=vq", "model/position=none"),
+}
+ROWS = every_pair({"optimizer": options_of("optimizer"), "model": list(MODELS), "dropout": ["0.0", "0.1"]})
+
+
+@pytest.fixture(scope="module", params=["ddp", "1", "2", "3"])
+def strategy(request, runs, ddp):
+    """Runs of 4 updates on two ranks under one strategy, and runs that go on from their 2nd."""
+    zero = (f"trainer.stage={request.param}",)
+    for again in ("", "-again"):
+        for row in ROWS:
+            whole = f"{request.param}-{name_of(row)}"
+            if again:
+                runs.as_killed_after(2, runs.out / whole, whole + again)
+            chosen = (f"optimizer={row['optimizer']}", f"model.dropout={row['dropout']}", *MODELS[row["model"]])
+            where, options = ((), ddp) if request.param == "ddp" else (zero, {})
+            runs.plan(whole + again, *where, *chosen, resume=bool(again), **options)
+        runs.launch()
+    return request.param
+
+
+@pytest.mark.parametrize("row", ROWS, ids=name_of)
+def test_two_ranks_go_on_exactly_with_every_optimizer_and_model_under_every_strategy(runs, strategy, row):
+    whole, again = (runs.out / f"{strategy}-{name_of(row)}{end}" for end in ("", "-again"))
+    assert losses(again) == losses(whole)
+    assert all(torch.equal(a, b) for a, b in zip(weights(again).values(), weights(whole).values(), strict=True))

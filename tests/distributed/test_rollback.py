@@ -18,12 +18,10 @@ CASES = {"ddp": (), "zero-1": ("trainer.stage=1",), "zero-3": ("trainer.stage=3"
 
 
 @pytest.fixture(scope="module")
-def session(runs):
+def session(runs, ddp):
     """At step 4, and one checkpoint later at step 6, the second rank's loss is not a number."""
     for name, settings in CASES.items():
-        runs.plan(name, *settings, *BACK, **MUTANT)
-        if name == "ddp":
-            runs.jobs[-1]["config"] = runs.config("trainer=ddp", "trainer.accelerator=cpu", *BACK)
+        runs.plan(name, *settings, *BACK, **MUTANT, **(ddp if name == "ddp" else {}))
     runs.plan("too-often", "trainer.stage=2", *BACK, "spikes.max_rollbacks=1", may_fail=True, **MUTANT)
     runs.launch()
     runs.as_killed_after(2, runs.out / "zero-1", "again")
