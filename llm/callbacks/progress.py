@@ -130,9 +130,11 @@ class ProgressLine(ProgressBar):
 def _redirected() -> Iterator[tuple[Any, Any]]:
     """Send log lines through the bar's stand-in for standard output, so that they land above the bar."""
     for handler in logging.getLogger().handlers:
-        is_console = type(handler) is logging.StreamHandler
-        is_open = is_console and not getattr(handler.stream, "closed", False)  # one that was left behind says nothing
-        if is_open and getattr(handler.stream, "isatty", bool)():
+        if not isinstance(handler, logging.StreamHandler) or isinstance(handler, logging.FileHandler):
+            continue
+        if getattr(handler.stream, "closed", False):  # a stream that was left behind says nothing
+            continue
+        if getattr(handler.stream, "isatty", bool)():
             with contextlib.suppress(ValueError):
                 yield handler, handler.setStream(sys.stdout)
 
