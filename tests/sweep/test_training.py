@@ -1,5 +1,6 @@
 """Sweeps of real training, and what their reports say."""
 
+import collections
 import contextlib
 import json
 import os
@@ -92,17 +93,20 @@ def wandb_server():
 
 
 def ranks_seen(process):
-    """Watch a sweep until it ends; return, by the leader of each job, the process groups and commands of its ranks."""
-    seen = {}
+    """Watch a sweep until it ends; return, by the leader of each job, the process groups and commands of its ranks.
+
+    A fork on its way to another program (git, W&B) has its parent's command for a moment: it is no rank.
+    """
+    seen, looks = {}, collections.Counter()
     while process.poll() is None:
         for job in psutil.Process(process.pid).children():
             with contextlib.suppress(psutil.Error, ProcessLookupError):
-                members = [job, *job.children(recursive=True)]
-                ranks = [p for p in members if any("hydra.run.dir=" in word for word in p.cmdline())]
-                if len(ranks) > len(seen.get(job.pid, [])):
-                    seen[job.pid] = [(os.getpgid(p.pid), p.cmdline()) for p in ranks]
+                for member in [job, *job.children(recursive=True)]:
+                    if any("hydra.run.dir=" in word for word in member.cmdline()):
+                        seen.setdefault(job.pid, {})[member.pid] = (os.getpgid(member.pid), member.cmdline())
+                        looks[member.pid] += 1
         time.sleep(0.1)
-    return seen
+    return {leader: [told for pid, told in ranks.items() if looks[pid] >= 20] for leader, ranks in seen.items()}
 
 
 def test_jobs_of_two_ranks_are_one_job_each_and_end_early_together(tiny, tmp_path, wandb_server):
