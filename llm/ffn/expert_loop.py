@@ -23,9 +23,8 @@ price of the product, and how many tokens an expert has differs every time."""
 CHUNK = 1 << 17
 """Elements that elementwise work takes at a time: they stay in a core's cache."""
 
-GROUP = 1 << 22
-"""Elements of experts' outputs that are held before they are summed into tokens: few groups, in memory that the
-allocator keeps for the next layer."""
+GROUP = 4
+"""Rows a token that are held before they are summed into tokens: each group reads and writes the sums of all tokens."""
 
 
 @torch.library.custom_op("crucible::expert_loop", mutates_args=())
@@ -145,7 +144,7 @@ class TokenSums:
     def __init__(self, x: Tensor, layout: RowLayout, weights: Tensor | None) -> None:
         self.num_tokens, self.token_ids = x.shape[0], layout.token_ids
         self.weights = None if weights is None else weights.flatten().to(x.dtype)
-        limit = max(max(layout.sizes), GROUP // x.shape[1])
+        limit = max(max(layout.sizes), GROUP * x.shape[0])
         self.room = x.new_empty(min(limit, sum(layout.sizes)), x.shape[1])
         self.start = self.end = 0
         self.sum: Tensor | None = None

@@ -66,10 +66,11 @@ def test_experts_without_a_token_have_zero_gradients():
         assert (gradient[2:] == 0).all()
 
 
-def test_bf16_stays_within_its_rounding_of_fp32():
-    experts = make_experts(num_experts=4, d_model=64, d_expert=48, dtype=torch.float32)
+@pytest.mark.parametrize(("num_experts", "slots"), [(4, 2), (12, 9)])  # summed in one group, and in three
+def test_bf16_stays_within_its_rounding_of_fp32(num_experts, slots):
+    experts = make_experts(num_experts=num_experts, d_model=64, d_expert=48, dtype=torch.float32)
     x = torch.randn(200, 64)
-    routing = random_routing(200, num_experts=4, slots=2, dtype=torch.float32)
+    routing = random_routing(200, num_experts=num_experts, slots=slots, dtype=torch.float32)
     expected = outputs_and_gradients(fast, experts, x, routing)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = outputs_and_gradients(fast, experts, x, routing)
