@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from llm.allocator import keep_freed_memory
 from llm.checkpoint import FolderCheckpointIO, save_checkpoint
 from llm.checkpoint_files import remove_checkpoint, step_folder
 from llm.tables import format_table
@@ -65,6 +66,7 @@ def main() -> None:
         "--folder", type=Path, default=None, help="on the disk to be measured; default: the temporary one"
     )
     arguments = parser.parse_args()
+    keep_freed_memory()  # as training on a CPU does: the second copy takes the memory of the first
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         found = measure(state_of(PARAMETERS[arguments.size]), Path(folder), arguments.rounds)
     rows = [

@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from data.synthetic import AssociativeRecall
 from llm.rebuild import rebuild
 
 DOCUMENTS = 400
+SMOOTH = 20
 UNSEEN = 10_000_000
 """Seed of the documents that judge: training draws its own from the run's data.seed."""
 
@@ -38,6 +41,31 @@ def accuracy(model: torch.nn.Module, tokenizer: Any, settings: dict, distance: i
         right += int((scores.argmax(-1) == ids[:, 1:])[0][is_scored].sum())
         total += int(is_scored.sum())
     return right / total
+
+
+def loss_curve(folder: Path) -> tuple[list[int], list[float]]:
+    """Return updates and training loss, each the mean over the SMOOTH updates before it."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    means = np.convolve(losses, np.full(SMOOTH, 1 / SMOOTH), mode="valid")
+    return list(range(SMOOTH, len(losses) + 1)), means.tolist()
+
+
+def picture(folders: list[Path], results: dict[str, dict[int, float]], path: Path) -> None:
+    """Draw the loss while learning and the accuracy over distance, a line a run."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    learning, judged = figure.subplots(1, 2)
+    for folder in folders:
+        learning.plot(*loss_curve(folder), label=folder.name)
+        judged.plot(list(results[folder.name]), list(results[folder.name].values()), "o-", markersize=3)
+    learning.set(xlabel="updates", ylabel="training loss, nats an answer", title="Learning", yscale="log")
+    judged.set(xlabel="letters between the pairs and the questions", ylabel="accuracy", title="Recall over distance")
+    judged.set_ylim(0, 1.02)
+    learning.legend(fontsize=8)
+    for axes in (learning, judged):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -60,6 +88,7 @@ def main() -> None:
     lines = ["| run |" + "".join(f" {d} |" for d in arguments.distances), "|---|" + "---|" * len(arguments.distances)]
     lines += [f"| {name} |" + "".join(f" {x:.2f} |" for x in by.values()) for name, by in results.items()]
     (arguments.out / "table.md").write_text("\n".join(lines) + "\n")
+    picture(arguments.runs, results, arguments.out / "plot.png")
     print("\n".join(lines))
 
 
