@@ -21,9 +21,10 @@ FP32 = "trainer.precision=32-true"
 @pytest.fixture(scope="module")
 def session(runs):
     """Mutants in sessions of their own: what one changes would stay for the next job."""
-    runs.alone("muon", "optimizer=muon", FP32)
+    muon = ("optimizer=muon", "optimizer.matmul_dtype=float32", FP32)
+    runs.alone("muon", *muon)
     for mutant in ("clip_after_the_update", "forget_layouts", "poison_second_rank", "drift"):
-        runs.plan(mutant, "optimizer=muon", FP32, "trainer.stage=2", "max_steps=4", mutant=mutant, may_fail=True)
+        runs.plan(mutant, *muon, "trainer.stage=2", "max_steps=4", mutant=mutant, may_fail=True)
         runs.launch()
     return runs
 

@@ -10,11 +10,12 @@ from llm.config import load
 pytestmark = pytest.mark.slow
 
 MEASURE = ("callbacks=noise_scale", "trainer.precision=32-true", "max_steps=6", "optimizer.lr=1e-3")
+MUON = ("optimizer=muon", "optimizer.matmul_dtype=float32")
 CASES = {
     "zero-0": ("four", "trainer.stage=0"),
     "zero-1": ("four", "trainer.stage=1"),
     "zero-2": ("four", "trainer.stage=2"),
-    "zero-2-muon": ("muon", "trainer.stage=2", "optimizer=muon"),
+    "zero-2-muon": ("muon", "trainer.stage=2", *MUON),
     "zero-2-offload": ("four", "trainer.stage=2", "trainer.offload_optimizer=true"),
     "zero-3": ("four", "trainer.stage=3"),
     "ranks-alone": ("two", "trainer.stage=2", "micro_batch_size=4"),
@@ -31,7 +32,7 @@ ROUNDING = 1e-4
 def session(runs):
     runs.alone("four", *MEASURE)
     runs.alone("two", *MEASURE, "micro_batch_size=4")
-    runs.alone("muon", *MEASURE, "optimizer=muon")
+    runs.alone("muon", *MEASURE, *MUON)
     for name, (_, *settings) in CASES.items():
         runs.plan(name, *settings, *MEASURE)
     runs.jobs[-1]["config"] = runs.config("trainer=ddp", "trainer.accelerator=cpu", *MEASURE)

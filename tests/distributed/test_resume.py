@@ -8,8 +8,8 @@ from catalogue import options as options_of
 from covering import every_pair, name_of
 from distributed_helpers import losses, weights
 
-FP32 = ("trainer.precision=32-true", "trainer.gradient_clip_val=null")
-"""Without clipping nothing is summed in another order on 1 rank and on 2, but at stage 3."""
+FP32 = ("trainer.precision=32-true", "optimizer.matmul_dtype=float32", "trainer.gradient_clip_val=null")
+"""Gradients are summed in another order on 1 rank and on 2: in fp32 alone that stays in the last bits."""
 MUON = ("optimizer=muon", "optimizer.row_beta=0.95", "optimizer.aux=adamw", *FP32)
 pytestmark = pytest.mark.slow
 
