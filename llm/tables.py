@@ -7,16 +7,21 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return an aligned table with a rule under its header; the first column is text, numbers go right."""
     table = [list(map(str, header)), *[list(map(str, row)) for row in rows]]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    numbers = {i for i in range(1, len(header)) if any(_is_number(row[i]) for row in table[1:])}
     lines = [
-        "  ".join(_align(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(_align(cell, width, i in numbers) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
         for row in table
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(f"  {line.rstrip()}" for line in lines)
 
 
-def _align(cell: str, width: int, column: int) -> str:
-    return cell.rjust(width) if column and cell[:1].isdigit() else cell.ljust(width)
+def _is_number(cell: str) -> bool:
+    return cell.lstrip("+-−")[:1].isdigit()
+
+
+def _align(cell: str, width: int, is_of_numbers: bool) -> str:
+    return cell.rjust(width) if is_of_numbers and (_is_number(cell) or cell == "–") else cell.ljust(width)
 
 
 def format_bytes(count: float) -> str:

@@ -157,13 +157,13 @@ function board() {
   place("board").append(head("Leaderboard", el("span", { class: "quiet" }, "each at its best rate; ± standard error over seeds")), table([
     { name: "#", value: (r) => r.rank, show: (r) => r.rank ?? "–" },
     { name: "setting", text: true, value: (r) => r.group, show: (r) => el("span", {}, el("span", { class: "dot", style: `background:${color(r.index)}` }), r.group) },
-    { name: "best lr", value: (r) => r.lr },
+    { name: "best\u00a0lr", value: (r) => r.lr },
     { name: "loss", value: (r) => r.loss, show: (r) => el("span", {}, el("b", {}, fixed(r.loss, 4)), r.standard_error === null ? "" : ` ± ${fixed(r.standard_error, 4)}`, bar(r, r.index)) },
     { name: "seeds", value: (r) => r.seeds },
-    { name: "bits / byte", value: (r) => r.bits_per_byte, show: (r) => fixed(r.bits_per_byte, 4) },
+    { name: "bits/byte", value: (r) => r.bits_per_byte, show: (r) => fixed(r.bits_per_byte, 4) },
     { name: "tokens" + goal, value: (r) => r.tokens_to_loss, show: (r) => reached(r, r.tokens_to_loss, compact) },
     { name: "time" + goal, value: (r) => r.seconds_to_loss, show: (r) => reached(r, r.seconds_to_loss, seconds) },
-    { name: "tokens / s", value: (r) => r.tokens_per_second },
+    { name: "tokens/s", value: (r) => r.tokens_per_second },
     { name: "MFU", value: (r) => r.mfu, show: (r) => (r.mfu === null ? "–" : (100 * r.mfu).toFixed(1) + " %") },
     { name: "state, bytes", value: (r) => r.optimizer_state_bytes },
     ...(new Set(DATA.rows.map((row) => row.parameters)).size > 1 ? [{ name: "parameters", value: (r) => r.parameters }] : []),
@@ -287,10 +287,11 @@ function extrapolation() {
 }
 
 function difference() {
-  const runs = DATA.runs.filter((run) => Object.keys(run.config).length || Object.keys(DATA.shared).length);
+  const runs = DATA.runs.filter((run) => run.has_config);
   if (runs.length < 2) return;
   const pick = (index) => { const s = el("select", { "aria-label": "run", onchange: () => draw() }, ...runs.map((run, i) => el("option", { value: i }, run.name))); s.value = index; return s; };
-  const [first, second, host] = [pick(0), pick(runs.length - 1), el("div")];
+  const leader = (place) => runs.findIndex((run) => run.is_best && run.group === place); // the two best settings, where there are two
+  const [first, second, host] = [pick(Math.max(0, leader(0))), pick(leader(1) < 0 ? runs.length - 1 : leader(1)), el("div")];
   const draw = () => {
     const [a, b] = [runs[first.value].config, runs[second.value].config];
     const keys = [...new Set([...Object.keys(a), ...Object.keys(b)])].filter((key) => a[key] !== b[key]).sort();
@@ -309,7 +310,7 @@ function runTable() {
     { name: "lr", value: (r) => r.lr }, { name: "seed", value: (r) => r.seed, show: (r) => r.seed ?? "–" },
     { name: "loss", value: (r) => r.loss, show: (r) => fixed(r.loss, 4) },
     { name: "tokens", value: (r) => r.figures.tokens_seen ?? null }, { name: "time", value: (r) => r.figures.seconds ?? null, show: (r) => seconds(r.figures.seconds ?? null) },
-    { name: "tokens / s", value: (r) => r.figures.tokens_per_second ?? null },
+    { name: "tokens/s", value: (r) => r.figures.tokens_per_second ?? null },
     { name: "peak memory, bytes", value: (r) => r.figures.peak_memory_bytes ?? null },
     { name: "why", text: true, wrap: true, value: (r) => r.reason || null, show: (r) => r.reason || "" },
   ], DATA.runs));

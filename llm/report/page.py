@@ -57,7 +57,10 @@ def report_data(
         "target": target,
         "rows": [asdict(row) for row in rows],
         "groups": [_group(group) for group in groups],
-        "runs": [_run(run, shared) | {"group": group_of.get(id(run)), "is_best": id(run) in best} for run in runs],
+        "runs": [
+            _run(run, name, shared) | {"group": group_of.get(id(run)), "is_best": id(run) in best}
+            for run, name in zip(runs, short_names(runs), strict=True)
+        ],
         "shared": {key: text_of(value) for key, value in shared.items()},
         "pairs": [
             v.comparison._asdict() | {"first": v.first, "second": v.second, "p": v.p, "word": v.word} for v in pairs
@@ -76,23 +79,45 @@ def _group(group: Group) -> dict[str, Any]:
     return {"label": group.label, "settings": group.settings, "rates": rates, "overrides": " ".join([*settings, *rate])}
 
 
-def _run(run: Run, shared: dict[str, Any]) -> dict[str, Any]:
-    own = {key: text_of(value) for key, value in run.config.items() if key not in shared}
+def short_names(runs: Sequence[Run]) -> list[str]:
+    """Return the folder's name of each run, with as many folders above it as tell all of them apart."""
+    depth = max((len(run.folder.parts) for run in runs), default=1)
+    tried = (["/".join(run.folder.parts[-n:]) for run in runs] for n in range(1, depth + 1))
+    return next((names for names in tried if len({*names}) == len(names)), [str(run.folder) for run in runs])
+
+
+def _given(run: Run, key: str) -> float | None:
+    """Return a number of the configuration, or of the job's command line where it failed before it had one."""
+    given = [
+        text.partition("=")[2] for text in run.job.get("overrides") or [] if text.lstrip("+").startswith(f"{key}=")
+    ]
+    value = run.config.get(key, given[-1] if given else None)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _run(run: Run, name: str, shared: dict[str, Any]) -> dict[str, Any]:
+    own = {
+        key: text_of(value) for key, value in run.config.items() if key not in shared and not key.endswith("_partial_")
+    }
     figures = {key: value for key, value in run.summary.items() if isinstance(value, int | float | str)}
     return {
-        "name": run.folder.name,
+        "name": name,
         "folder": str(run.folder),
         "overrides": " ".join(run.job.get("overrides") or []),
         "state": run.state,
         "reason": run.reason,
         "progress": run.progress,
-        "seed": run.config.get("seed"),
-        "lr": run.config.get("optimizer.lr"),
+        "seed": _given(run, "seed"),
+        "lr": _given(run, "optimizer.lr"),
         "loss": run.loss if run.loss is not None else run.latest_loss,
         "flops_per_token": run.flops_per_token,
         "val": _columns(run.curve("val/loss")),
         "train": _columns(run.curve("train/loss")),
         "config": own,
+        "has_config": bool(run.config),
         "figures": figures,
         "expert_load": _expert_load(run),
         "codebook": _codebook(run),

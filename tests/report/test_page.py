@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from llm.report.build import write_report
+from llm.report.page import short_names
+from llm.report.runs import RunReader
 
 ROOT = Path(__file__).resolve().parents[2]
 LION = {"optimizer._target_": "llm.optim.lion.Lion"}
@@ -26,6 +28,9 @@ const svg = document.querySelector("#curves svg"), box = svg.getBoundingClientRe
 svg.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + box.width / 2, clientY: box.top + 50 }));
 found.tip = document.querySelector("#curves .tip").textContent;
 found.difference = document.querySelector("#difference table").textContent;
+found.compared = [...document.querySelectorAll("#difference select")].map((s) => s.selectedOptions[0].textContent);
+found.choices = document.querySelector("#difference select").options.length;
+found.runs = [...document.querySelectorAll("#runs tbody tr")].map((row) => row.innerText);
 found.errors = window.errors;
 document.title = JSON.stringify(found);
 }</script>"""
@@ -46,6 +51,9 @@ def sweep(make_run, tmp_path):
     (folder / "eval" / "extrapolation.json").write_text(
         json.dumps({"by_context": {"10": {"loss": 2.0}, "20": {"loss": 2.5}}})
     )
+    (tmp_path / "sweep/10_adamw").mkdir()  # it failed before it had a configuration
+    job = {"overrides": ["optimizer.lr=-1", "seed=4"], "state": "failed", "reason": "optimizer.lr=-1: must be above 0"}
+    (tmp_path / "sweep/10_adamw/job.json").write_text(json.dumps(job))
     return tmp_path / "sweep"
 
 
@@ -55,7 +63,7 @@ def test_the_page_holds_all_it_needs_and_no_text_can_break_out_of_it(sweep):
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
     assert "</script><b>x" not in page
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1))
-    assert len(data["runs"]) == 10
+    assert len(data["runs"]) == 11
     assert data["refresh_seconds"] is None
     shown = {(pair["first"], pair["second"]): (pair["word"], pair["p"]) for pair in data["pairs"]}
     text = report.text
@@ -82,7 +90,11 @@ def test_in_a_browser_the_table_sorts_the_plots_are_there_and_nothing_complains(
     assert set(found["sections"]) >= {"curves", "board", "rates", "versus", "fits", "useful", "experts", "codebooks",
                                       "extrapolation", "difference", "runs"}  # fmt: skip
     assert "adamw" in found["tip"]
-    assert "optimizer._target_" in found["difference"]
+    assert found["compared"] == ["0_adamw", "7_more"]  # the two best settings
+    assert "batch_tokens" in found["difference"]
+    assert found["choices"] == 10  # all but the one without a configuration
+    (failed,) = [row.split() for row in found["runs"] if row.startswith("10_adamw")]
+    assert failed == ["10_adamw", "failed", "-1", "4", *"–––––", "optimizer.lr=-1:", "must", "be", "above", "0"]
 
 
 def test_the_command_writes_the_report_and_a_wrong_folder_is_one_line(sweep, tmp_path):
@@ -114,3 +126,10 @@ def test_watching_writes_anew_until_every_run_has_ended(make_run, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr  # all have ended: it does not wait for the next minute
     assert '"refresh_seconds":60.0' in (tmp_path / "sweep/report/index.html").read_text()
+
+
+def test_runs_of_one_name_in_several_folders_are_told_apart(make_run, tmp_path):
+    first, second = make_run("a/0_run"), make_run("b/0_run", seed=1)
+    runs = [RunReader().read(folder) for folder in (first, second)]
+    assert short_names(runs) == ["a/0_run", "b/0_run"]
+    assert short_names(runs[:1]) == ["0_run"]
