@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llm.attention.base import QK_NORM_EPS, Attention
+from llm.attention.base import QK_NORM_EPS
 from llm.attention.kernels.reference import visible_keys
 from llm.attention.linear_chunks import chunked_linear
+from llm.attention.recurrent import RecurrentAttention
 from llm.attention.states import StateCache
 from llm.contracts import LayerCache
 from llm.errors import ConfigError
@@ -31,7 +32,7 @@ def features(x: Tensor, feature_map: FeatureMap) -> Tensor:
     return x.relu() if feature_map == "relu" else x
 
 
-class LinearAttention(Attention):
+class LinearAttention(RecurrentAttention):
     """Weighs values by φ(q)·φ(k): time and memory grow linearly, and decoding holds one state whatever the length.
 
         S_i = γ S_{i−1} + φ(k_i) v_iᵀ,   z_i = γ z_{i−1} + φ(k_i)
@@ -55,6 +56,7 @@ class LinearAttention(Attention):
     Differs: states reset where a document ends; RMSNorm in the place of RetNet's group norm, without its gate.
     """
 
+    option = "linear"
     parameter_kinds: ClassVar = {"decay_logit": "vector"}
 
     def __init__(
@@ -99,11 +101,7 @@ class LinearAttention(Attention):
 
     def check_position(self, position: Position) -> None:
         """One view, and no scale of queries."""
-        if position.far_from is not None:
-            raise ConfigError(
-                f"model.position={type(position).__name__}: its far pairs need a score of their own, pair by pair, "
-                "which model.attention=linear never forms; use model/position=rope, or model/attention=softmax"
-            )
+        super().check_position(position)
         if position.scales_queries:
             raise ConfigError(
                 f"model.position.log_n={position.log_n.mode}: model.attention=linear has no softmax to sharpen, so a "
@@ -118,27 +116,10 @@ class LinearAttention(Attention):
         logit = self.fixed_decay_logit if self.decay_logit is None else self.decay_logit
         return None if logit is None else F.logsigmoid(logit.float())
 
-    def attend(
-        self,
-        q: Float[Tensor, "batch time heads head_dim"],
-        k: Float[Tensor, "batch time kv_heads head_dim"],
-        v: Float[Tensor, "batch time kv_heads head_dim"],
-        *,
-        positions: Int[Tensor, "batch time"],
-        document_ids: Int[Tensor, "batch time"] | None,
-        cache: Any,
-    ) -> tuple[Float[Tensor, "batch time heads head_dim"], dict[str, Tensor], dict[str, Tensor]]:
-        """Mix values chunk by chunk, from the cache's state if there is one."""
-        ids = torch.zeros_like(positions) if document_ids is None else document_ids
-        cache = self.new_cache(batch=len(v), max_length=0, device=v.device, dtype=v.dtype) if cache is None else cache
-        with torch.autocast(v.device.type, enabled=False):
-            mixed, states = self._mix(q, k, v, positions, ids, cache)
-        cache.update(states, ids)
-        return mixed.to(v.dtype), {}, {}
-
-    def _mix(
+    def mix(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, ids: Tensor, cache: StateCache
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Values, and weights where there is no output norm; see `RecurrentAttention`."""
         phi_q, phi_k = features(q, self.feature_map), features(k, self.feature_map)
         (view,) = self.position(phi_q, phi_k, positions)
         options: dict[str, Any] = {

@@ -6,16 +6,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.attention.base import Attention
 from llm.attention.kernels.reference import visible_keys
 from llm.attention.performer_chunks import EMPTY, chunked_performer
+from llm.attention.recurrent import RecurrentAttention
 from llm.attention.states import StateCache
 from llm.contracts import LayerCache
 from llm.errors import ConfigError
 from llm.position.base import Position
 
 
-class PerformerAttention(Attention):
+class PerformerAttention(RecurrentAttention):
     """Estimates softmax attention with features whose mean product is exp(q·k): linear time, one state for decoding.
 
         exp(q·k) = E_ω[exp(ω·q − ‖q‖²/2) exp(ω·k − ‖k‖²/2)],   ω ~ N(0, I),  q and k scaled by head_dim^(−1/4)
@@ -37,6 +37,7 @@ class PerformerAttention(Attention):
     changes what came before it; ‖q‖² is left out, as it cancels; states reset where a document ends.
     """
 
+    option = "performer"
     directions: Tensor
 
     def __init__(
@@ -71,14 +72,6 @@ class PerformerAttention(Attention):
         generator = torch.Generator().manual_seed(feature_seed * 100_003 + layer_index)
         self.register_buffer("directions", orthogonal_directions(count=num_features, dim=head_dim, generator=generator))
 
-    def check_position(self, position: Position) -> None:
-        """One view."""
-        if position.far_from is not None:
-            raise ConfigError(
-                f"model.position={type(position).__name__}: its far pairs need a score of their own, pair by pair, "
-                "which model.attention=performer never forms; use model/position=rope, or model/attention=softmax"
-            )
-
     def log_features(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return ω·q and ω·k − ‖k‖²/2 of placed and scaled queries and keys, in fp32 (fp64 for fp64)."""
         (view,) = self.position(q, k, positions)
@@ -86,27 +79,15 @@ class PerformerAttention(Attention):
         directions = self.directions.to(q.dtype)
         return q @ directions.T, k @ directions.T - k.square().sum(-1, keepdim=True) / 2
 
-    def attend(
-        self,
-        q: Float[Tensor, "batch time heads head_dim"],
-        k: Float[Tensor, "batch time kv_heads head_dim"],
-        v: Float[Tensor, "batch time kv_heads head_dim"],
-        *,
-        positions: Int[Tensor, "batch time"],
-        document_ids: Int[Tensor, "batch time"] | None,
-        cache: Any,
-    ) -> tuple[Float[Tensor, "batch time heads head_dim"], dict[str, Tensor], dict[str, Tensor]]:
-        """Mix values chunk by chunk, from the cache's state if there is one."""
-        ids = torch.zeros_like(positions) if document_ids is None else document_ids
-        cache = self.new_cache(batch=len(v), max_length=0, device=v.device, dtype=v.dtype) if cache is None else cache
-        with torch.autocast(v.device.type, enabled=False):
-            log_q, log_k = self.log_features(q, k, positions)
-            mixed, states = chunked_performer(
-                log_q, log_k, v.to(log_q.dtype), document_ids=ids, chunk_size=self.chunk_size,
-                initial=cache.states, before=cache.document,
-            )  # fmt: skip
-        cache.update(states, ids)
-        return mixed.to(v.dtype), {}, {}
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, ids: Tensor, cache: StateCache
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sums by feature under running maxima; see `RecurrentAttention`."""
+        log_q, log_k = self.log_features(q, k, positions)
+        return chunked_performer(
+            log_q, log_k, v.to(log_q.dtype), document_ids=ids, chunk_size=self.chunk_size,
+            initial=cache.states, before=cache.document,
+        )  # fmt: skip
 
     def pair_weights(
         self,

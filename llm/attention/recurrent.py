@@ -1,0 +1,56 @@
+"""What attentions share that remember running states instead of keys: linear and Performer."""
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm.attention.base import Attention
+from llm.attention.states import StateCache
+from llm.errors import ConfigError
+from llm.position.base import Position
+
+
+class RecurrentAttention(Attention):
+    """Reads a sequence chunk by chunk, each from the states that the one before it left.
+
+    Training starts from empty states; decoding goes on from the cache's. Both run outside autocast: sums over a whole
+    document need more bits than bf16 has.
+    """
+
+    option: ClassVar[str]
+    """Name in conf/model/attention, for messages."""
+
+    @abstractmethod
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, ids: Tensor, cache: StateCache
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mixed values, and the states after the last token; shapes as in attend, ids of documents."""
+
+    def check_position(self, position: Position) -> None:
+        """One view."""
+        if position.far_from is not None:
+            raise ConfigError(
+                f"model.position={type(position).__name__}: its far pairs need a score of their own, pair by pair, "
+                f"which model.attention={self.option} never forms; use model/position=rope, or model/attention=softmax"
+            )
+
+    def attend(
+        self,
+        q: Float[Tensor, "batch time heads head_dim"],
+        k: Float[Tensor, "batch time kv_heads head_dim"],
+        v: Float[Tensor, "batch time kv_heads head_dim"],
+        *,
+        positions: Int[Tensor, "batch time"],
+        document_ids: Int[Tensor, "batch time"] | None,
+        cache: Any,
+    ) -> tuple[Float[Tensor, "batch time heads head_dim"], dict[str, Tensor], dict[str, Tensor]]:
+        """Mix values chunk by chunk, from the cache's states if there is one."""
+        ids = torch.zeros_like(positions) if document_ids is None else document_ids
+        cache = self.new_cache(batch=len(v), max_length=0, device=v.device, dtype=v.dtype) if cache is None else cache
+        with torch.autocast(v.device.type, enabled=False):
+            mixed, states = self.mix(q, k, v, positions, ids, cache)
+        cache.update(states, ids)
+        return mixed.to(v.dtype), {}, {}
