@@ -65,7 +65,10 @@ def run_sweep(arguments: Sequence[str], *, task: Task, config_name: str, config_
     script = config_dir.parent / f"{config_name}.py"
     pruning = options.pruning(read_manifest(folder).prune if (folder / MANIFEST).exists() else None)
     plan = replace(_plan(ahead, folder, plain_command(script, tuple(flags))), prune=pruning)
-    with open_sweep(folder, command, ahead.jobs, options.line_every, pruning) as monitor, _leaving_in_order():
+    with (
+        open_sweep(folder, command, ahead.jobs, ahead.swept, options.line_every, pruning) as monitor,
+        _leaving_in_order(),
+    ):
         sys.argv[1:] = ["-m", *command, *_hydra_overrides(ahead, options, folder)]
         function = JobFunction(plan, None if options.isolate else task)
         with _without_a_best_trial(folder):
@@ -108,7 +111,13 @@ class JobFunction:
 
 
 def look_ahead(overrides: Sequence[str], *, config_name: str, config_dir: Path) -> Ahead:
-    """Compose with the first value of whatever is swept, and list the jobs where Hydra's own sweeper makes them."""
+    """Compose with the first value of whatever is swept, and list the jobs where Hydra's own sweeper makes them.
+
+    Each other option of a swept group is composed as well: a mistake in one is told before any job begins.
+
+    Raises:
+        HydraException: an option that does not exist, or a key that it does not have.
+    """
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
@@ -119,6 +128,8 @@ def look_ahead(overrides: Sequence[str], *, config_name: str, config_dir: Path) 
         settings.sweep.dir = composed.hydra.sweep.dir
         params = composed.hydra.sweeper.get("params") or {}
         added = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
+        for overrides in _other_options([*added, *given]):
+            compose(config_name, overrides=overrides, return_hydra_config=True)
     GlobalHydra.instance().clear()
     everything = [o for o in [*added, *given] if not o.get_key_element().lstrip("+~").startswith("hydra")]
     swept = tuple(o.get_key_element().lstrip("+~") for o in everything if o.is_sweep_override())
@@ -127,6 +138,16 @@ def look_ahead(overrides: Sequence[str], *, config_name: str, config_dir: Path) 
         (batch,) = BasicSweeper.split_arguments(everything, None)
         jobs = tuple(Job(overrides=tuple(job)) for job in batch)
     return Ahead(settings, swept, jobs)
+
+
+def _other_options(given: Sequence[Override]) -> Iterator[list[str]]:
+    """Yield the overrides with each option but the first of each swept group, all else that is swept at its first."""
+    loader = GlobalHydra.instance().config_loader()
+    first = [_first(override) for override in given]
+    for number, override in enumerate(given):
+        if override.is_discrete_sweep() and loader.get_group_options(override.key_or_group):
+            for value in [*override.sweep_string_iterator()][1:]:
+                yield [*first[:number], f"{override.get_key_element()}={value}", *first[number + 1 :]]
 
 
 def _first(override: Override) -> str:

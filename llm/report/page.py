@@ -91,9 +91,8 @@ def _given(run: Run, key: str) -> float | None:
     given = [
         text.partition("=")[2] for text in run.job.get("overrides") or [] if text.lstrip("+").startswith(f"{key}=")
     ]
-    value = run.config.get(key, given[-1] if given else None)
     try:
-        return float(value)
+        return float(run.config[key] if key in run.config else next(reversed(given), ""))
     except (TypeError, ValueError):
         return None
 

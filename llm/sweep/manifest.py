@@ -53,10 +53,9 @@ class Job:
         """Write the note into the job's folder, in one step."""
         write_json(sweep / self.folder / NOTE, asdict(self))
 
-    def brief(self, jobs: Iterable["Job"]) -> str:
-        """Return what tells it from the others, for a line on a terminal."""
-        shared = set.intersection(*(set(job.overrides) for job in jobs))
-        own = [override for override in self.overrides if override not in shared]
+    def brief(self, keys: Iterable[str]) -> str:
+        """Return what it sets of these keys, for a line on a terminal."""
+        own = [override for override in self.overrides if override.split("=")[0].lstrip("+~") in keys]
         return " ".join(own) or self.folder or "the job"
 
 
@@ -69,6 +68,7 @@ class Manifest:
         state: running until every job has ended or the sweep was told to stop.
         created: when it began, seconds since 1970.
         jobs: all that are known, those that have not begun too.
+        swept: keys that differ between jobs, which tell one from the others.
         prune: the rule by which jobs end early, as its settings; None: none.
     """
 
@@ -76,6 +76,7 @@ class Manifest:
     state: Literal["running", "finished", "failed", "stopped"] = "running"
     created: float = field(default_factory=time.time)
     jobs: tuple[Job, ...] = ()
+    swept: tuple[str, ...] = ()
     prune: dict[str, Any] | None = None
 
     @property
@@ -97,7 +98,8 @@ def read_manifest(sweep: Path) -> Manifest:
     try:
         fields = json.loads((sweep / MANIFEST).read_text())
         jobs = tuple(_job(fields) for fields in fields.pop("jobs"))
-        manifest = Manifest(**{**fields, "command": tuple(fields["command"])}, jobs=jobs)
+        lists = {key: tuple(fields[key]) for key in ("command", "swept") if key in fields}
+        manifest = Manifest(**{**fields, **lists}, jobs=jobs)
     except FileNotFoundError:
         raise ConfigError(f"sweep.resume={sweep}: holds no {MANIFEST}; name a sweep's folder, multirun/…") from None
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -83,7 +83,7 @@ class Monitor:
             is_due = job.state == "running" and now - self._told_at.get(job.key, now) >= self.line_every
             if is_new or is_due:
                 self._told[job.key], self._told_at[job.key] = state, now
-                cells = [job.state, *(cell for cell in self._cells(job) if cell), job.brief(jobs)]
+                cells = [job.state, *(cell for cell in self._cells(job) if cell), job.brief(self.manifest.swept)]
                 sys.stdout.write(f"{number + 1:>3}/{len(jobs)}  {'  '.join(cells)}\n")
                 sys.stdout.flush()
 
@@ -99,7 +99,7 @@ class Monitor:
             shown = sorted(sorted(shown, key=lambda item: order.index(item[1].state))[:room])
         for number, job in shown:
             state = f"[{COLOURS[job.state]}]{job.state}[/]"
-            table.add_row(str(number + 1), state, *self._cells(job), f"{job.brief(jobs)}".replace("[", r"\["))
+            table.add_row(str(number + 1), state, *self._cells(job), job.brief(self.manifest.swept).replace("[", r"\["))
         if len(shown) < len(jobs):
             table.add_row("", f"[dim]and {len(jobs) - len(shown)} more[/]")
         return table

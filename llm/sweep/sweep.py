@@ -75,7 +75,12 @@ def is_held(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def open_sweep(
-    folder: Path, command: Sequence[str], jobs: Sequence[Job], line_every: float, prune: Pruning | None = None
+    folder: Path,
+    command: Sequence[str],
+    jobs: Sequence[Job],
+    swept: Sequence[str],
+    line_every: float,
+    prune: Pruning | None = None,
 ) -> Iterator[Monitor]:
     """Hold a sweep's folder while its jobs run, and keep its manifest.
 
@@ -83,6 +88,7 @@ def open_sweep(
         folder: made when missing.
         command: the sweep's arguments.
         jobs: those known ahead; others join when they begin.
+        swept: keys that differ between jobs.
         line_every: seconds between lines about a running job.
         prune: the rule by which jobs end early, which the manifest keeps.
 
@@ -101,7 +107,7 @@ def open_sweep(
         is_resumed = (folder / MANIFEST).exists()
         manifest = read_manifest(folder) if is_resumed else Manifest(command=tuple(command))
         foretold = merge(manifest.jobs or tuple(jobs), read_notes(folder))
-        manifest = replace(manifest, jobs=foretold, state="running", prune=prune and asdict(prune))
+        manifest = replace(manifest, jobs=foretold, swept=tuple(swept), state="running", prune=prune and asdict(prune))
         manifest.write(folder)
         done = sum(job.state in DONE for job in manifest.jobs)
         told = f", {done} of {len(manifest.jobs)} jobs are done" if is_resumed else ""
@@ -146,7 +152,7 @@ def _closing_words(manifest: Manifest, folder: Path) -> str:
     """Return what failed and why, and how to go on."""
     failed = [job for job in manifest.jobs if job.state == "failed"]
     open_jobs = [job for job in manifest.jobs if job.state not in ("failed", *DONE)]
-    lines = [f"failed: {job.brief(manifest.jobs)}: {job.reason}; see {_short(folder / job.folder)}" for job in failed]
+    lines = [f"failed: {job.brief(manifest.swept)}: {job.reason}; see {_short(folder / job.folder)}" for job in failed]
     if failed or open_jobs:
         count = len(manifest.jobs)
         done = count - len(failed) - len(open_jobs)

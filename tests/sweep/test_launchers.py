@@ -61,7 +61,8 @@ def test_submitit_runs_each_job_where_it_is_sent(project, sweep):
 def test_a_study_outlives_its_failed_trials_and_is_resumed_without_repeating_one(project, sweep):
     space = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=3"]
     space += ["optimizer.lr=tag(log, interval(0.001, 1.0))", "kind=choice(good, fails)"]
-    status, _, err = sweep(*space)
+    status, out, err = sweep(*space)
+    assert all("optimizer.lr=" in line and "kind=" in line for line in out.splitlines() if "  running  " in line)
     (folder,) = project.sweeps
     manifest = read_manifest(folder)
     states = [job.state for job in manifest.jobs]

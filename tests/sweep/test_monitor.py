@@ -19,7 +19,8 @@ def sweep(tmp_path):
     for job in jobs:
         (tmp_path / job.folder).mkdir()
         job.write(tmp_path)
-    manifest = Manifest(command=("a=1", "seed=1,2,[3],4"), jobs=(*jobs, Job(overrides=("a=1", "seed=4"))))
+    jobs = (*jobs, Job(overrides=("a=1", "seed=4")))
+    manifest = Manifest(command=("a=1", "seed=1,2,[3],4"), jobs=jobs, swept=("seed",))
     manifest.write(tmp_path)
     return tmp_path
 

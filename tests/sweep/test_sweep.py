@@ -7,6 +7,7 @@ import time
 
 import psutil
 import pytest
+from hydra.errors import HydraException
 
 from llm.errors import ConfigError
 from llm.sweep.manifest import read_manifest
@@ -17,7 +18,8 @@ def starts(folder):
 
 
 def states(folder):
-    return {job.brief(read_manifest(folder).jobs): (job.state, job.reason) for job in read_manifest(folder).jobs}
+    manifest = read_manifest(folder)
+    return {job.brief(manifest.swept): (job.state, job.reason) for job in manifest.jobs}
 
 
 def wait_for(condition, seconds=30.0):
@@ -166,6 +168,24 @@ def test_mistakes_in_a_sweeps_settings_are_told(project, sweep, arguments, answe
     with pytest.raises(ConfigError, match=answer):
         sweep("seed=1,2", *arguments)
     assert not (project.path / "multirun").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["+extra=one,three"], "Could not find 'extra/three'"),
+        (["+extra=one,two", "extra.only_in_one=2"], "Could not override 'extra.only_in_one'"),
+        (["seed=1,2", "sed=3"], "Could not override 'sed'"),
+    ],
+)
+def test_a_mistake_in_any_option_of_a_sweep_is_told_before_a_job_begins(project, sweep, arguments, answer):
+    (project.path / "conf" / "extra").mkdir()
+    for name in ("one", "two"):
+        (project.path / "conf" / "extra" / f"{name}.yaml").write_text(f"only_in_{name}: 1\n")
+    with pytest.raises(HydraException, match=answer):
+        sweep(*arguments)
+    assert not (project.path / "multirun").exists()
+    assert sweep("+extra=one,two", "sweep.report=false")[0] == 0
 
 
 def test_a_named_sweep_goes_on_with_its_own_command_alone(project, sweep):
