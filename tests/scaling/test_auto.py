@@ -11,7 +11,7 @@ from llm.scaling.derivation import mismatch
 from llm.signatures import locate
 from llm.training import train
 
-SUITED = {"adamw": "sqrt", "lion": "sqrt", "muon": "sqrt", "sgd": "linear", "tiger": "sqrt"}
+SUITED = {"adamw": "sqrt", "lion": "sqrt", "muon": "sqrt", "sgd": "none", "tiger": "sqrt"}
 """What docs/scaling.md finds for each."""
 
 
