@@ -102,6 +102,7 @@ def picture(results: dict[str, Any], widths: list[int], path: Path) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(results), len(columns), squeeze=False, sharex="row", sharey="row")
     for row, (optimizer, by_rates) in zip(panels, results.items(), strict=True):
+        lowest_loss = min(loss for one in by_rates.values() for loss in one["best_loss"].values())
         for axes, rates in zip(row, columns, strict=True):
             for shade, width in zip(np.linspace(0.25, 1, len(widths)), widths, strict=True):
                 points = [(lr, x) for lr, x in by_rates[rates]["curves"][width].items() if math.isfinite(x)]
@@ -109,7 +110,6 @@ def picture(results: dict[str, Any], widths: list[int], path: Path) -> None:
                     *zip(*points, strict=True), "o-", color=(0.1, 0.3, 0.6, shade), markersize=3, label=str(width)
                 )
             axes.set(xscale="log", title=f"{optimizer}, rates={rates}")
-            lowest_loss = min(by_rates[rates]["best_loss"].values())
             axes.set_ylim(lowest_loss - 0.1, lowest_loss + 1.2)
     panels[0][0].legend(title="d_model", fontsize=7)
     figure.supxlabel("learning rate")
