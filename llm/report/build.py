@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from llm.report.board import default_target, leaderboard, to_csv, to_text, verdicts
-from llm.report.fits import fit_all
+from llm.report.fits import fit_all, fits_text
 from llm.report.groups import LR, group_runs, swept_keys
 from llm.report.page import report_data, to_html
 from llm.report.runs import RunReader, find_runs
@@ -56,14 +56,16 @@ def write_report(
     ahead = look_ahead(folders)
     states = [*(run.state for run in runs), *["pending"] * ahead.pending]
     is_open = ahead.is_open or "running" in states
-    data = report_data(runs, groups, rows, pairs, fit_all(groups), useful, title=title, target=goal, made=made)
+    fits = fit_all(groups)
+    data = report_data(runs, groups, rows, pairs, fits, useful, title=title, target=goal, made=made)
     data |= {"states": states, "is_open": is_open}
     out = out or folders[0] / "report"
     out.mkdir(parents=True, exist_ok=True)
     _replace(out / "leaderboard.csv", to_csv(rows))
     _replace(out / "index.html", to_html(data, refresh_seconds))
     told = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
-    parts = [f"{len(states)} runs: {told}" if states else "no run yet", to_text(rows, pairs, goal), useful_text(useful)]
+    counted = f"{len(states)} run{'s' * (len(states) != 1)}: {told}" if states else "no run yet"
+    parts = [counted, to_text(rows, pairs, goal), fits_text(fits), useful_text(useful)]
     return Report("\n\n".join(part for part in parts if part), out / "index.html", is_open)
 
 

@@ -72,6 +72,21 @@ def fit_all(groups: Sequence[Group]) -> list[Fit]:
     return [*_rates(groups), *_losses(groups)]
 
 
+def fits_text(fits: Sequence[Fit]) -> str:
+    """Return the laws for a terminal, each with the lines to paste, or ""."""
+    lines = ["Laws"] if fits else []
+    for fit in fits:
+        law = fit.law
+        interval = "" if math.isnan(law.low) else f" (95 %: {law.low:.3f} to {law.high:.3f})"
+        lines.append(
+            f"  {fit.name}, {fit.subject}: {fit.y_name} = {law.coefficient:.3g} · {fit.x_name}^{law.exponent:.3f}"
+            f"{interval}, {law.points} points"
+        )
+        lines += [f"    {fit.caution}"] * bool(fit.caution)
+        lines += [f"    python train.py {line}" for line in fit.overrides]
+    return "\n".join(lines)
+
+
 def families(groups: Sequence[Group], free: Sequence[str]) -> Iterator[tuple[dict[str, str], list[Group]]]:
     """Yield groups that differ by the keys of `free` alone."""
     families: dict[tuple[tuple[str, str], ...], list[Group]] = {}

@@ -1,6 +1,7 @@
 import csv
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
@@ -79,10 +80,18 @@ def test_loggers_get_the_same_numbers_and_a_resumed_run_a_file_of_its_own(folder
     assert losses == {line["step"]: line["train/loss"] for line in folder.read_metrics()}
 
 
-def test_tensorboard_writes_into_the_run_folder(folder, train):
-    pytest.importorskip("tensorboard")
-    train(folder, max_steps=2, logger=tensorboard_logger(run_folder=folder))
-    assert list((folder.path / "tensorboard").glob("events.out.*"))
+def test_tensorboard_gets_the_same_numbers_under_the_same_names(folder, train):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(folder, max_steps=2, val_every=2, logger=tensorboard_logger(run_folder=folder))
+    written = events.EventAccumulator(str(folder.path / "tensorboard"), purge_orphaned_data=False).Reload()
+    lines = folder.read_metrics()
+    names = {name for line in lines for name in line} - {"step"}
+    assert "val/loss" in names
+    assert set(written.Tags()["scalars"]) - {"epoch"} == names  # the stand-in for a module logs by itself as well
+    for name in names:
+        told = {(event.step, event.value) for event in written.Scalars(name)}
+        own = {(line["step"], float(np.float32(line[name]))) for line in lines if name in line}
+        assert own <= told
 
 
 def test_settings_out_of_range_are_refused(folder):

@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from llm.report.build import write_report
 from llm.report.fits import best_rate, fit_all
 from llm.report.groups import group_runs, swept_keys
 from llm.report.runs import RunReader
@@ -38,7 +39,7 @@ def test_a_best_rate_at_the_edge_is_told(make_run):
     assert "batch_tokens=100" in fit.caution
 
 
-def test_best_rate_against_batch_gives_the_law_and_overrides_to_paste(make_run):
+def test_best_rate_against_batch_gives_the_law_and_overrides_to_paste(make_run, tmp_path):
     folders = []
     for batch in (100, 400, 1600):
         best = 1e-3 * math.sqrt(batch / 100)
@@ -48,6 +49,11 @@ def test_best_rate_against_batch_gives_the_law_and_overrides_to_paste(make_run):
     assert fit.law.exponent == pytest.approx(0.5, abs=1e-6)  # rates are kept to six digits
     assert "batch_tokens=1600 optimizer.lr=0.004" in fit.overrides
     assert "batch_tokens=3200 optimizer.lr=0.00566" in fit.overrides
+    told = write_report([folders[0].parent], out=tmp_path / "out").text
+    assert (
+        "  best lr against batch, all runs: optimizer.lr = 0.0001 · batch_tokens^0.500 (95 %: 0.500 to 0.500)" in told
+    )
+    assert "    python train.py batch_tokens=3200 optimizer.lr=0.00566\n" in told
 
 
 def test_a_law_is_of_the_rates_that_acted_and_what_is_pasted_leaves_them_as_they_are(make_run):
