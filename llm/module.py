@@ -13,7 +13,7 @@ from llm.batching import BatchRamp
 from llm.checkpoint import compare_state
 from llm.contracts import Batch, ParamGroup
 from llm.errors import NonFiniteError, SpikeError
-from llm.gradients import WholeGradients
+from llm.gradients import FirstGradients, WholeGradients
 from llm.loss import linear_cross_entropy
 from llm.metrics import validation_metrics
 from llm.optim.param_groups import build_param_groups, parameter_kinds
@@ -103,6 +103,7 @@ class LanguageModule(L.LightningModule):
         self.flops_per_token = FORWARD_AND_BACKWARD * model.flops_per_token(context_length)
         self._run_model: Callable[..., TransformerOutput] = model.__call__  # a method: the decoder is registered once
         self.step_metrics: dict[str, Tensor | float] = {}
+        self._first_gradients: FirstGradients | None = None
         self._pending: dict[str, list[Tensor]] = {}
         self._statistics: dict[str, Tensor] = {}
 
@@ -149,6 +150,17 @@ class LanguageModule(L.LightningModule):
         for extra in out.losses.values():
             loss = loss + extra
         return loss
+
+    def on_train_start(self) -> None:
+        """On several devices every parameter has to have a gradient."""
+        if self.trainer.world_size > 1:
+            self._first_gradients = FirstGradients(self.model)
+
+    def on_after_backward(self) -> None:
+        """After the first micro-batch of a session it is known which parameters have none."""
+        if self._first_gradients is not None:
+            watched, self._first_gradients = self._first_gradients, None
+            watched.check(lambda counts: self._reduced(counts.to(self.device), "sum"))
 
     def _collect(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():

@@ -80,7 +80,22 @@ def drift():
     RankChecksum._compare = drifting
 
 
+def keep_spare_parameters():
+    """Each block has a matrix and a gain that no pass uses."""
+    from llm.block import Block
+
+    build = Block.__init__
+
+    def built(self, **settings):
+        build(self, **settings)
+        size = self.attention.q_proj.in_features
+        self.spare = torch.nn.Sequential(torch.nn.Linear(size, size, bias=False), torch.nn.RMSNorm(size))
+
+    Block.__init__ = built
+
+
 MUTANTS = [
+    keep_spare_parameters,
     clip_after_the_update,
     forget_layouts,
     poison_second_rank,

@@ -1,6 +1,7 @@
 """Two ranks go on exactly; checkpoints of ZeRO are those of one process: any stage and number of ranks reads them."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -68,27 +69,31 @@ MODELS = {
     "moe": ("model=moe", "model.ffn.num_experts=4"),
     "vq": ("model/attention=vq", "model/position=none"),
 }
-ROWS = every_pair({"optimizer": options_of("optimizer"), "model": list(MODELS), "dropout": ["0.0", "0.1"]})
+PAIRS = every_pair({"optimizer": options_of("optimizer"), "model": list(MODELS), "dropout": ["0.0", "0.1"]})
+ROWS = {model: [row for row in PAIRS if row["model"] == model] for model in MODELS}
 
 
-@pytest.fixture(scope="module", params=["ddp", "1", "2", "3"])
-def strategy(request, runs, ddp):
-    """Runs of 4 updates on two ranks under one strategy, and runs that go on from their 2nd."""
-    zero = (f"trainer.stage={request.param}",)
+STRATEGIES = {"ddp": (), **{f"zero-{stage}": (f"trainer.stage={stage}",) for stage in (1, 2, 3)}}
+
+
+@pytest.fixture(scope="module", params=product(STRATEGIES, MODELS), ids="-".join)
+def resumed(request, runs, ddp):
+    """Runs of 4 updates of one model on two ranks under one strategy, and runs that go on from their 2nd."""
+    strategy, model = request.param
     for again in ("", "-again"):
-        for row in ROWS:
-            whole = f"{request.param}-{name_of(row)}"
+        for row in ROWS[model]:
+            whole = f"{strategy}-{name_of(row)}"
             if again:
                 runs.as_killed_after(2, runs.out / whole, whole + again)
-            chosen = (f"optimizer={row['optimizer']}", f"model.dropout={row['dropout']}", *MODELS[row["model"]])
-            where, options = ((), ddp) if request.param == "ddp" else (zero, {})
-            runs.plan(whole + again, *where, *chosen, resume=bool(again), **options)
+            chosen = (f"optimizer={row['optimizer']}", f"model.dropout={row['dropout']}", *MODELS[model])
+            options = ddp if strategy == "ddp" else {}
+            runs.plan(whole + again, *STRATEGIES[strategy], *chosen, resume=bool(again), **options)
         runs.launch()
-    return request.param
+    return [[runs.out / f"{strategy}-{name_of(row)}{end}" for end in ("", "-again")] for row in ROWS[model]]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=name_of)
-def test_two_ranks_go_on_exactly_with_every_optimizer_and_model_under_every_strategy(runs, strategy, row):
-    whole, again = (runs.out / f"{strategy}-{name_of(row)}{end}" for end in ("", "-again"))
-    assert losses(again) == losses(whole)
-    assert all(torch.equal(a, b) for a, b in zip(weights(again).values(), weights(whole).values(), strict=True))
+def test_two_ranks_go_on_exactly_with_every_optimizer_and_model_under_every_strategy(resumed):
+    for whole, again in resumed:
+        assert losses(again) == losses(whole), again.name
+        pairs = zip(weights(again).values(), weights(whole).values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), again.name

@@ -39,6 +39,7 @@ def session(runs):
     moe = ("model=moe", "model.ffn.num_experts=8", *MUON, FP32, *unclipped)
     runs.alone("moe", *moe)
     runs.plan("moe-2", *moe)
+    runs.plan("moe-3", *moe, "trainer.stage=3")
     runs.launch()
     return runs
 
@@ -65,6 +66,12 @@ def test_without_clipping_a_mixture_of_experts_trains_alike_to_the_last_bit(sess
     assert distance(one, two) == (0.0, 0.0)
     loads = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
     assert any(0.0 in row["train/layer1/expert_load"] for row in loads), "no expert was idle in a micro-batch"
+
+
+def test_a_mixture_of_experts_whose_weights_are_in_parts_trains_alike(session):
+    loss, weight = distance(session.out / "moe", session.out / "moe-3")
+    assert loss <= WITHIN_ROUNDING[0]
+    assert weight <= WITHIN_ROUNDING[1]
 
 
 def test_bf16_weights_with_fp32_masters_learn_as_fp32_does(session):
