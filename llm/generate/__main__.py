@@ -88,7 +88,7 @@ def check_lengths(trained: TrainedModel, prompts: list[str], max_new_tokens: int
     if longest + max_new_tokens - 1 > reach:  # the last token drawn is never read
         room = math.floor(reach) - longest + 1
         raise ConfigError(
-            f"max_new_tokens={max_new_tokens}: with the {longest} of the prompt too many, for {kind}; "
+            f"max_new_tokens={max_new_tokens}: too many after the {longest} tokens of the prompt: {kind}; "
             f"lower it to {room}, or {remedy}"
         )
 
