@@ -5,8 +5,9 @@
 
 Every run is `experiment=width_transfer` at one of four widths, depth, head size and d_ff / d_model held. For each
 optimizer, width and kind of rates the learning rates of a grid of factors of 2 are walked until the lowest validation
-loss has a higher one on both sides; the optimum is the vertex of the parabola through those three. At the base width
-all rates but `spectral` are the plain ones. Finished runs are kept in OUT and not repeated.
+loss has a higher one on both sides; the optimum is the vertex of the parabola through those three, and its geometric
+mean over seeds. At the base width all rates but `spectral` are the plain ones. Finished runs are kept in OUT and not
+repeated.
 
 The coordinate check trains a few updates on one batch and compares, from width 64 to 1024, how far each layer's
 activations and scores moved: a width that is accounted for leaves them at one size.
@@ -42,37 +43,40 @@ def overrides(optimizer: str, rates: str, width: int, base: int) -> list[str]:
     return [EXPERIMENT, f"optimizer={optimizer}", *shape, f"model.ffn.d_ff={2 * width}", *known]
 
 
-def curve_of(arguments: argparse.Namespace, optimizer: str, rates: str, width: int, start: int) -> Curve:
+def curve_of(arguments: argparse.Namespace, optimizer: str, rates: str, width: int, seed: int, start: int) -> Curve:
     """Walk the rates of one model."""
 
     def measure(index: int) -> float:
-        folder = arguments.out / f"{optimizer}_{rates}_width{width}_rate{index:+d}"
-        line = overrides(optimizer, rates, width, arguments.widths[0])
+        folder = arguments.out / f"{optimizer}_{rates}_width{width}_rate{index:+d}_seed{seed}"
+        line = [*overrides(optimizer, rates, width, arguments.widths[0]), f"seed={seed}"]
         return loss_of(run(folder, [*line, f"optimizer.lr={rate_of(index)}", *arguments.override]))
 
     return walk(start, measure)
 
 
 def study(arguments: argparse.Namespace, optimizer: str) -> dict[str, Any]:
-    """Find the best rate at every width, with each kind of rates."""
+    """Find the best rate at every width, with each kind of rates and each seed."""
     start = round(index_of(composed([EXPERIMENT, f"optimizer={optimizer}"])["optimizer"]["lr"]))
-    results: dict[str, Any] = {}
+    found: dict[str, dict[int, list[Curve]]] = {}
     for rates in arguments.rates:
-        curves: dict[int, Curve] = {}
+        curves: dict[int, list[Curve]] = {}
         for width in arguments.widths:
-            is_plain_there = width == arguments.widths[0] and rates == "mup" and "plain" in results
-            curve = results["plain"][width] if is_plain_there else curve_of(arguments, optimizer, rates, width, start)
-            curves[width], start = curve, lowest(curve)
-            print(optimizer, rates, width, {f"{rate_of(i):.2g}": round(x, 4) for i, x in curve.items()}, flush=True)
-        results[rates], start = curves, lowest(curves[arguments.widths[0]])
+            if width == arguments.widths[0] and rates == "mup" and "plain" in found:
+                curves[width] = found["plain"][width]
+            else:
+                curves[width] = [curve_of(arguments, optimizer, rates, width, s, start) for s in arguments.seeds]
+            start = lowest(curves[width][0])
+            for curve in curves[width]:
+                print(optimizer, rates, width, {f"{rate_of(i):.2g}": round(x, 4) for i, x in curve.items()}, flush=True)
+        found[rates], start = curves, lowest(curves[arguments.widths[0]][0])
     return {
         rates: {
-            "curves": {w: {rate_of(i): x for i, x in c.items()} for w, c in curves.items()},
-            "best_lr": {w: rate_of(vertex(c)[0]) for w, c in curves.items()},
-            "best_loss": {w: vertex(c)[1] for w, c in curves.items()},
-            "shift": shift([vertex(c)[0] for c in curves.values()]),
+            "curves": {w: [{rate_of(i): x for i, x in c.items()} for c in cs] for w, cs in curves.items()},
+            "best_lr": {w: [rate_of(vertex(c)[0]) for c in cs] for w, cs in curves.items()},
+            "best_loss": {w: [vertex(c)[1] for c in cs] for w, cs in curves.items()},
+            "shift": shift([statistics.mean(vertex(c)[0] for c in cs) for cs in curves.values()]),
         }
-        for rates, curves in results.items()
+        for rates, curves in found.items()
     }
 
 
@@ -90,9 +94,22 @@ def table(results: dict[str, Any], widths: list[int]) -> str:
     ]
     for optimizer, by_rates in results.items():
         for rates, r in by_rates.items():
-            cells = " | ".join(f"{r['best_lr'][w]:.2g}" for w in widths)
-            lines.append(f"| {optimizer} | {rates} | {cells} | {r['shift']:.2f} | {r['best_loss'][widths[-1]]:.3f} |")
+            cells = " | ".join(spread_of(r["best_lr"][w]) for w in widths)
+            loss = statistics.mean(r["best_loss"][widths[-1]])
+            lines.append(f"| {optimizer} | {rates} | {cells} | {r['shift']:.2f} | {loss:.3f} |")
     return "\n".join(lines) + "\n"
+
+
+def spread_of(rates: list[float]) -> str:
+    """Return the geometric mean and the range over seeds."""
+    return f"{statistics.geometric_mean(rates):.2g} ({min(rates):.2g} to {max(rates):.2g})"
+
+
+def mean_curve(curves: list[dict[float, float]]) -> list[tuple[float, float]]:
+    """Return the mean loss at every rate that all seeds have run to the end."""
+    shared = sorted(set.intersection(*(set(c) for c in curves)))
+    means = [(lr, statistics.mean(c[lr] for c in curves)) for lr in shared]
+    return [(lr, loss) for lr, loss in means if math.isfinite(loss)]
 
 
 def picture(results: dict[str, Any], widths: list[int], path: Path) -> None:
@@ -102,10 +119,10 @@ def picture(results: dict[str, Any], widths: list[int], path: Path) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(results), len(columns), squeeze=False, sharex="row", sharey="row")
     for row, (optimizer, by_rates) in zip(panels, results.items(), strict=True):
-        lowest_loss = min(loss for one in by_rates.values() for loss in one["best_loss"].values())
+        lowest_loss = min(min(seeds) for one in by_rates.values() for seeds in one["best_loss"].values())
         for axes, rates in zip(row, columns, strict=True):
             for shade, width in zip(np.linspace(0.25, 1, len(widths)), widths, strict=True):
-                points = [(lr, x) for lr, x in by_rates[rates]["curves"][width].items() if math.isfinite(x)]
+                points = mean_curve(by_rates[rates]["curves"][width])
                 axes.plot(
                     *zip(*points, strict=True), "o-", color=(0.1, 0.3, 0.6, shade), markersize=3, label=str(width)
                 )
@@ -179,6 +196,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, required=True, help="folder of the tables, rates.png and results.json")
     parser.add_argument("--optimizers", default="adamw,lion,tiger,muon")
     parser.add_argument("--rates", default="plain,mup,spectral", type=lambda text: text.split(","))
+    parser.add_argument("--seeds", default="0,1,2", type=lambda text: [int(seed) for seed in text.split(",")])
     parser.add_argument("--widths", default="32,64,128,256", type=lambda text: [int(w) for w in text.split(",")])
     parser.add_argument("--coordinate-check", action="store_true")
     parser.add_argument("override", nargs="*", help="further overrides for every run")
