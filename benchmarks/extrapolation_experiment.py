@@ -118,18 +118,17 @@ def plot(results: dict[str, dict], path: Path, names: Sequence[str], stretch: in
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
-    for name in names:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 5), layout="constrained")
+    for name, color in zip(names, plt.cm.tab20.colors, strict=False):
         points = results[name]["by_context"]
-        left.plot(list(points), [loss for loss, _ in points.values()], marker="o", label=name)
+        left.plot(list(points), [loss for loss, _ in points.values()], marker="o", color=color, label=name)
         curve = results[name]["by_position"]
-        right.plot([(i + 0.5) * stretch for i in range(len(curve))], curve, label=name)
+        right.plot([(i + 0.5) * stretch for i in range(len(curve))], curve, color=color)
     left.set_xscale("log", base=2)
     left.set_xticks(list(points), [str(n) for n in points])
     left.set(xlabel="bytes of context", ylabel=f"loss of the last {LAST} bytes, nats", title="By context")
     right.set(xlabel="position in one read", ylabel="loss, nats", title="By position")
-    left.legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=110)
 
 
