@@ -4,9 +4,10 @@
     python benchmarks/zero.py --ranks 8 --stages 1,2,3 -- trainer.accelerator=gpu trainer.precision=bf16-true \\
         model/size=350m optimizer=muon
 
-Held: the bytes of the tensors themselves (weights, gradients at the moment of clipping, optimizer state and fp32
-masters), on the rank that holds most. Sent: bytes that one rank gives to collectives in an update, reckoned as rings
-send them; predicted by arXiv:1910.02054, section 7, and an optimizer's own exchange apart. The share of an update that
+Held: the bytes of the tensors themselves (weights, gradients where they are most: after a backward pass or when they
+are clipped, optimizer state and fp32 masters), on the rank that holds most. Sent: bytes that one rank gives to
+collectives in an update, reckoned as rings send them, all of them counted; predicted by arXiv:1910.02054, section 7,
+and an optimizer's own exchange apart. The share of an update that
 Muon spends in its exchange is measured on rank 0, waiting included.
 """
 
@@ -69,7 +70,7 @@ class Meter(Callback):
 
         def weighed(own: ShardedGradients) -> Any:
             parts = [part for index in range(len(own.layouts)) for part in own._parts(index)]
-            self.held["gradients"] = float(sum(part.numel() * part.element_size() for part in parts))
+            self._holds_gradients(parts)
             return norm(own)
 
         OwnerExchange.map, ShardedGradients.norm = timed, weighed
@@ -84,16 +85,24 @@ class Meter(Callback):
 
         return counted
 
+    def _holds_gradients(self, tensors: list[torch.Tensor]) -> None:
+        total = float(sum(t.numel() * t.element_size() for t in tensors))
+        self.held["gradients"] = max(self.held.get("gradients", 0.0), total)
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        """Weigh what a backward pass has left."""
+        self._holds_gradients([p.grad for p in pl_module.parameters() if p.grad is not None])
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Close an update's account."""
+        if trainer.global_step == len(self.updates):
+            return  # a micro-batch that is not the last of its update
         now = time.perf_counter()
         self.updates.append((now - self._since, self.in_exchange))
         self._since, self.in_exchange = now, 0.0
         inner = trainer.optimizers[0]
         flats = [layout.flat for layout in trainer.strategy.layouts]
         parameters = list(pl_module.parameters())
-        if not flats:
-            self.held["gradients"] = float(sum(p.numel() * p.element_size() for p in parameters))
         weights = sum(getattr(p, "ds_tensor", p).numel() * p.element_size() for p in parameters)
         while hasattr(inner, "optimizer"):
             inner = inner.optimizer

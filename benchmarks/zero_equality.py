@@ -33,7 +33,13 @@ MICRO, CONTEXT = 2, 32
 MODELS = {
     "dense": ("model=dense",),
     "moe": ("model=moe", "model.ffn.num_experts=4"),
-    "vq": ("model=dense", "model/attention=vq", "model/position=none", "model.attention.block_size=16"),
+    "vq": (
+        "model=dense",
+        "model/attention=vq",
+        "model/position=none",
+        "model.attention.block_size=16",
+        "model.attention.codebook.codebook_size=8",  # more codes than a micro-batch has keys would tie
+    ),
 }
 TINY = (
     "model.d_model=32", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1", "model.ffn.d_ff=48",
