@@ -23,9 +23,6 @@ price of the product, and how many tokens an expert has differs every time."""
 CHUNK = 1 << 17
 """Elements that elementwise work takes at a time: they stay in a core's cache."""
 
-GROUP = 4
-"""Rows a token that are held before they are summed into tokens: each group reads and writes the sums of all tokens."""
-
 
 @torch.library.custom_op("crucible::expert_loop", mutates_args=())
 def expert_loop(
@@ -35,13 +32,13 @@ def expert_loop(
     width = gate.shape[1]
     layout = RowLayout(token_ids, offsets)
     projected, room = x.new_empty(layout.num_rows, 2 * width), x.new_empty(max(layout.sizes), width)
-    sums = TokenSums(x, layout, layout.spread(row_weights))
-    for expert, tokens_of, both in layout.experts(projected):
+    outputs = x.new_empty(layout.num_rows, x.shape[1])
+    for expert, tokens_of, both, output in layout.experts(projected, outputs):
         _product_into(both, x.index_select(0, tokens_of), _joined(gate[expert], up[expert], x.dtype))
         hidden = _activate(both, out=room[: len(both)])
-        _product_into(sums.rows(len(both)), hidden, down[expert].to(x.dtype))
+        _product_into(output, hidden, down[expert].to(x.dtype))
     projected[sum(layout.sizes) :].zero_()
-    return sums.total(), projected
+    return layout.sums(outputs, tokens=len(x), weights=row_weights), projected
 
 
 @expert_loop.register_fake
@@ -68,9 +65,10 @@ def expert_loop_backward(
     for expert in layout.idle:
         for stack in (d_gate, d_up, d_down):
             stack[expert].zero_()
-    d_x, d_weights = TokenSums(x, layout, None), row_weights.new_empty(layout.num_rows, 1)
+    d_rows, d_weights = x.new_empty(layout.num_rows, x.shape[1]), row_weights.new_empty(layout.num_rows, 1)
     rooms = x.new_empty(max(layout.sizes), width), x.new_empty(max(layout.sizes), 2 * width)
-    for expert, tokens_of, weight, d_weight, both in layout.experts(layout.spread(row_weights), d_weights, projected):
+    each = layout.experts(layout.spread(row_weights), d_weights, projected, d_rows)
+    for expert, tokens_of, weight, d_weight, both, d_row in each:
         d_out = grad.index_select(0, tokens_of)
         d_hidden = product_nn(d_out, down[expert].to(x.dtype))
         hidden, d_both = (room[: len(both)] for room in rooms)
@@ -79,8 +77,8 @@ def expert_loop_backward(
         d_joined = product_nt(d_both.t(), x.index_select(0, tokens_of).t())
         d_gate[expert].copy_(d_joined[:width])
         d_up[expert].copy_(d_joined[width:])
-        _product_into(d_x.rows(len(both)), d_both, _joined(gate[expert], up[expert], x.dtype).t())
-    return d_x.total(), layout.collect(d_weights), d_gate, d_up, d_down
+        _product_into(d_row, d_both, _joined(gate[expert], up[expert], x.dtype).t())
+    return layout.sums(d_rows, tokens=len(x)), layout.collect(d_weights), d_gate, d_up, d_down
 
 
 @expert_loop_backward.register_fake
@@ -123,6 +121,13 @@ class RowLayout:
         torch.index_select(rows, 0, self.places, out=out[: self.num_filled])
         return out
 
+    def sums(self, rows: Tensor, *, tokens: int, weights: Tensor | None = None) -> Tensor:
+        """Sum each token's rows, weighted: each row is read once, in the order of tokens, and added up in fp32."""
+        ids, order = self.token_ids[: sum(self.sizes)].sort(stable=True)
+        starts = torch.searchsorted(ids, torch.arange(tokens, device=ids.device))
+        shares = None if weights is None else self.spread(weights).flatten()[order].to(rows.dtype)
+        return F.embedding_bag(order, rows, starts, mode="sum", per_sample_weights=shares)
+
     def experts(self, *rows: Tensor) -> Iterator[Any]:
         """Yield (expert, its token ids, its part of each of `rows`) for the experts that have a row."""
         sizes = [*self.sizes, self.num_rows - sum(self.sizes)]
@@ -130,52 +135,6 @@ class RowLayout:
         for expert, own in enumerate(parts):
             if expert < len(self.sizes) and sizes[expert]:
                 yield expert, *own
-
-
-class TokenSums:
-    """Sums rows into their tokens, a group of experts at a time: each row is read once, while it is in the cache.
-
-    Args:
-        x: the tokens, for their number, width and dtype.
-        layout: of the rows.
-        weights: of each row, or None to add them as they are.
-    """
-
-    def __init__(self, x: Tensor, layout: RowLayout, weights: Tensor | None) -> None:
-        self.num_tokens, self.token_ids = x.shape[0], layout.token_ids
-        self.weights = None if weights is None else weights.flatten().to(x.dtype)
-        limit = max(max(layout.sizes), GROUP * x.shape[0])
-        self.room = x.new_empty(min(limit, sum(layout.sizes)), x.shape[1])
-        self.start = self.end = 0
-        self.sum: Tensor | None = None
-
-    def rows(self, count: int) -> Tensor:
-        """Return room for the rows of the next expert, which the caller fills."""
-        if self.end - self.start + count > len(self.room):
-            self._add_group()
-        self.end += count
-        return self.room[self.end - self.start - count : self.end - self.start]
-
-    def total(self) -> Tensor:
-        """Return the sum for each token, in the dtype of the rows."""
-        self._add_group()
-        assert self.sum is not None
-        return self.sum.to(self.room.dtype)
-
-    def _add_group(self) -> None:
-        """Add the rows that have gathered; several groups meet in fp32 or wider."""
-        tokens, order = self.token_ids[self.start : self.end].sort(stable=True)
-        offsets = torch.searchsorted(tokens, torch.arange(self.num_tokens, device=tokens.device))
-        weights = None if self.weights is None else self.weights[self.start : self.end][order]
-        rows = self.room[: self.end - self.start]
-        part = F.embedding_bag(order, rows, offsets, mode="sum", per_sample_weights=weights)
-        self.start = self.end
-        if self.sum is None:
-            self.sum = part
-        elif self.sum.dtype != torch.promote_types(self.sum.dtype, torch.float32):
-            self.sum = self.sum.float().add_(part)
-        else:
-            self.sum.add_(part)
 
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
