@@ -41,7 +41,7 @@ class Codebook(nn.Module):
     - rotation: dk̂/dk is the rotation and stretch that take k to C_z; codes as before.
     - simvq: straight through; C = B M with frozen B and one learned matrix M a head, so every code moves.
 
-    Codes start from random keys of the first training batch (except that M starts as the identity). With revival, every
+    Codes start from distinct random keys of the first training batch (except that M starts as the identity). With revival, every
     `revive_every` optimizer steps the codes that hardly any key chooses are put on random keys of the next batch.
 
     Args:
@@ -238,10 +238,22 @@ def _draw(keys: Float[Tensor, "tokens kv_heads head_dim"], count: int, *, seed: 
     generator = torch.Generator().manual_seed(seed)  # of its own: a recomputed forward must not shift dropout's
     rounds = -(-count // keys.shape[0])
     draws = []
-    for head in range(keys.shape[1]):
-        order = [torch.randperm(keys.shape[0], generator=generator, device="cpu") for _ in range(rounds)]
-        draws.append(keys[torch.cat(order)[:count].to(keys.device), head])
+    for head in keys.unbind(1):
+        order = torch.cat([_distinct_first(head, generator) for _ in range(rounds)])
+        draws.append(head[order[:count]])
     return torch.stack(draws)
+
+
+def _distinct_first(keys: Float[Tensor, "tokens head_dim"], generator: torch.Generator) -> Int[Tensor, " tokens"]:
+    """Return a random order in which keys that repeat an earlier one, to the precision of bf16, come last.
+
+    Equal tokens have equal keys where no position is in them, and of two equal codes one would stay unused.
+    """
+    order = torch.randperm(len(keys), generator=generator, device="cpu").to(keys.device)
+    _, group = torch.unique(keys[order].bfloat16().float(), dim=0, return_inverse=True)
+    places = torch.arange(len(keys), device=keys.device)
+    first = torch.full_like(places, len(keys)).scatter_reduce(0, group, places, "amin")
+    return order[(first[group] != places).long().argsort(stable=True)]
 
 
 def _rotated(

@@ -60,6 +60,14 @@ def test_codes_start_from_keys_of_the_first_training_batch(estimator):
     assert torch.equal(codebook.all_codes(), before)
 
 
+def test_codes_start_from_distinct_keys_where_tokens_repeat():
+    distinct = torch.randn(12, 2, 8)
+    keys = distinct[torch.cat([torch.arange(12), torch.zeros(200, dtype=torch.long)])[torch.randperm(212)]][None]
+    codes = started("ema", keys).all_codes()
+    for head in range(2):
+        assert exact_distance(codes[head], distinct[:, head]).argmin(-1).unique().tolist() == list(range(12))
+
+
 def test_an_evaluation_before_training_starts_nothing():
     codebook = build("ema").eval()
     before = codebook.all_codes().clone()
