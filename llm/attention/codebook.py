@@ -41,8 +41,9 @@ class Codebook(nn.Module):
     - rotation: dk̂/dk is the rotation and stretch that take k to C_z; codes as before.
     - simvq: straight through; C = B M with frozen B and one learned matrix M a head, so every code moves.
 
-    Codes start from distinct random keys of the first training batch (except that M starts as the identity). With revival, every
-    `revive_every` optimizer steps the codes that hardly any key chooses are put on random keys of the next batch.
+    Codes start from random keys of the first training batch, each another one (except that M starts as the identity).
+    With revival, every `revive_every` optimizer steps the codes that hardly any key chooses are put on random keys of
+    the next batch.
 
     Args:
         num_heads: key/value heads, each with codes of its own.
