@@ -197,14 +197,12 @@ def _check_probe(cfg: Mapping[str, Any]) -> None:
 def _check_optimizer(cfg: Mapping[str, Any]) -> None:
     node, policy = cfg["optimizer"], cfg["on_nonfinite"]
     rates = []
-    for key, rule, holds in (
-        ("lr", "above 0; 4e-3 suits adamw at tiny", lambda x: 0 < x < math.inf),
-        ("weight_decay", "at least 0; 0.1 is usual", lambda x: 0 <= x < math.inf),
-    ):
-        value = node[key]
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not holds(value):
-            rates.append(f"optimizer.{key}={value}: must be {'' if is_number else 'a number '}{rule}")
+    is_number = isinstance(node["lr"], (int, float))
+    if not is_number or not 0 < node["lr"] < math.inf:
+        what = "above 0" if is_number else "a number above 0"
+        rates.append(f"optimizer.lr={node['lr']}: must be {what}; 4e-3 suits adamw at tiny")
+    if not 0 <= node["weight_decay"] < math.inf:
+        rates.append(f"optimizer.weight_decay={node['weight_decay']}: must be at least 0; 0.1 is usual")
     if rates:
         raise ConfigError("\n".join(rates))
     parameter = torch.nn.Parameter(torch.zeros(2, 2))

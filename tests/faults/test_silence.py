@@ -54,7 +54,7 @@ def command(tmp_path, monkeypatch, capsys):
         ("schedule.warmup=9999", "schedule.warmup=9999"),
         ("spikes=skipp", "did you mean skip?"),
         ("optimizer.lr=abc", "optimizer.lr=abc: must be a number above 0"),
-        ("optimizer.weight_decay=[1]", "optimizer.weight_decay=[1]: must be a number at least 0"),
+        ("optimizer.weight_decay=[1]", "optimizer.weight_decay=[1]: must be float; got list"),
     ],
 )
 def test_a_setting_that_cannot_be_meant_ends_with_two_and_runs_nothing(command, tmp_path, override, answer):
