@@ -213,7 +213,8 @@ def _as_one_of_several(launch: Launch, arguments: list[str], config_name: str) -
 
 def discard_empty(folder: Path) -> None:
     """Remove a run folder in which nothing but Hydra's own notes and a log stands: no run came of it."""
-    files = [path for path in folder.rglob("*") if not path.is_dir()]
+    # what another rank removes meanwhile, such as an old checkpoint, is passed over
+    files = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
     if all(path.parent.name == ".hydra" or path.suffix == ".log" for path in files):
         logging.shutdown()
         for handler in [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]:
