@@ -91,7 +91,7 @@ def run_command(
             raise
 
     try:
-        if complaints := not_overrides(arguments):
+        if complaints := not_overrides(arguments, CONFIG_DIR):
             raise ConfigError("\n".join(complaints))
         _check_names(arguments)
         if sweeps and is_multirun(arguments):
@@ -135,7 +135,7 @@ def run_plain_command(
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        if complaints := not_overrides(arguments):
+        if complaints := not_overrides(arguments, CONFIG_DIR):
             raise ConfigError("\n".join(complaints))
         texts = dict(argument.split("=", 1) for argument in arguments if argument.split("=")[0] in raw)
         task(_compose(config_name, [a for a in arguments if a.split("=")[0] not in texts]) | texts)

@@ -246,7 +246,7 @@ def retuned_optimizer(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 def build_callbacks(cfg: Mapping[str, Any], **supplied: Any) -> list[Any]:
     """Build the callbacks, finishing each factory with those of `supplied` that its signature asks for."""
-    nodes = instantiate(cfg["callbacks"] or {})
+    nodes = instantiate(cfg.get("callbacks") or {})
     return [finish(node, **supplied) for node in nodes.values() if node is not None]
 
 
@@ -272,7 +272,7 @@ def build_averaging(cfg: Mapping[str, Any]) -> list[Any]:
 
 def build_loggers(cfg: Mapping[str, Any], **supplied: Any) -> list[Any]:
     """Build the loggers that were chosen; an empty list where there is none."""
-    node = cfg["logger"]
+    node = cfg.get("logger")
     if not node:
         return []
     nodes = [node] if "_target_" in node else list(node.values())

@@ -15,6 +15,9 @@ from llm.signatures import suggest
 PLUGIN_GROUPS = ("hydra/launcher", "hydra/sweeper")
 """Groups whose options come with plugins of Hydra's."""
 
+NEEDED_GROUPS = ("model", "optimizer", "schedule", "scaling", "tokenizer", "data", "trainer", "callbacks")
+"""Groups that a run cannot do without."""
+
 
 def diagnose(error: Exception, config: Mapping[str, Any], config_dir: Path) -> str:
     """Return what a composition error means, as `<key>=<value>: <rule broken>; <what to do>`.
@@ -79,10 +82,11 @@ def suggest_key(key: str, config: Mapping[str, Any], config_dir: Path) -> str:
     return suggest(last, _names(node))
 
 
-def not_overrides(arguments: Iterable[str]) -> list[str]:
+def not_overrides(arguments: Iterable[str], config_dir: Path) -> list[str]:
     """Return complaints about arguments that must not be composed.
 
-    Those are secrets, which Hydra would write down, and the `--key value` manner, which it does not take.
+    Those are secrets, which Hydra would write down, and what it does not take: the `--key value` manner, and a group
+    that gets null, a number or a truth value instead of an option's name, or that is left out though a run needs it.
     """
     arguments = list(arguments)
     if secrets := secrets_on_the_command_line(arguments):
@@ -96,7 +100,20 @@ def not_overrides(arguments: Iterable[str]) -> list[str]:
             key = name.lstrip("-").replace("-", "_")
             value = argument.split("=", 1)[1] if "=" in argument else following or "value"
             complaints.append(f"{argument}: settings take no dashes; write {key}={value}")
-    return complaints
+    return [*complaints, *_no_options(arguments, config_dir)]
+
+
+def _no_options(arguments: Iterable[str], config_dir: Path) -> Iterator[str]:
+    for argument in arguments:
+        group, _, value = argument.lstrip("+~").split("@")[0].partition("=")
+        is_named = not argument.startswith("~") and value.lower() not in ("null", "true", "false", "[]")
+        if not (config_dir / group).is_dir() or (is_named and not value.isdecimal()):
+            continue
+        options = f"choose one of {', '.join(sorted(file.stem for file in (config_dir / group).glob('*.yaml')))}"
+        if group in NEEDED_GROUPS or "/" in group:
+            yield f"{argument}: {group} cannot be left out; {options}"
+        elif not argument.startswith("~") and value != "[]":
+            yield f"{argument}: names no option; {options}, or write {group}=[] for none"
 
 
 def _groups(config_dir: Path) -> list[str]:

@@ -43,10 +43,30 @@ def test_a_mistake_on_the_command_line_is_answered_with_what_was_meant(complaint
 
 
 def test_dashes_are_answered_with_the_right_form():
-    assert not_overrides(["--optimizer", "muon"]) == ["--optimizer: settings take no dashes; write optimizer=muon"]
-    assert not_overrides(["--max-steps=5"]) == ["--max-steps=5: settings take no dashes; write max_steps=5"]
-    assert not_overrides(["-m", "optimizer=adamw,lion"]) == []
-    assert not_overrides([]) == []
+    assert not_overrides(["--optimizer", "muon"], CONF) == [
+        "--optimizer: settings take no dashes; write optimizer=muon"
+    ]
+    assert not_overrides(["--max-steps=5"], CONF) == ["--max-steps=5: settings take no dashes; write max_steps=5"]
+    assert not_overrides(["-m", "optimizer=adamw,lion"], CONF) == []
+    assert not_overrides([], CONF) == []
+
+
+@pytest.mark.parametrize("value", ["null", "3", "true"])
+def test_a_group_that_gets_no_name_of_an_option_is_answered_with_its_options(value):
+    (complaint,) = not_overrides([f"logger={value}", "seed=null", "logger.x=null"], CONF)
+    names = "names no option; choose one of csv, tensorboard, wandb, or write logger=[] for none"
+    assert complaint == f"logger={value}: {names}"
+
+
+@pytest.mark.parametrize("argument", ["optimizer=[]", "~optimizer", "~optimizer=adamw", "optimizer=null"])
+def test_a_group_that_a_run_needs_cannot_be_left_out(argument):
+    (complaint,) = not_overrides([argument], CONF)
+    assert complaint == f"{argument}: optimizer cannot be left out; choose one of adamw, lion, muon, sgd, tiger"
+
+
+@pytest.mark.parametrize("argument", ["logger=[]", "~logger", "eval=[loss,samples]", "~optimizer.fused", "name=3"])
+def test_what_can_be_left_out_may_be(argument):
+    assert not_overrides([argument], CONF) == []
 
 
 @pytest.mark.parametrize(
