@@ -3,29 +3,33 @@
     python benchmarks/moe.py --device cpu --rounds 15
     python benchmarks/moe.py --device cuda --precisions bf16-mixed --tokens 16384 --d-model 2048 --width 1408
 
-Each round runs forward and backward of every side once, in an order that rotates: the layer of this project in
-training, transformers' Mixtral block with the same weights, as a loop and as grouped products, and the dense layer.
-Outputs are compared before any time is taken, and --warmup rounds go untimed: how many tokens an expert has differs
-from step to step, and the first product of a new shape is compiled, which a run of thousands of steps does not notice.
-Shares of the bound are medians over rounds of (time of the dense layer / time of the side) within a round, with
-quartiles.
+Sides are the layer of this project in training, transformers' Mixtral block with the same weights, as a loop and as
+grouped products, and the dense layer. Each lives in a process of its own, as a training does, of which one works at a
+time: in a common one, the shapes of products that one side brings push those of another out of oneDNN's cache, and its
+blocks of memory scatter the other's. A round gives every side --steps steps, forward and backward, in an order that
+rotates. Outputs are compared before any time is taken, and --warmup rounds go untimed: how many tokens an expert has
+differs from step to step, and the first product of a new shape is compiled, which a run of thousands of steps does not
+notice. Shares of the bound are medians over rounds of (time of the dense layer / time of the side) within a round,
+with quartiles.
 """
 
 import argparse
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
+from multiprocessing.connection import Connection
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 
 from llm.allocator import keep_freed_memory
 from llm.ffn.balance.loss_free import LossFree
 from llm.ffn.moe import MoE
 from llm.ffn.router import TopKRouter
 from llm.ffn.swiglu import SwiGLU
+from llm.products import keep_compiled_products
 
 SHAPES = {"8 experts, top 2": (8, 2, 1), "64 small experts, top 8": (64, 8, 4)}
 """Experts, experts a token, and how many times narrower than --width each is."""
@@ -71,15 +75,16 @@ def mixtral_block(ours: MoE, d_model: int, top_k: int, implementation: str) -> n
     return block
 
 
-def sides(d_model: int, width: int, num_experts: int, top_k: int) -> dict[str, nn.Module]:
-    """Return the layers to compare, by name."""
+SIDES = ("dense", "ours", "transformers, loop", "transformers, grouped")
+
+
+def layer_of(side: str, d_model: int, width: int, num_experts: int, top_k: int) -> nn.Module:
+    """Return the layer of a side; the weights of all but the dense one are the same."""
+    if side == "dense":
+        return SwiGLU(d_model=d_model, d_ff=top_k * width)
     ours = our_layer(d_model, width, num_experts, top_k)
-    return {
-        "dense": SwiGLU(d_model=d_model, d_ff=top_k * width),
-        "ours": ours,
-        "transformers, loop": mixtral_block(ours, d_model, top_k, "eager"),
-        "transformers, grouped": mixtral_block(ours, d_model, top_k, "grouped_mm"),
-    }
+    implementations = {"transformers, loop": "eager", "transformers, grouped": "grouped_mm"}
+    return ours if side == "ours" else mixtral_block(ours, d_model, top_k, implementations[side])
 
 
 @contextlib.contextmanager
@@ -100,42 +105,52 @@ def run_once(layer: nn.Module, x: Tensor, grad: Tensor, precision: str) -> Tenso
     return y.detach()
 
 
-def seconds(call: Callable[[], object], device: str) -> float:
-    """Wall time of one call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def work(side: str, shape: str, precision: str, arguments: argparse.Namespace, pipe: Connection) -> None:
+    """Send the output of a first step, then, each time something arrives, the seconds that --steps steps take."""
+    keep_freed_memory()  # as training on a CPU does
+    keep_compiled_products()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    num_experts, top_k, narrower = SHAPES[shape]
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    layer = layer_of(side, arguments.d_model, arguments.width // narrower, num_experts, top_k)
+    layer = layer.to(arguments.device, dtype).train()
+    torch.manual_seed(1)
+    options = {"device": arguments.device, "dtype": dtype}
+    grad, *inputs = torch.randn(1 + arguments.steps, 8, arguments.tokens // 8, arguments.d_model, **options)
+    pipe.send(run_once(layer, inputs[0].requires_grad_(), grad, precision).float().cpu().numpy())
+    wait = torch.cuda.synchronize if arguments.device == "cuda" else lambda: None
+    while pipe.recv():
+        # loads differ from step to step, and with them the shapes of products
+        inputs = [torch.randn_like(x).requires_grad_() for x in inputs]
+        wait()
+        start = time.perf_counter()
+        for x in inputs:
+            run_once(layer, x, grad, precision)
+        wait()
+        pipe.send((time.perf_counter() - start) / arguments.steps)
 
 
 def measure(shape: str, precision: str, arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Return the times of each side, a round each."""
-    num_experts, top_k, narrower = SHAPES[shape]
-    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
-    layers = {
-        name: layer.to(arguments.device, dtype).train()
-        for name, layer in sides(arguments.d_model, arguments.width // narrower, num_experts, top_k).items()
-    }
-    shape_of_x = (8, arguments.tokens // 8, arguments.d_model)
-    x = torch.randn(shape_of_x, device=arguments.device, dtype=dtype).requires_grad_()
-    grad = torch.randn_like(x)
-    outputs = {name: run_once(layer, x, grad, precision).float() for name, layer in layers.items()}
-    for name in ("transformers, loop", "transformers, grouped"):
-        error = float((outputs[name] - outputs["ours"]).norm() / outputs["ours"].norm())
+    """Return the seconds that a step of each side takes, a round each."""
+    spawn, pipes = multiprocessing.get_context("spawn"), {}
+    for side in SIDES:
+        pipes[side], theirs = spawn.Pipe()
+        spawn.Process(target=work, args=(side, shape, precision, arguments, theirs), daemon=True).start()
+    outputs = {side: torch.from_numpy(pipe.recv()) for side, pipe in pipes.items()}
+    for side in ("transformers, loop", "transformers, grouped"):
+        error = float((outputs[side] - outputs["ours"]).norm() / outputs["ours"].norm())
         # bf16 routers send some tokens elsewhere; in fp32 only the order of sums differs
-        assert error < (1e-4 if precision == "32" else 0.2), f"{name} computes something else: {error}"
-    times: dict[str, list[float]] = {name: [] for name in layers}
-    names = list(layers)
+        assert error < (1e-4 if precision == "32" else 0.2), f"{side} computes something else: {error}"
+    times: dict[str, list[float]] = {side: [] for side in SIDES}
     for turn in range(arguments.warmup + arguments.rounds):
-        x = torch.randn_like(x).requires_grad_()  # loads differ from step to step, and with them the shapes of products
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            call = partial(run_once, layers[name], x, grad, precision)
-            elapsed = seconds(call, arguments.device)
+        for side in SIDES[turn % len(SIDES) :] + SIDES[: turn % len(SIDES)]:
+            pipes[side].send(True)
+            elapsed = pipes[side].recv()
             if turn >= arguments.warmup:
-                times[name].append(elapsed)
+                times[side].append(elapsed)
+    for pipe in pipes.values():
+        pipe.send(False)
     return times
 
 
@@ -158,11 +173,11 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["32", "bf16-mixed", "bf16-true"])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--warmup", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=2, help="steps a side takes in a round")
+    parser.add_argument("--warmup", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    keep_freed_memory()  # as training on a CPU does
-    torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments}")
+    print(f"torch {torch.__version__}, {arguments}")
     print(f"{'shape':26s} {'precision':10s} {'side':22s} {'tokens/s':>12s}  share of dense [quartiles]")
     for shape in arguments.shapes:
         for precision in arguments.precisions:

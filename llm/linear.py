@@ -15,13 +15,19 @@ class Linear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
         """Project the last axis."""
-        multiplications = input.numel() * self.out_features
-        is_plain = self.bias is not None or torch.is_autocast_enabled(input.device.type)
-        if not is_plain and is_read_only(input, self.weight, multiplications):
-            return read_only_product(input, self.weight)
-        if is_plain or not pays(input, self.weight, multiplications=multiplications):
+        if self.bias is not None or torch.is_autocast_enabled(input.device.type):
             return F.linear(input, self.weight, self.bias)
-        return onednn_linear(input, self.weight)
+        return linear(input, self.weight)
+
+
+def linear(x: Float[Tensor, "*shape d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "*shape d_out"]:
+    """Return x Wᵀ, large fp32 products on a CPU through `llm.products`."""
+    multiplications = x.numel() * weight.shape[0]
+    if is_read_only(x, weight, multiplications):
+        return read_only_product(x, weight)
+    if pays(x, weight, multiplications=multiplications):
+        return onednn_linear(x, weight)
+    return F.linear(x, weight)
 
 
 @torch.library.custom_op("crucible::linear", mutates_args=(), schema="(Tensor x, Tensor weight) -> Tensor")

@@ -54,6 +54,7 @@ from llm.noise_probe import PROBE_PATIENCE, PROBE_REMEDY, PROBE_UPDATES, measure
 from llm.other_text import open_source, source_patterns
 from llm.plan import describe_plan
 from llm.precision import resolve_precision
+from llm.products import keep_compiled_products
 from llm.provenance import config_hash, versions
 from llm.rendezvous import agree, smallest
 from llm.rollback import go_back, read_rollbacks
@@ -93,6 +94,7 @@ def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> bool:
     quiet_lightning()
     if accelerator(cfg["trainer"]) == "cpu":
         keep_freed_memory()
+        keep_compiled_products()
     L.seed_everything(run.seed, verbose=False)
     checkpoint = _checkpoint_to_resume(run, folder)
     if _is_complete(checkpoint, planned_steps(cfg)):

@@ -71,3 +71,27 @@ for grad, wanted in zip(grads, torch.autograd.grad(layer(x * 2).square().sum(), 
 def test_it_compiles_without_a_break():
     # in a process of its own: the compiler cannot trace the shape checks that the tests put around every function
     subprocess.run([sys.executable, "-c", COMPILED], check=True, cwd=Path(__file__).parents[1])
+
+
+OFTEN = """
+import torch
+from llm.products import keep_compiled_products
+keep_compiled_products()
+weight = torch.ones(8, 8)
+for turn in range(2):
+    print("turn", flush=True)
+    for rows in range(1, 1101):
+        torch.ops.mkldnn._linear_pointwise(torch.ones(rows, 8), weight, None, "none", [], "")
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="products of oneDNN")
+@pytest.mark.parametrize(("given", "compiled_anew"), [({}, 0), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}, 1100)])
+def test_more_shapes_than_onednn_keeps_by_itself_are_compiled_once(monkeypatch, given, compiled_anew):
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    for name, value in {"ONEDNN_VERBOSE": "profile_create", **given}.items():
+        monkeypatch.setenv(name, value)
+    said = subprocess.run([sys.executable, "-c", OFTEN], capture_output=True, text=True, check=True).stdout
+    _, first, second = said.split("turn\n")
+    assert first.count("create:cache_miss") == 1100
+    assert second.count("create:cache_miss") == compiled_anew

@@ -25,8 +25,6 @@ def expert_ffn(
 ) -> Float[Tensor, "tokens d_model"]:
     """Sum for each token the weighted outputs of its experts: y_t = Σ_e w_te W_down,e (silu(W_gate,e x) ⊙ W_up,e x).
 
-    The weight multiplies the hidden vector, which is narrower than the output and needed by the backward pass anyway.
-
     Args:
         x: tokens, in the precision of the products.
         row_weights: weight of each row.
@@ -50,7 +48,10 @@ def can_group(x: Tensor, gate: Tensor) -> bool:
 def grouped_products(
     x: Tensor, row_weights: Tensor, order: ExpertOrder, gate: Tensor, up: Tensor, down: Tensor, has_empty_slots: bool
 ) -> Tensor:
-    """Apply all experts in three grouped products, without asking the device how many tokens each has."""
+    """Apply all experts in three grouped products, without asking the device how many tokens each has.
+
+    The weight multiplies the hidden vector, which is narrower than the output and needed by the backward pass anyway.
+    """
     gate, up, down = (weight.to(x.dtype).transpose(1, 2) for weight in (gate, up, down))
     filled = (torch.arange(order.slot_ids.numel(), device=x.device) < order.offsets[-1])[:, None]
     places = order.rows()

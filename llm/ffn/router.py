@@ -3,13 +3,13 @@
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm.errors import ConfigError
 from llm.ffn.routing import Router, Routing
 from llm.ffn.scores import SCORE_FUNCTIONS, Scores, normalized, resolve_routed_scale
+from llm.linear import linear
 
 
 class TopKRouter(Router):
@@ -84,4 +84,4 @@ def router_logits(x: Float[Tensor, "tokens d_model"], proj: nn.Linear) -> Float[
     """W x in fp32, also under autocast: a rounded logit changes which expert is chosen."""
     with torch.autocast(x.device.type, enabled=False):
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(dtype), proj.weight.to(dtype))
+        return linear(x.to(dtype), proj.weight.to(dtype))
