@@ -252,7 +252,7 @@ def build_callbacks(cfg: Mapping[str, Any], **supplied: Any) -> list[Any]:
 
 def build_evaluations(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Build the evaluations that were chosen, by name; none where there are none."""
-    return instantiate(cfg.get("eval") or {})
+    return {name: piece for name, piece in instantiate(cfg.get("eval") or {}).items() if piece is not None}
 
 
 def build_averaging(cfg: Mapping[str, Any]) -> list[Any]:
@@ -275,7 +275,7 @@ def build_loggers(cfg: Mapping[str, Any], **supplied: Any) -> list[Any]:
     node = cfg.get("logger")
     if not node:
         return []
-    nodes = [node] if "_target_" in node else list(node.values())
+    nodes = [node] if "_target_" in node else [n for n in node.values() if n is not None]
     return [finish(instantiate(n), **supplied) for n in nodes]
 
 

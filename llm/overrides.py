@@ -86,7 +86,7 @@ def not_overrides(arguments: Iterable[str], config_dir: Path) -> list[str]:
     """Return complaints about arguments that must not be composed.
 
     Those are secrets, which Hydra would write down, and what it does not take: the `--key value` manner, and a group
-    that gets null, a number or a truth value instead of an option's name, or that is left out though a run needs it.
+    that gets null, a number or a truth value in place of an option's name, or that is left out though a run needs it.
     """
     arguments = list(arguments)
     if secrets := secrets_on_the_command_line(arguments):
@@ -105,15 +105,25 @@ def not_overrides(arguments: Iterable[str], config_dir: Path) -> list[str]:
 
 def _no_options(arguments: Iterable[str], config_dir: Path) -> Iterator[str]:
     for argument in arguments:
-        group, _, value = argument.lstrip("+~").split("@")[0].partition("=")
-        is_named = not argument.startswith("~") and value.lower() not in ("null", "true", "false", "[]")
-        if not (config_dir / group).is_dir() or (is_named and not value.isdecimal()):
+        key, _, text = argument.lstrip("+~").partition("=")
+        group, is_deleted = key.split("@")[0], argument.startswith("~")
+        if not (config_dir / group).is_dir():
             continue
+        is_no_name = not is_deleted and any(map(_is_no_name, text.strip("[]").split(",") if text != "[]" else []))
         options = f"choose one of {', '.join(sorted(file.stem for file in (config_dir / group).glob('*.yaml')))}"
-        if group in NEEDED_GROUPS or "/" in group:
+        if (group in NEEDED_GROUPS or "/" in group) and (is_deleted or is_no_name or text == "[]"):
             yield f"{argument}: {group} cannot be left out; {options}"
-        elif not argument.startswith("~") and value != "[]":
+        elif is_no_name:
             yield f"{argument}: names no option; {options}, or write {group}=[] for none"
+
+
+def _is_no_name(text: str) -> bool:
+    """Whether Hydra reads a text as null, a truth value or a number."""
+    try:
+        float(text)
+    except ValueError:
+        return text.lower() in ("null", "true", "false")
+    return True
 
 
 def _groups(config_dir: Path) -> list[str]:

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from llm.errors import did_you_mean
@@ -98,6 +99,8 @@ def check_node(path: str, node: Mapping[str, Any], supplied: frozenset[str] = fr
         return [f"{path}._target_={target}: cannot be imported ({error}); check the spelling"]
     if not callable(function) or not str(getattr(function, "__module__", "")).startswith(DEFINED_IN):
         return [f"{path}._target_={target}: no piece of its module, which only imports it; name one that it defines"]
+    if not isinstance(node.get("_partial_", False), bool):
+        return [f"{path}._partial_={node['_partial_']}: must be true or false, as in its file under conf/"]
     return [*_check_keys(path, node, function), *_check_missing(path, node, function, supplied)]
 
 
@@ -153,7 +156,7 @@ def _type_hints(function: Any) -> dict[str, Any]:
 
 def fits(value: Any, hint: Any) -> bool:
     """Whether a plain configuration value can stand where `hint` is asked for; unknown hints accept anything."""
-    if hint is Any or isinstance(value, Mapping):  # a nested node is checked on its own
+    if hint is Any or (isinstance(value, Mapping) and "_target_" in value):  # a nested node is checked on its own
         return True
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -164,6 +167,8 @@ def fits(value: Any, hint: Any) -> bool:
         return value is None
     if hint in (int, float, bool, str):
         return _fits_scalar(value, hint)
+    if hint is Path:
+        return isinstance(value, str | Path)
     if hint in (list, tuple) or origin in (list, tuple, Sequence):
         return isinstance(value, Sequence) and not isinstance(value, str)
     return not (value is None and origin is dict)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from llm.signatures import check_node, fits, locate, target_nodes
@@ -25,6 +27,11 @@ def test_a_name_from_elsewhere_is_translated():
 def test_a_value_of_another_type_names_key_value_and_type():
     (problem,) = check_node("model.ffn", node(d_ff="wide"))
     assert problem == "model.ffn.d_ff='wide': must be int; got str"
+
+
+def test_a_flag_of_hydras_that_is_no_flag_is_named():
+    (problem,) = check_node("optimizer", {"_target_": "llm.optim.lion.Lion", "_partial_": 0.5})
+    assert problem == "optimizer._partial_=0.5: must be true or false, as in its file under conf/"
 
 
 def test_a_missing_value_says_how_to_give_it():
@@ -71,6 +78,10 @@ def test_a_method_of_a_class_can_be_located():
         ([0.9, 0.95], tuple[float, float], True),
         ("a", list, False),
         ({"_target_": "x"}, int, True),
+        ({"a": 1}, int, False),
+        ({}, str | None, False),
+        (0, Path | None, False),
+        ("x", str | Path, True),
     ],
 )
 def test_values_are_held_against_hints(value, hint, answer):

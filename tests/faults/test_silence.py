@@ -13,27 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llm.checking import check
-from llm.cli import run_command
 from llm.errors import ConfigError
 from llm.training import train
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Call train.py's command line in this process: (exit status, what it said)."""
-
-    def make(*arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("sys.argv", ["train.py", *arguments])
-        try:
-            run_command(train, config_name="train", check=check)
-            status = 0
-        except SystemExit as error:
-            status = error.code
-        said = capsys.readouterr()
-        return status, said.out + said.err
-
-    return make
 
 
 @pytest.mark.parametrize(
@@ -41,6 +22,8 @@ def command(tmp_path, monkeypatch, capsys):
     [
         ("max_steps=0", "max_steps=0"),
         ("max_steps=-3", "max_steps=-3"),
+        ("callbacks.progress=3", "callbacks.progress=3: must be a mapping with a _target_, as in conf/callbacks"),
+        ("loader.cache_dir=0", "loader.cache_dir=0: must be str or Path or null; got int"),
         ("+wandb_key=hunter2", "secrets do not belong"),
         ("++logger.api_key=hunter2", "secrets do not belong"),
         ("+callbacks.own={_target_: llm.launch.start_processes, command: [touch, owned], processes: 1}", "allow-list"),

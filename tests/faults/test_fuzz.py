@@ -1,0 +1,64 @@
+"""Whatever stands on the command line, a run trains or says in one line each what is wrong."""
+
+import random
+
+import pytest
+from catalogue import options
+
+SHORT = ("max_steps=1", "val_every=1", "callbacks.samples=null", "hydra.run.dir=run", "compile=false")
+VALUES = ("null", "-1", "0", "1", "2", "3", "7", "0.5", "1.5", "-0.1", "1e-9", "nan", "inf", "true", "false", "abc",
+          "auto", "''", "[]", "[1]", "[1,2]", "{}", "{a: 1}", "1e3", "../x", "none")  # fmt: skip
+LEFT_ALONE = ("max_steps", "max_tokens", "name", "compile", "trainer.devices", "trainer.num_nodes")
+"""Keys with values that are neither wrong nor short, or that start processes."""
+CHOICES = {
+    "model": ("dense", "moe", "hybrid"),
+    "model/attention": ("softmax", "linear", "performer", "vq"),
+    "model/position": ("rope", "ntk", "rerope", "none"),
+    "optimizer": ("adamw", "lion", "tiger", "muon", "sgd"),
+    "schedule": tuple(options("schedule")),
+    "scaling": tuple(options("scaling")),
+    "batch_schedule": tuple(options("batch_schedule")),
+    "rates": tuple(options("rates")),
+    "spikes": tuple(options("spikes")),
+    "logger": ("csv", "tensorboard"),
+    "eval": ("[]", "loss", "attention"),
+    "averaging": ("[]", "ema"),
+}
+
+
+def keys_of(node, at=""):
+    """Every key of a configuration, dotted."""
+    for key, value in node.items():
+        path = f"{at}.{key}" if at else key
+        yield path
+        if isinstance(value, dict):
+            yield from keys_of(value, path)
+
+
+def some_overrides(chance, composed):
+    """Draw options of groups, and odd values for one to three keys of what they compose to."""
+    groups = chance.sample(sorted(CHOICES), chance.randint(0, 2))
+    chosen = [f"{group}={chance.choice(CHOICES[group])}" for group in groups]
+    try:
+        keys = [key for key in keys_of(composed(*chosen)) if not key.startswith(LEFT_ALONE)]
+    except Exception:  # options that do not go together: the run has to say so
+        keys = ["seed"]
+    odd = [f"{key}={chance.choice(VALUES)}" for key in chance.sample(keys, chance.randint(1, min(3, len(keys))))]
+    return [*chosen, *odd]
+
+
+def trains_or_says_why(command, tiny, overrides):
+    given = {override.split("=")[0] for override in overrides}
+    status, said = command(*(o for o in [*tiny, *SHORT] if o.split("=")[0] not in given), *overrides)
+    assert status == 0 or (status == 2 and "error: " in said), f"{overrides} -> {status}: {said[-2000:]}"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_run_with_odd_values_trains_or_says_why(command, tiny, composed, seed):
+    trains_or_says_why(command, tiny, some_overrides(random.Random(seed), composed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10_000, 11_000))
+def test_a_thousand_runs_with_odd_values_train_or_say_why(command, tiny, composed, seed):
+    trains_or_says_why(command, tiny, some_overrides(random.Random(seed), composed))
