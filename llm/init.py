@@ -5,6 +5,8 @@ import math
 import torch
 from torch import nn
 
+from llm.errors import ConfigError
+
 RESIDUAL_OUTPUTS = ("o_proj", "down_proj")
 """Names of the projections that write into the residual stream."""
 
@@ -23,9 +25,17 @@ def fan_in_normal(model: nn.Module, *, num_layers: int, embedding_std: float, he
         embedding_std: of the token embedding.
         head_std: of an untied head; small, so that the first predictions are near uniform.
 
+    Raises:
+        ConfigError: a standard deviation that is negative or not finite.
+
     Source: He et al., arXiv:1502.01852, eq. 10 without the rectifier's 2; depth factor of Radford et al.,
     "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.3.
     """
+    for key, std in {"embedding_std": embedding_std, "head_std": head_std}.items():
+        if not 0 <= std < math.inf:
+            raise ConfigError(
+                f"model.init.{key}={std}: must be at least 0 and finite; see conf/model for what is usual"
+            )
     stds = {}
     for name, parameter in model.named_parameters():
         *_, owner, _ = ("", *name.split("."))

@@ -169,6 +169,9 @@ def fits(value: Any, hint: Any) -> bool:
         return _fits_scalar(value, hint)
     if hint is Path:
         return isinstance(value, str | Path)
+    if origin is tuple and ... not in arguments:
+        is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == len(arguments)
+        return is_list and all(map(fits, value, arguments))
     if hint in (list, tuple) or origin in (list, tuple, Sequence):
         return isinstance(value, Sequence) and not isinstance(value, str)
     return not (value is None and origin is dict)
@@ -187,4 +190,6 @@ def type_name(hint: Any) -> str:
         return "one of " + " | ".join(map(str, arguments))
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(a) for a in arguments)
+    if origin is tuple and ... not in arguments:
+        return f"[{', '.join(map(type_name, arguments))}]"
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))

@@ -170,10 +170,12 @@ def resolve_head_dim(*, d_model: int, num_heads: int, head_dim: int | None) -> i
     """Return head_dim, or d_model / num_heads where it is None.
 
     Raises:
-        ConfigError: num_heads below 1 or, where head_dim is derived, not dividing d_model.
+        ConfigError: num_heads or head_dim below 1 or, where head_dim is derived, not dividing d_model.
     """
     if num_heads < 1:
         raise ConfigError(f"model.num_heads={num_heads}: must be at least 1; try 4")
+    if head_dim is not None and head_dim < 1:
+        raise ConfigError(f"model.head_dim={head_dim}: must be at least 1, or null for d_model / num_heads")
     if head_dim is not None:
         return head_dim
     if d_model % num_heads:
