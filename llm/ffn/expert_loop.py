@@ -5,7 +5,7 @@ while they are in the cache; weights held in fp32 are cast, and their gradients 
 traced or storage-less model need not know how many tokens an expert has.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -20,8 +20,8 @@ ROW_MULTIPLE = 32
 price of the product, and how many tokens an expert has differs every time."""
 
 
-CHUNK = 1 << 17
-"""Elements that elementwise work takes at a time: they stay in a core's cache."""
+CHUNK = 1 << 19
+"""Bytes of a tensor that elementwise work takes at a time: they stay in a core's cache."""
 
 
 @torch.library.custom_op("crucible::expert_loop", mutates_args=())
@@ -29,21 +29,23 @@ def expert_loop(
     x: Tensor, row_weights: Tensor, token_ids: Tensor, offsets: Tensor, gate: Tensor, up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return each token's weighted sum over its experts, and the gate and up projections for the backward pass."""
-    width = gate.shape[1]
     layout = RowLayout(token_ids, offsets)
-    projected, room = x.new_empty(layout.num_rows, 2 * width), x.new_empty(max(layout.sizes), width)
-    outputs = x.new_empty(layout.num_rows, x.shape[1])
-    for expert, tokens_of, both, output in layout.experts(projected, outputs):
-        _product_into(both, x.index_select(0, tokens_of), _joined(gate[expert], up[expert], x.dtype))
-        hidden = _activate(both, out=room[: len(both)])
+    projected, outputs = x.new_empty(2, layout.num_rows, gate.shape[1]), x.new_empty(layout.num_rows, x.shape[1])
+    rooms = layout.rooms(x, x.shape[1], gate.shape[1])
+    for expert, tokens_of, gated, upped, output in layout.experts(*projected, outputs):
+        rows, hidden = (room[: len(tokens_of)] for room in rooms)
+        torch.index_select(x, 0, tokens_of, out=rows)
+        _product_into(gated, rows, gate[expert].to(x.dtype))
+        _product_into(upped, rows, up[expert].to(x.dtype))
+        _activate(gated, upped, hidden)
         _product_into(output, hidden, down[expert].to(x.dtype))
-    projected[sum(layout.sizes) :].zero_()
+    projected[:, sum(layout.sizes) :].zero_()
     return layout.sums(outputs, tokens=len(x), weights=row_weights), projected
 
 
 @expert_loop.register_fake
 def _(x: Tensor, row_weights: Tensor, token_ids: Tensor, offsets: Tensor, gate: Tensor, *_: Tensor) -> Any:
-    return torch.empty_like(x), x.new_empty(most_rows(token_ids, offsets), 2 * gate.shape[1])
+    return torch.empty_like(x), x.new_empty(2, most_rows(token_ids, offsets), gate.shape[1])
 
 
 @torch.library.custom_op("crucible::expert_loop_backward", mutates_args=())
@@ -66,15 +68,16 @@ def expert_loop_backward(
         for stack in (d_gate, d_up, d_down):
             stack[expert].zero_()
     d_rows, d_weights = x.new_empty(layout.num_rows, x.shape[1]), row_weights.new_empty(layout.num_rows, 1)
-    rooms = x.new_empty(max(layout.sizes), width), x.new_empty(max(layout.sizes), 2 * width)
-    each = layout.experts(layout.spread(row_weights), d_weights, projected, d_rows)
-    for expert, tokens_of, weight, d_weight, both, d_row in each:
-        d_out = grad.index_select(0, tokens_of)
+    rooms = layout.rooms(x, x.shape[1], width, 2 * width)
+    each = layout.experts(layout.spread(row_weights.to(x.dtype)), d_weights, *projected, d_rows)
+    for expert, tokens_of, weight, d_weight, gated, upped, d_row in each:
+        rows, hidden, d_both = (room[: len(tokens_of)] for room in rooms)
+        d_out = torch.index_select(grad, 0, tokens_of, out=rows)
         d_hidden = product_nn(d_out, down[expert].to(x.dtype))
-        hidden, d_both = (room[: len(both)] for room in rooms)
-        _activate_backward(d_hidden, both, weight, d_weight, hidden, d_both)
+        _activate_backward(d_hidden, gated, upped, weight, d_weight, hidden, *d_both.chunk(2, dim=1))
         d_down[expert].copy_(product_nt(d_out.t(), hidden.t()))
-        d_joined = product_nt(d_both.t(), x.index_select(0, tokens_of).t())
+        torch.index_select(x, 0, tokens_of, out=rows)
+        d_joined = product_nt(d_both.t(), rows.t())
         d_gate[expert].copy_(d_joined[:width])
         d_up[expert].copy_(d_joined[width:])
         _product_into(d_row, d_both, _joined(gate[expert], up[expert], x.dtype).t())
@@ -128,6 +131,10 @@ class RowLayout:
         shares = None if weights is None else self.spread(weights).flatten()[order].to(rows.dtype)
         return F.embedding_bag(order, rows, starts, mode="sum", per_sample_weights=shares)
 
+    def rooms(self, like: Tensor, *widths: int) -> list[Tensor]:
+        """Return space for the rows of any one expert, of each width: used again and again, it stays in the cache."""
+        return [like.new_empty(max(self.sizes), width) for width in widths]
+
     def experts(self, *rows: Tensor) -> Iterator[Any]:
         """Yield (expert, its token ids, its part of each of `rows`) for the experts that have a row."""
         sizes = [*self.sizes, self.num_rows - sum(self.sizes)]
@@ -145,36 +152,38 @@ def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b.t(), out=out)
 
 
-def _activate(both: Tensor, out: Tensor) -> Tensor:
-    """Write silu(gate) ⊙ up to `out`, a few rows at a time so that they stay in the cache; return it."""
-    width = both.shape[1] // 2
-    for span in _spans(out):
-        gated, upped = both[span].split(width, dim=1)
-        torch.ops.aten.silu.out(gated, out=out[span]).mul_(upped)
-    return out
+def _activate(gated: Tensor, upped: Tensor, hidden: Tensor) -> None:
+    """Write silu(gate) ⊙ up to hidden."""
+    for gates, ups, out in _pieces(gated, upped, hidden):
+        torch.ops.aten.silu.out(gates, out=out).mul_(ups)
 
 
 def _activate_backward(
-    d_hidden: Tensor, both: Tensor, weight: Tensor, d_weight: Tensor, hidden: Tensor, d_both: Tensor
+    d_hidden: Tensor,
+    gated: Tensor,
+    upped: Tensor,
+    weight: Tensor,
+    d_weight: Tensor,
+    hidden: Tensor,
+    d_gated: Tensor,
+    d_upped: Tensor,
 ) -> None:
-    """Write w ⊙ silu(gate) ⊙ up to hidden and the gradients to d_both and d_weight, and over d_hidden."""
-    width = d_hidden.shape[1]
-    for span in _spans(hidden):
-        gated, upped = both[span].split(width, dim=1)
-        d_gated, d_upped = d_both[span].split(width, dim=1)
-        slope, part, w = d_hidden[span], hidden[span], weight[span].to(both.dtype)
-        activation = F.silu(gated)
-        torch.mul(activation, upped, out=part)
-        torch.sum(slope * part, 1, keepdim=True, dtype=d_weight.dtype, out=d_weight[span])
-        part.mul_(w)
-        torch.mul(activation, slope.mul_(w), out=d_upped)
-        torch.ops.aten.silu_backward.grad_input(slope.mul_(upped), gated, grad_input=d_gated)
+    """Write w ⊙ silu(gate) ⊙ up to hidden, the gradients to the tensors named after them, and over d_hidden."""
+    for slope, gates, ups, w, d_w, out, d_gates, d_ups in _pieces(
+        d_hidden, gated, upped, weight, d_weight, hidden, d_gated, d_upped
+    ):
+        activation = F.silu(gates)
+        torch.mul(activation, ups, out=out)
+        torch.sum(slope * out, 1, keepdim=True, dtype=d_w.dtype, out=d_w)
+        out.mul_(w)
+        torch.mul(activation, slope.mul_(w), out=d_ups)
+        torch.ops.aten.silu_backward.grad_input(slope.mul_(ups), gates, grad_input=d_gates)
 
 
-def _spans(rows: Tensor) -> Iterator[slice]:
-    """Cut rows into runs of about CHUNK elements."""
-    length = max(1, CHUNK // rows.shape[1])
-    return (slice(start, start + length) for start in range(0, rows.shape[0], length))
+def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Cut tensors of as many rows alike, so that a piece of the first has about CHUNK bytes."""
+    count = round(tensors[0].nbytes / CHUNK)
+    return zip(*(tensor.chunk(count) for tensor in tensors), strict=True) if count > 1 else [tensors]
 
 
 def _joined(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
