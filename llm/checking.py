@@ -31,7 +31,7 @@ from llm.errors import ConfigError, CrucibleError
 from llm.noise_probe import PROBE_REMEDY
 from llm.precision import resolve_precision
 from llm.safety import escaping_paths, secrets_in
-from llm.signatures import check_node, fits, keyword_parameters, locate, suggest, target_nodes, type_name
+from llm.signatures import check_node, check_pieces, fits, keyword_parameters, locate, suggest, target_nodes, type_name
 
 SUPPLIED_TO = {"data.module.TokenDataModule": frozenset({"source"})}
 REMEDIES = {"base_batch_tokens": "the tokens per update at which optimizer.lr was tuned"}
@@ -48,24 +48,14 @@ def check(cfg: Mapping[str, Any]) -> None:
     nodes = {group: cfg.get(group) for group in GROUPS}
     if isinstance(nodes["trainer"], Mapping):  # `resolve_precision` judges it: Lightning knows no `auto`
         nodes["trainer"] = {key: value for key, value in nodes["trainer"].items() if key != "precision"}
-    problems += _check_pieces(cfg)
+    for group in ("callbacks", "logger", "eval"):
+        problems += check_pieces(group, cfg.get(group))
     for path, node in target_nodes(nodes):
         problems += check_node(path, node, SUPPLIED_TO.get(str(node["_target_"]), frozenset()))
     mended, left = _without_unknown_keys(cfg, problems)
     problems += _check_together(mended, unsound={re.split(r"[.=]", problem)[0] for problem in left})
     if problems:
         raise ConfigError("\n".join(problems))
-
-
-def _check_pieces(cfg: Mapping[str, Any]) -> list[str]:
-    """Find what stands in the place of a callback, a logger or an evaluation and is none."""
-    return [
-        f"{group}.{name}={piece!r}: must be a mapping with a _target_, as in conf/{group}; or null to leave it out"
-        for group in ("callbacks", "logger", "eval")
-        if isinstance(cfg.get(group), Mapping) and "_target_" not in cfg[group]
-        for name, piece in cfg[group].items()
-        if piece is not None and not (isinstance(piece, Mapping) and "_target_" in piece)
-    ]
 
 
 def _without_unknown_keys(cfg: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, Any], list[str]]:

@@ -25,8 +25,8 @@ _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_l
 def keep_compiled_products() -> None:
     """Let oneDNN keep COMPILED_PRODUCTS shapes, unless the environment says how many; before the first product only.
 
-    It compiles a product for each new shape, which takes about as long as the product, and forgets those used least
-    recently. Memory is taken for shapes that occur: some 0.4 MB each.
+    It compiles a product for each new shape, and forgets those used least recently. Memory is taken for shapes that
+    occur.
     """
     if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(COMPILED_PRODUCTS))

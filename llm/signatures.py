@@ -31,7 +31,15 @@ MACHINERY = (
 DEFINED_IN = ("llm.", "data.", "torch.optim.", "lightning.pytorch.")
 """Where the thing itself has to come from: `llm.launch.subprocess.Popen` has the name, and not the origin."""
 
-HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
+HYDRA_KEYS = {
+    "_target_": str,
+    "_partial_": bool,
+    "_recursive_": bool,
+    "_convert_": Literal["none", "partial", "object", "all"],
+    "_args_": list,
+}
+"""Keys that a node may have for Hydra's sake, and what they hold."""
+
 SYNONYMS = {
     "learning_rate": "lr", "wd": "weight_decay", "n_embd": "d_model", "dim": "d_model", "hidden_size": "d_model",
     "n_layer": "num_layers", "n_layers": "num_layers", "n_head": "num_heads", "n_heads": "num_heads",
@@ -99,8 +107,6 @@ def check_node(path: str, node: Mapping[str, Any], supplied: frozenset[str] = fr
         return [f"{path}._target_={target}: cannot be imported ({error}); check the spelling"]
     if not callable(function) or not str(getattr(function, "__module__", "")).startswith(DEFINED_IN):
         return [f"{path}._target_={target}: no piece of its module, which only imports it; name one that it defines"]
-    if not isinstance(node.get("_partial_", False), bool):
-        return [f"{path}._partial_={node['_partial_']}: must be true or false, as in its file under conf/"]
     return [*_check_keys(path, node, function), *_check_missing(path, node, function, supplied)]
 
 
@@ -112,15 +118,24 @@ def keyword_parameters(function: Any) -> dict[str, inspect.Parameter]:
     }
 
 
+def check_pieces(group: str, pieces: Any) -> list[str]:
+    """Return what is wrong with a group of named nodes: entries that are neither a node nor null."""
+    if not isinstance(pieces, Mapping) or "_target_" in pieces:
+        return []
+    return [
+        f"{group}.{name}={piece!r}: must be a mapping with a _target_, as in conf/{group}; or null to leave it out"
+        for name, piece in pieces.items()
+        if piece is not None and not (isinstance(piece, Mapping) and "_target_" in piece)
+    ]
+
+
 def _check_keys(path: str, node: Mapping[str, Any], function: Any) -> list[str]:
     known = keyword_parameters(function)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
-    hints = _type_hints(function)
+    hints = _type_hints(function) | HYDRA_KEYS
     problems = []
     for key, value in node.items():
-        if key in HYDRA_KEYS:
-            continue
-        if key not in known:
+        if key not in known and key not in HYDRA_KEYS:
             if not open_ended:
                 problems.append(f"{path}.{key}={value}: unknown key{suggest(str(key), known)}")
         elif value == MISSING:
@@ -131,7 +146,7 @@ def _check_keys(path: str, node: Mapping[str, Any], function: Any) -> list[str]:
 
 
 def _check_missing(path: str, node: Mapping[str, Any], function: Any, supplied: frozenset[str]) -> list[str]:
-    if node.get("_partial_"):
+    if node.get("_partial_", False) is not False:
         return []
     required = {n for n, p in keyword_parameters(function).items() if p.default is p.empty}
     absent = sorted(required - set(node) - supplied)
@@ -169,11 +184,11 @@ def fits(value: Any, hint: Any) -> bool:
         return _fits_scalar(value, hint)
     if hint is Path:
         return isinstance(value, str | Path)
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
     if origin is tuple and ... not in arguments:
-        is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == len(arguments)
-        return is_list and all(map(fits, value, arguments))
+        return is_list and len(value) == len(arguments) and all(map(fits, value, arguments))
     if hint in (list, tuple) or origin in (list, tuple, Sequence):
-        return isinstance(value, Sequence) and not isinstance(value, str)
+        return is_list
     return not (value is None and origin is dict)
 
 

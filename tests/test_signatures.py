@@ -29,9 +29,16 @@ def test_a_value_of_another_type_names_key_value_and_type():
     assert problem == "model.ffn.d_ff='wide': must be int; got str"
 
 
-def test_a_flag_of_hydras_that_is_no_flag_is_named():
-    (problem,) = check_node("optimizer", {"_target_": "llm.optim.lion.Lion", "_partial_": 0.5})
-    assert problem == "optimizer._partial_=0.5: must be true or false, as in its file under conf/"
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [("_partial_", 0.5, "bool; got float"), ("_convert_", "any", "one of none | partial | object | all; got str")],
+)
+def test_a_key_of_hydras_with_another_value_is_named_beside_other_mistakes(key, value, rule):
+    problems = check_node("optimizer", {"_target_": "llm.optim.lion.Lion", "_partial_": True, "wd": 1, key: value})
+    assert sorted(problems) == [
+        f"optimizer.{key}={value!r}: must be {rule}",
+        "optimizer.wd=1: unknown key; did you mean weight_decay?",
+    ]
 
 
 def test_a_missing_value_says_how_to_give_it():
