@@ -45,6 +45,7 @@ SYNONYMS = {
     "n_layer": "num_layers", "n_layers": "num_layers", "n_head": "num_heads", "n_heads": "num_heads",
     "block_size": "context_length", "seq_len": "context_length", "batch_size": "batch_tokens", "steps": "max_steps",
     "path": "files", "optim": "optimizer", "tokens": "max_tokens", "d_ff": "ffn.d_ff",
+    "run_dir": "hydra.run.dir", "output_dir": "hydra.run.dir", "out_dir": "hydra.run.dir",
 }  # fmt: skip
 """Names that users bring from elsewhere, and ours."""
 
@@ -156,7 +157,7 @@ def _check_missing(path: str, node: Mapping[str, Any], function: Any, supplied: 
 def suggest(key: str, known: Any) -> str:
     """Return a `did you mean` hint for a key, by synonym or by closeness."""
     synonym = SYNONYMS.get(key)
-    if synonym and synonym.split(".")[0] in known:
+    if synonym and synonym.split(".")[0] in {*known, "hydra"}:
         return f"; did you mean {synonym}?"
     return did_you_mean(key, known) or f"; known keys: {', '.join(sorted(known))}"
 

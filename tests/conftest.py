@@ -13,7 +13,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
 from omegaconf import OmegaConf
 
+from llm.checking import check
+from llm.cli import run_command
 from llm.config import to_plain
+from llm.training import train
 
 settings.register_profile("unhurried", deadline=None)  # a busy machine takes its time, which is no mistake
 settings.load_profile("unhurried")
@@ -85,6 +88,24 @@ def tiny(corpus, tmp_path_factory) -> list[str]:
     """Overrides of a run on `corpus` that takes seconds, with a cache of its own."""
     cache = tmp_path_factory.mktemp("cache")
     return [*TINY, "data=text", f"data.files={corpus}/*.txt", f"loader.cache_dir={cache}"]
+
+
+@pytest.fixture
+def train_here(tmp_path, monkeypatch, capsys):
+    """Call train.py's command line in this process: (exit status, what it printed)."""
+
+    def make(*arguments: str) -> tuple[int, str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+        try:
+            run_command(train, config_name="train", check=check)
+            status = 0
+        except SystemExit as error:
+            status = int(error.code or 0)
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return make
 
 
 @pytest.fixture(autouse=True)

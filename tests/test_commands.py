@@ -11,10 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm.checking import check
 from llm.checkpoint import load_model
-from llm.cli import run_command
-from llm.training import train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,23 +39,6 @@ def wait_for_steps(process, folder, steps):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     raise AssertionError("the run took no steps")
-
-
-@pytest.fixture
-def inside(tmp_path, monkeypatch, capsys):
-    """Call train.py's command line in this process: (exit status, standard error)."""
-
-    def make(*arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        try:
-            run_command(train, config_name="train", check=check)
-            status = 0
-        except SystemExit as error:
-            status = error.code
-        return status, capsys.readouterr().err
-
-    return make
 
 
 LONG = ("max_steps=60", "checkpoint_every=7", "val_every=11", "micro_batch_size=2", "model.dropout=0.1")
@@ -196,11 +176,11 @@ def test_a_sweep_gives_each_job_a_folder(tiny, tmp_path):
         ),
     ],
 )
-def test_a_mistake_is_one_clear_line_and_leaves_nothing_behind(inside, tmp_path, arguments, answer):
-    status, err = inside(*arguments)
-    assert status == 2, err
-    assert answer in err
-    assert [line for line in err.splitlines() if not line.startswith("error: ")] == []
+def test_a_mistake_is_one_clear_line_and_leaves_nothing_behind(train_here, tmp_path, arguments, answer):
+    status, said = train_here(*arguments)
+    assert status == 2, said
+    assert answer in said
+    assert [line for line in said.splitlines() if not line.startswith("error: ")] == []
     assert not list(tmp_path.glob("runs/*"))
 
 
@@ -212,11 +192,11 @@ def test_all_mistakes_are_reported_together(tmp_path):
         assert f"error: {part}" in result.stderr
 
 
-def test_a_folder_that_cannot_be_written_is_refused(inside, tmp_path, tiny):
+def test_a_folder_that_cannot_be_written_is_refused(train_here, tmp_path, tiny):
     (tmp_path / "file").write_text("")
-    status, err = inside(*tiny, f"hydra.run.dir={tmp_path}/file/run")
+    status, said = train_here(*tiny, f"hydra.run.dir={tmp_path}/file/run")
     assert status == 2
-    assert "file/run" in err
+    assert "file/run" in said
 
 
 def test_help_lists_every_group_and_option(tmp_path):

@@ -29,6 +29,7 @@ def complaint(composed):
         ("modle.d_model=3", "modle: unknown key; did you mean model?"),
         ("modle/size=tiny", "modle/size: unknown key; did you mean model/size?"),
         ("batch_size=3", "batch_size: unknown key; did you mean batch_tokens?"),
+        ("run_dir=out", "run_dir: unknown key; did you mean hydra.run.dir?"),
         ("model.num_heads=[1", "model.num_heads=[1: not key=value"),
         ("model.num_heads=1,2", "--multirun"),
         ("experiment=optimizerz", "experiment=optimizerz: no such option; did you mean optimizers?"),
