@@ -2,14 +2,16 @@
 
     python benchmarks/train_step.py --precision bf16 --context 256,512 --rounds 9
     python benchmarks/train_step.py --precision fp32 --compile
+    python benchmarks/train_step.py --device cuda --size 124m --vocab 32768 --context 1024 --windows 32 --steps 10
 
 Ours is the whole of `python train.py model/size=small`: real text, the data module, lightning.Trainer, gradient
 clipping, every callback and the loggers, taken from inside a run. The peers are a bare loop of forward, backward and
-torch's fused AdamW on random tokens, same geometry (13.8 M parameters, vocabulary of 8192), same number of windows,
-same precision. Each side lives in a process of its own, of which one works at a time: a round runs every side for some
-steps in an order that rotates. Speeds are medians over rounds, ratios are taken within a round; quartiles are given.
-Memory is the peak resident size of the process, less what it held before building its model. Peers that are not
-installed are named and left out (`pip install litgpt transformers`).
+torch's fused AdamW on random tokens, same geometry, same vocabulary, same number of windows, same precision. Each side
+lives in a process of its own, of which one works at a time: a round runs every side for some steps in an order that
+rotates. Speeds are medians over rounds, ratios are taken within a round; quartiles are given. The ceiling is the rate
+of one large product, measured between the rounds. Memory is the peak resident size of the process, less what it held
+before building its model; on a GPU, the most that was allocated there. Peers that are not installed are left out
+(`pip install litgpt transformers`).
 """
 
 import argparse
@@ -27,16 +29,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-VOCAB, WIDTH, LAYERS, HEADS, HIDDEN = 8192, 384, 6, 6, 1024
 SIDES = {"crucible": None, "litgpt": "litgpt", "transformers": "transformers"}
-MEBIBYTE = 1024  # ru_maxrss counts KiB
 
 
-def peak_rss() -> float:
-    """Peak resident size of this process, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MEBIBYTE
+def shape_of(size: str) -> dict[str, Any]:
+    """Return the keys of a size in conf/."""
+    return yaml.safe_load((ROOT / f"conf/model/size/{size}.yaml").read_text())
+
+
+def peak_memory(device: str) -> float:
+    """Peak of this process, MiB: allocated on the GPU, or resident."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # counted in KiB
 
 
 class Turns:
@@ -45,18 +53,22 @@ class Turns:
     Answers go to the standard output that the process was started with; all else that is printed goes to its errors.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device = device
         self.answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        self.before = peak_rss()
+        self.before = peak_memory(device)
         self.left = 0
         self.start: float | None = None
 
     def next_step(self) -> None:
         """Call before each step: answers when the steps asked for are done, and waits to be asked again."""
         if self.left == 0:
+            if self.device == "cuda":
+                torch.cuda.synchronize()
             if self.start is not None:
-                print(time.perf_counter() - self.start, peak_rss() - self.before, file=self.answers, flush=True)
+                seconds, memory = time.perf_counter() - self.start, peak_memory(self.device) - self.before
+                print(seconds, memory, file=self.answers, flush=True)
             line = sys.stdin.readline()
             if not line:
                 raise SystemExit
@@ -64,20 +76,22 @@ class Turns:
         self.left -= 1
 
 
-def peer_model(side: str, context: int) -> tuple[torch.nn.Module, Callable[..., torch.Tensor]]:
+def peer_model(args: argparse.Namespace) -> tuple[torch.nn.Module, Callable[..., torch.Tensor]]:
     """Return a peer's model of our geometry, and how it gives logits."""
-    if side == "litgpt":
+    shape = shape_of(args.size)
+    if args.worker == "litgpt":
         from litgpt.config import Config
         from litgpt.model import GPT
 
         config = Config(
-            block_size=context,
-            vocab_size=VOCAB,
-            padded_vocab_size=VOCAB,
-            n_layer=LAYERS,
-            n_head=HEADS,
-            n_embd=WIDTH,
-            intermediate_size=HIDDEN,
+            block_size=args.context,
+            vocab_size=args.vocab,
+            padded_vocab_size=args.vocab,
+            n_layer=shape["num_layers"],
+            n_head=shape["num_heads"],
+            n_query_groups=shape["num_kv_heads"],
+            n_embd=shape["d_model"],
+            intermediate_size=shape["ffn"]["d_ff"],
             rotary_percentage=1.0,
             parallel_residual=False,
             bias=False,
@@ -90,12 +104,13 @@ def peer_model(side: str, context: int) -> tuple[torch.nn.Module, Callable[..., 
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=context,
+        vocab_size=args.vocab,
+        hidden_size=shape["d_model"],
+        intermediate_size=shape["ffn"]["d_ff"],
+        num_hidden_layers=shape["num_layers"],
+        num_attention_heads=shape["num_heads"],
+        num_key_value_heads=shape["num_kv_heads"],
+        max_position_embeddings=args.context,
         tie_word_embeddings=True,
         attn_implementation="sdpa",
         use_cache=False,
@@ -106,15 +121,16 @@ def peer_model(side: str, context: int) -> tuple[torch.nn.Module, Callable[..., 
 def train_peer(args: argparse.Namespace) -> None:
     """Train a peer in a bare loop."""
     importlib.import_module(args.worker)
-    turns = Turns()
-    model, logits_of = peer_model(args.worker, args.context)
+    turns = Turns(args.device)
+    model, logits_of = peer_model(args)
+    model = model.to(args.device)
     run = torch.compile(model) if args.compile else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     while True:
         turns.next_step()
-        ids = torch.randint(0, VOCAB, (args.windows, args.context + 1))
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
-            logits = logits_of(run, ids[:, :-1]).reshape(-1, VOCAB)
+        ids = torch.randint(0, args.vocab, (args.windows, args.context + 1), device=args.device)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
+            logits = logits_of(run, ids[:, :-1]).reshape(-1, args.vocab)
             loss = F.cross_entropy(logits, ids[:, 1:].reshape(-1))
         loss.backward()
         optimizer.step()
@@ -131,10 +147,10 @@ def train_ours(args: argparse.Namespace) -> None:
 
     precision = "bf16-mixed" if args.precision == "bf16" else "32-true"
     overrides = [
-        "model/size=small",
-        "trainer=cpu",
+        f"model/size={args.size}",
+        f"trainer={'gpu' if args.device == 'cuda' else 'cpu'}",
         "name=train-step",
-        f"tokenizer.vocab_size={VOCAB}",
+        f"tokenizer.vocab_size={args.vocab}",
         f"trainer.precision={precision}",
         f"context_length={args.context}",
         f"batch_tokens={args.windows * args.context}",
@@ -146,7 +162,7 @@ def train_ours(args: argparse.Namespace) -> None:
     ]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = to_plain(compose("train", overrides))
-    turns = Turns()
+    turns = Turns(args.device)
 
     class Gate(L.Callback):
         """Holds the run until its turn; first of the callbacks, so that all others count."""
@@ -198,23 +214,28 @@ def compare(args: argparse.Namespace, context: int) -> None:
 
 
 def ceiling(args: argparse.Namespace) -> float:
-    """FLOP/s of a square product of 2048 in the precision at hand, by the better of torch's product and ours."""
+    """FLOP/s of a square product in the precision at hand, by the better of torch's product and ours."""
     from llm.products import product_nt
 
     torch.set_num_threads(args.threads)
-    a, b = torch.randn(2, 2048, 2048, dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32)
-    seconds = []
+    size, dtype = 8192 if args.device == "cuda" else 2048, torch.bfloat16 if args.precision == "bf16" else torch.float32
+    a, b = torch.randn(2, size, size, dtype=dtype, device=args.device)
+    wait, seconds = torch.cuda.synchronize if args.device == "cuda" else lambda: None, []
     for product in (F.linear, product_nt) * 3:
+        wait()
         start = time.perf_counter()
         product(a, b)
+        wait()
         seconds.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(seconds)
+    return 2 * size**3 / min(seconds)
 
 
-def flops_per_token(context: int) -> float:
+def flops_per_token(args: argparse.Namespace, context: int) -> float:
     """FLOPs of training on a token: six for each weight that multiplies, and attention's mixing, causal."""
-    weights = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * HIDDEN) + VOCAB * WIDTH
-    return 6.0 * weights + 3 * LAYERS * 4.0 * WIDTH * (context + 1) / 2
+    shape = shape_of(args.size)
+    layers, width, kv_share = shape["num_layers"], shape["d_model"], shape["num_kv_heads"] / shape["num_heads"]
+    weights = layers * ((2 + 2 * kv_share) * width**2 + 3 * width * shape["ffn"]["d_ff"]) + args.vocab * width
+    return 6.0 * weights + 3 * layers * 4.0 * width * (context + 1) / 2
 
 
 def report(
@@ -227,8 +248,9 @@ def report(
     """Print tokens a second, memory, our speed over each peer's, and the share of the ceiling that is reached."""
     tokens, peak = args.windows * context, statistics.median(ceilings)
     mode = "compiled" if args.compile else "eager"
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} threads"
     print(
-        f"\n{args.precision}, {mode}, {args.windows} windows of {context}, {args.threads} threads, {args.rounds} rounds"
+        f"\n{args.size}, {args.precision}, {mode}, {args.windows} windows of {context}, {where}, {args.rounds} rounds"
     )
     heads = f"{'':13}{'tokens/s':>10}{'quartiles':>16}{'peak MiB':>10}{'of ceiling':>12}{'ours/theirs':>13}"
     print(f"{heads}{'quartiles':>14}")
@@ -237,7 +259,7 @@ def report(
         speed, ratio = [tokens / t for t in times], statistics.quantiles(ratios, n=4)
         low, middle, high = statistics.quantiles(speed, n=4)
         spread, ratio_spread = f"{low:.0f} - {high:.0f}", f"{ratio[0]:.2f} - {ratio[2]:.2f}"
-        share = middle * flops_per_token(context) / peak
+        share = middle * flops_per_token(args, context) / peak
         print(
             f"{side:13}{middle:10.0f}{spread:>16}{memory[side]:10.0f}{share:12.0%}{ratio[1]:13.2f}{ratio_spread:>14}",
             flush=True,
@@ -248,6 +270,9 @@ def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--size", default="small", help="a name in conf/model/size")
+    parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--context", default="256,512", help="lengths, separated by commas")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--compile", action="store_true")
