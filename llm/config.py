@@ -163,7 +163,7 @@ def planned_steps(cfg: Mapping[str, Any]) -> int:
 
 def least_micro_batches(cfg: Mapping[str, Any]) -> tuple[int, str]:
     """Return how many micro-batches an update must have over all devices, and the callback that asks for them."""
-    nodes = {key: node for key, node in cfg["callbacks"].items() if isinstance(node, Mapping)}
+    nodes = {key: node for key, node in (cfg["callbacks"] or {}).items() if isinstance(node, Mapping)}
     asked = {key: getattr(piece_at(str(node.get("_target_"))), "least_micro_batches", 1) for key, node in nodes.items()}
     return max(((count, key) for key, count in asked.items()), default=(1, ""))
 
@@ -246,7 +246,7 @@ def retuned_optimizer(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 def build_callbacks(cfg: Mapping[str, Any], **supplied: Any) -> list[Any]:
     """Build the callbacks, finishing each factory with those of `supplied` that its signature asks for."""
-    nodes = instantiate(cfg["callbacks"])
+    nodes = instantiate(cfg["callbacks"] or {})
     return [finish(node, **supplied) for node in nodes.values() if node is not None]
 
 

@@ -92,9 +92,9 @@ def tiny(corpus, tmp_path_factory) -> list[str]:
 
 @pytest.fixture
 def train_here(tmp_path, monkeypatch, capsys):
-    """Call train.py's command line in this process: (exit status, what it printed)."""
+    """Call train.py's command line in this process: (exit status, all that it printed, its standard error)."""
 
-    def make(*arguments: str) -> tuple[int, str]:
+    def make(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("sys.argv", ["train.py", *arguments])
         try:
@@ -103,7 +103,7 @@ def train_here(tmp_path, monkeypatch, capsys):
         except SystemExit as error:
             status = int(error.code or 0)
         printed = capsys.readouterr()
-        return status, printed.out + printed.err
+        return status, printed.out + printed.err, printed.err
 
     return make
 

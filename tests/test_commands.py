@@ -177,10 +177,10 @@ def test_a_sweep_gives_each_job_a_folder(tiny, tmp_path):
     ],
 )
 def test_a_mistake_is_one_clear_line_and_leaves_nothing_behind(train_here, tmp_path, arguments, answer):
-    status, said = train_here(*arguments)
-    assert status == 2, said
-    assert answer in said
-    assert [line for line in said.splitlines() if not line.startswith("error: ")] == []
+    status, _, err = train_here(*arguments)
+    assert status == 2, err
+    assert answer in err
+    assert [line for line in err.splitlines() if not line.startswith("error: ")] == []
     assert not list(tmp_path.glob("runs/*"))
 
 
@@ -194,9 +194,9 @@ def test_all_mistakes_are_reported_together(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_refused(train_here, tmp_path, tiny):
     (tmp_path / "file").write_text("")
-    status, said = train_here(*tiny, f"hydra.run.dir={tmp_path}/file/run")
+    status, _, err = train_here(*tiny, f"hydra.run.dir={tmp_path}/file/run")
     assert status == 2
-    assert "file/run" in said
+    assert "file/run" in err
 
 
 def test_help_lists_every_group_and_option(tmp_path):

@@ -75,6 +75,24 @@ def test_a_model_of_every_kind_is_its_definition_in_fp64(composed, device, overr
     assert_same_to_rounding(build_model(composed(*SMALL, *overrides), VOCAB), device, torch.float32)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_a_pass_through_the_model_and_back_never_waits_for_the_gpu(composed, name):
+    model = build_model(composed(*SMALL, f"model={name}"), VOCAB).cuda()
+    ids = torch.randint(VOCAB, (2, 80), device="cuda")
+    positions, documents = torch.arange(80, device="cuda").expand(2, 80), torch.zeros_like(ids)
+    for mode in ("default", "error"):  # the first pass compiles and allocates
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                out = model(ids, positions=positions, document_ids=documents)
+                loss = linear_cross_entropy(out.hidden, model.lm_head.weight, ids)
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @on_each_device
 @in_each_precision
 @pytest.mark.parametrize("slots", [1, 3])

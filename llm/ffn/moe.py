@@ -98,7 +98,7 @@ class MoE(nn.Module):
         bias = self.balance.selection_bias()
         if bias is not None:
             metrics["selection_bias_range"] = bias.max() - bias.min()
-        statistics = {"num_tokens": torch.tensor(routing.logits.shape[0], device=routing.logits.device)}
+        statistics = {"num_tokens": torch.full((), routing.logits.shape[0], device=routing.logits.device)}
         statistics |= self.balance.statistics(routing)
         return metrics | {f"stat/{name}": value for name, value in statistics.items()}
 

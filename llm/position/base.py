@@ -1,7 +1,9 @@
 """What every position states about itself, so that an attention can tell whether the pair has a meaning."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -23,9 +25,18 @@ class Position(nn.Module, ABC):
     bare_keys_from: int | None = None
     """The distance from which scores use the key as it is, whatever its position: 0 for all, None for none."""
 
+    frequencies: Tensor = torch.empty(0, dtype=torch.float64)
+    """Turns a token of each pair, in fp64; none for a position that turns nothing."""
+
     def __init__(self, *, log_n: LogNMode, train_length: int | None) -> None:
         super().__init__()
         self.log_n = LogN(mode=log_n, train_length=train_length)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Position":
+        super()._apply(fn, recurse)
+        # they go where the weights go, but no cast of the model rounds them
+        self.frequencies = self.frequencies.to(fn(self.frequencies).device)
+        return self
 
     @property
     def scales_queries(self) -> bool:

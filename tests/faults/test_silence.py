@@ -41,7 +41,7 @@ from llm.training import train
     ],
 )
 def test_a_setting_that_cannot_be_meant_ends_with_two_and_runs_nothing(train_here, tmp_path, override, answer):
-    status, said = train_here(override)
+    status, said, _ = train_here(override)
     assert status == 2, said
     assert answer in said
     assert "hunter2" not in said
@@ -84,7 +84,7 @@ def test_ten_mistakes_are_told_at_once_and_neither_data_nor_model_is_touched(tra
     """Hence within seconds at any size: what takes long is not begun."""
     text = ("data=text", f"data.files={corpus}/*.txt", f"loader.cache_dir={tmp_path}/cache")
     with RealBytes() as made, listening() as opened:
-        status, said = train_here("model=moe", "model/size=7b", *text, *TEN)
+        status, said, _ = train_here("model=moe", "model/size=7b", *text, *TEN)
     assert status == 2
     assert len([line for line in said.splitlines() if line.startswith("error: ")]) == len(TEN), said
     assert [answer for answer in TEN.values() if f"error: {answer}" not in said] == []
@@ -114,11 +114,13 @@ def test_a_sound_configuration_of_any_size_is_checked_without_its_model_or_its_d
 
 def test_a_resumed_run_is_named_every_setting_that_contradicts_it_and_no_file_is_touched(train_here, tiny, tmp_path):
     folder = tmp_path / "run"
-    status, said = train_here(*tiny, "max_steps=2", "val_every=2", "callbacks.samples=null", f"hydra.run.dir={folder}")
+    status, said, _ = train_here(
+        *tiny, "max_steps=2", "val_every=2", "callbacks.samples=null", f"hydra.run.dir={folder}"
+    )
     assert status == 0, said
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
     given = ("optimizer=lion", "model/size=small", "tokenizer=bpe", "seed=4", "context_length=64", "data=synthetic")
-    status, said = train_here(f"resume={folder}", *given)
+    status, said, _ = train_here(f"resume={folder}", *given)
     assert status == 2, said
     for answer in (
         "optimizer=llm.optim.lion.Lion: the run was made with torch.optim.AdamW",
@@ -131,10 +133,10 @@ def test_a_resumed_run_is_named_every_setting_that_contradicts_it_and_no_file_is
         assert answer in said
     after = {path: path.stat().st_mtime_ns for path in before}
     assert {p for p in before if before[p] != after[p] and ".hydra" not in p.parts} == set()
-    status, said = train_here(f"resume={folder}", "+wandb_key=hunter2")
+    status, said, _ = train_here(f"resume={folder}", "+wandb_key=hunter2")
     assert status == 2
     assert not [p for p in folder.rglob("*") if p.is_file() and b"hunter2" in p.read_bytes()]
-    status, said = train_here(f"resume={folder}")
+    status, said, _ = train_here(f"resume={folder}")
     assert status == 0
     assert "already complete at step 2" in said or "already complete" in (folder / "train.log").read_text()
 

@@ -51,6 +51,16 @@ def defined_scores(q, k, map_distance, base=100.0):
     return torch.einsum("bihm,ijm,bjhm->bhij", q, turn, k.conj()).real.tril()
 
 
+@pytest.mark.parametrize("name", [n for n in options("model/position") if n != "none"])
+def test_frequencies_follow_the_weights_to_a_device_and_are_never_rounded(name):
+    position = build(name)
+    exact = position.frequencies
+    assert exact.dtype == torch.float64
+    assert torch.equal(position.to(torch.bfloat16).frequencies, exact)
+    moved = position.to("meta").frequencies  # the one other device that every machine has
+    assert (moved.device.type, moved.dtype) == ("meta", torch.float64)
+
+
 @pytest.mark.parametrize("name", options("model/position"))
 @pytest.mark.parametrize("time", [1, 63])
 def test_views_keep_shape_and_dtype(name, time):
