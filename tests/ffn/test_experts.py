@@ -4,7 +4,7 @@ import torch
 from llm.ffn.experts import Experts, loop_over_tokens
 from llm.ffn.grouped import grouped_products
 from llm.ffn.load import expert_counts
-from llm.ffn.routing import Routing, sort_by_expert
+from llm.ffn.routing import ExpertOrder, Routing, sort_by_expert
 
 
 def make_experts(*, num_experts=5, d_model=12, d_expert=7, top_k=2, normalize_outputs=False, dtype=torch.float64):
@@ -131,6 +131,21 @@ def test_grouped_products_equal_the_loop_over_experts():
         expected = outputs_and_gradients(fast, experts, x, routing)
         for value, truth in zip(outputs_and_gradients(grouped, experts, x, routing), expected, strict=True):
             torch.testing.assert_close(value, truth, rtol=1e-4, atol=1e-5)  # fp32 sums of 16 to 63 terms
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this torch has no grouped products")
+@pytest.mark.parametrize("empty", [False, True])
+def test_grouped_products_in_bf16_keep_torchs_rules_of_shape_and_alignment(empty):
+    """Forward and backward without storage: torch holds the rules of its GPU kernel against shapes and strides."""
+    shapes = {"x": (256, 64), "weights": (512, 1), "gate": (6, 48, 64), "up": (6, 48, 64), "down": (6, 64, 48)}
+    tensors = {name: torch.empty(shape, device="meta", requires_grad=True) for name, shape in shapes.items()}
+    x, weights, *stacks = tensors.values()
+    rows, offsets = torch.empty(512, dtype=torch.long, device="meta"), torch.empty(6, dtype=torch.int32, device="meta")
+    order = ExpertOrder(token_ids=rows, slot_ids=rows, offsets=offsets)
+    y = grouped_products(x.bfloat16(), weights, order, *stacks, empty)
+    assert (y.shape, y.dtype) == (x.shape, torch.bfloat16)
+    y.sum().backward()
+    assert all(t.grad is not None and (t.grad.shape, t.grad.dtype) == (t.shape, t.dtype) for t in tensors.values())
 
 
 def test_the_operator_passes_the_checks_of_torch():
