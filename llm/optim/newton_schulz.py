@@ -90,7 +90,8 @@ def orthogonalize(
     """
     found = find_iteration(iteration)
     flat = x.reshape(-1, *x.shape[-2:])
-    if x.device.type == "cpu" and min(x.shape[-2:]) >= PANEL_ROWS // 2:  # beyond that, bmm is slower than mm
+    # on a CPU one product after another is faster, but for stacks of matrices that leave each product too little to do
+    if x.device.type == "cpu" and min(x.shape[-2:]) >= (PANEL_ROWS // 2 if len(flat) == 1 else PANEL_ROWS):
         pieces = [iterate_unscaled(matrix, found, dtype) for matrix in flat]
         out = torch.stack(pieces) if len(pieces) > 1 else pieces[0]
     else:
