@@ -180,6 +180,8 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=6)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
+    if not {"dense", "ours"} <= set(arguments.sides):
+        parser.error(f"--sides {' '.join(arguments.sides)}: must hold dense, the bound, and ours")
     print(f"torch {torch.__version__}, {arguments}")
     print(f"{'shape':26s} {'precision':10s} {'side':22s} {'tokens/s':>12s}  share of dense [quartiles]")
     for shape in arguments.shapes:

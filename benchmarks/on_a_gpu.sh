@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests and measurements that need a CUDA device; what each prints is kept in FOLDER/NAME.txt.
+# Tests and measurements that need a CUDA device; what each prints is kept in FOLDER/NAME.txt. Ends with 1 if one failed.
 #
 #     benchmarks/on_a_gpu.sh FOLDER              all of them
 #     benchmarks/on_a_gpu.sh FOLDER tests moe    some
@@ -7,6 +7,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:?"usage: benchmarks/on_a_gpu.sh FOLDER [NAME...]"}
 wanted=" ${*:2} "
+failed=""
 mkdir -p "$folder"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -15,7 +16,7 @@ measure() {
     shift
     [[ $wanted == "  " || $wanted == *" $name "* ]] || return 0
     echo "== $name: $*" | tee "$folder/$name.txt"
-    timeout 580 "$@" 2>&1 | tee -a "$folder/$name.txt" | tail -n 25
+    timeout 580 "$@" 2>&1 | tee -a "$folder/$name.txt" | tail -n 25 || failed+=" $name"
 }
 
 step=(python benchmarks/train_step.py --device cuda --vocab 32768 --context 1024 --rounds 5 --steps 10 --warmup 10)
@@ -35,3 +36,4 @@ for stage in 1 2 3; do
     measure "zero$stage" "${run[@]}" trainer=deepspeed trainer.devices=1 "trainer.stage=$stage" optimizer=muon
 done
 measure moe_muon "${run[@]}" trainer=gpu model=moe model.ffn.num_experts=64 model.ffn.top_k=8 optimizer=muon
+[[ -z $failed ]] || { echo "failed:$failed" >&2; exit 1; }

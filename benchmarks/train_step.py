@@ -271,7 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--size", default="small", help="a name in conf/model/size")
+    parser.add_argument("--size", default="small", choices=sorted(f.stem for f in (ROOT / "conf/model/size").iterdir()))
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--context", default="256,512", help="lengths, separated by commas")
     parser.add_argument("--windows", type=int, default=16)

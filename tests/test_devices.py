@@ -1,4 +1,4 @@
-"""What a device computes is what its definition in fp64 says: models, experts, optimizers, whole runs.
+"""What a device computes: models, experts and optimizers as in fp64 on the CPU, whole runs as in eager fp32 there.
 
 Each runs on the CPU and, where there is one, on a CUDA device: `pytest -m gpu` runs these alone.
 """
@@ -29,7 +29,7 @@ CASES = [(*pair, dtype) for pair in LEGAL_PAIRS for dtype in ([torch.float32] if
 
 
 def loss_and_gradients(model, device, dtype):
-    """The loss on a fixed batch of two documents a row, and the gradient of every parameter, in fp64 on the CPU."""
+    """The loss on a fixed batch of two documents a row, and every parameter's gradient, returned as fp64 on the CPU."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(VOCAB, (2, 81), generator=generator)
     documents = (torch.arange(80) >= 33).long().expand(2, 80)
