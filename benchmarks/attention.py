@@ -27,7 +27,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
 
-from llm.allocator import keep_freed_memory
+from llm.ops.allocator import keep_freed_memory
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 HEADS, HEAD_DIM = 4, 64

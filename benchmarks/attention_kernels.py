@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm.attention.kernels import causal_attention, reference_attention
-from llm.attention.kernels.reference import visible_keys
+from llm.model.attention.kernels import causal_attention, reference_attention
+from llm.model.attention.kernels.reference import visible_keys
 
 DOCUMENT_TOKENS = 300
 

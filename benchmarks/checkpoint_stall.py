@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from llm.allocator import keep_freed_memory
-from llm.checkpoint import FolderCheckpointIO, save_checkpoint
-from llm.checkpoint_files import remove_checkpoint, step_folder
+from llm.callbacks.checkpoint_io import FolderCheckpointIO
+from llm.ops.allocator import keep_freed_memory
+from llm.run_folder.checkpoint import save_checkpoint
+from llm.run_folder.checkpoint_files import remove_checkpoint, step_folder
 from llm.tables import format_table
 
 PARAMETERS = {"tiny": 1_300_000, "small": 13_767_552, "124m": 123_587_328, "350m": 353_772_544}

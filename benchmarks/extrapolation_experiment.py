@@ -20,14 +20,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from llm.commands.evaluate import subject_of
 from llm.evals.base import Subject
 from llm.evals.extrapolation import Extrapolation, long_windows, loss_by_position
-from llm.evaluation import subject_of
-from llm.position.base import Position
-from llm.position.ntk import NTKMixedRoPE, NTKRoPE
-from llm.position.rerope import LeakyReRoPE, ReRoPE
-from llm.position.rope import RoPE
-from llm.rebuild import rebuild
+from llm.model.position.base import Position
+from llm.model.position.ntk import NTKMixedRoPE, NTKRoPE
+from llm.model.position.rerope import LeakyReRoPE, ReRoPE
+from llm.model.position.rope import RoPE
+from llm.training.rebuild import rebuild
 
 FACTORS = (1, 2, 4, 8, 16)
 LAST = 64

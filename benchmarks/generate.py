@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from llm.config import build_model, to_plain
-from llm.export import write_model
+from llm.commands.export import write_model
+from llm.config.build import build_model
+from llm.config.files import to_plain
 from llm.generate import Decoding
-from llm.rebuild import TrainedModel
+from llm.training.rebuild import TrainedModel
 
 ROOT = Path(__file__).resolve().parents[1]
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None, "seed": 0}

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from hydra import compose, initialize_config_dir
 
-from llm.checking import check
-from llm.config import to_plain
+from llm.config.check import check
+from llm.config.files import to_plain
 from llm.errors import NonFiniteError
-from llm.training import train
+from llm.training.train import train
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 ORIGIN = 1e-3

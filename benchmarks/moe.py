@@ -24,12 +24,12 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor, multiprocessing, nn
 
-from llm.allocator import keep_freed_memory
-from llm.ffn.balance.loss_free import LossFree
-from llm.ffn.moe import MoE
-from llm.ffn.router import TopKRouter
-from llm.ffn.swiglu import SwiGLU
-from llm.products import keep_compiled_products
+from llm.model.ffn.balance.loss_free import LossFree
+from llm.model.ffn.moe import MoE
+from llm.model.ffn.router import TopKRouter
+from llm.model.ffn.swiglu import SwiGLU
+from llm.ops.allocator import keep_freed_memory
+from llm.ops.products import keep_compiled_products
 
 SHAPES = {"8 experts, top 2": (8, 2, 1), "64 small experts, top 8": (64, 8, 4)}
 """Experts, experts a token, and how many times narrower than --width each is."""

@@ -17,9 +17,9 @@ from typing import Any
 from grid import composed
 from lightning.pytorch.callbacks import Callback
 
-from llm import training
 from llm.callbacks.noise_scale import NoiseScale
 from llm.tables import format_table
+from llm.training import train as training
 
 WARM_UP = 5
 TIMED = ("_take", "on_before_optimizer_step", "on_train_batch_end", "step_metrics")

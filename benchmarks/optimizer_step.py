@@ -24,11 +24,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from llm.config import build_model, instantiate, to_plain
+from llm.config.build import build_model
+from llm.config.files import to_plain
+from llm.config.pieces import instantiate
 from llm.contracts import ParamGroup
-from llm.loss import linear_cross_entropy
+from llm.model.transformer import Transformer
+from llm.ops.loss import linear_cross_entropy
 from llm.optim.param_groups import build_param_groups
-from llm.transformer import Transformer
 
 VOCAB, CONTEXT = 50_304, 512
 RATES = {"lr": 1e-4, "weight_decay": 0.1}

@@ -21,9 +21,9 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from llm.checking import check
-from llm.config import to_plain
-from llm.training import train
+from llm.config.check import check
+from llm.config.files import to_plain
+from llm.training.train import train
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GRID_ORIGIN = 1e-3

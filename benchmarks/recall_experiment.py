@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from data.synthetic import AssociativeRecall
-from llm.rebuild import rebuild
+from llm.training.rebuild import rebuild
 
 DOCUMENTS = 400
 SMOOTH = 20

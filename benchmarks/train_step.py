@@ -142,8 +142,8 @@ def train_ours(args: argparse.Namespace) -> None:
     import lightning as L
     from hydra import compose, initialize_config_dir
 
-    from llm import training
-    from llm.config import to_plain
+    from llm.config.files import to_plain
+    from llm.training import train as training
 
     precision = "bf16-mixed" if args.precision == "bf16" else "32-true"
     overrides = [
@@ -215,7 +215,7 @@ def compare(args: argparse.Namespace, context: int) -> None:
 
 def ceiling(args: argparse.Namespace) -> float:
     """FLOP/s of a square product in the precision at hand, by the better of torch's product and ours."""
-    from llm.products import product_nt
+    from llm.ops.products import product_nt
 
     torch.set_num_threads(args.threads)
     size, dtype = 8192 if args.device == "cuda" else 2048, torch.bfloat16 if args.precision == "bf16" else torch.float32

@@ -26,9 +26,9 @@ from grid import Curve, composed, index_of, loss_of, lowest, rate_of, run, verte
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from llm.config import build_model, module_factories
-from llm.loss import linear_cross_entropy
-from llm.module import rated_groups
+from llm.config.build import build_model, module_factories
+from llm.ops.loss import linear_cross_entropy
+from llm.training.module import rated_groups
 
 EXPERIMENT = "experiment=width_transfer"
 HEAD_DIM = 16

@@ -25,15 +25,16 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 
-from llm.checking import check
-from llm.config import accelerator, batch_plan, to_plain
-from llm.launch import start_processes
+from llm.config.check import check
+from llm.config.files import to_plain
+from llm.config.sizes import accelerator, batch_plan
+from llm.distributed.launch import start_processes
+from llm.distributed.zero.gradients import ShardedGradients
+from llm.distributed.zero.memory import bytes_a_rank, bytes_sent_an_update
+from llm.ops.precision import resolve_precision
 from llm.optim.exchange import OwnerExchange
 from llm.optim.receipt import lines
-from llm.precision import resolve_precision
-from llm.training import train
-from llm.zero.gradients import ShardedGradients
-from llm.zero.memory import bytes_a_rank, bytes_sent_an_update
+from llm.training.train import train
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SHORT = (
@@ -118,12 +119,12 @@ class Meter(Callback):
 
 def measure(cfg: dict[str, Any], out: Path) -> None:
     """Train as one of the ranks and write what was metered."""
-    import llm.training
+    import llm.training.train
 
     meter = Meter()
     meter.watch()
-    build = llm.training.build_trainer
-    llm.training.build_trainer = lambda cfg, **arguments: build(
+    build = llm.training.train.build_trainer
+    llm.training.train.build_trainer = lambda cfg, **arguments: build(
         cfg, **{**arguments, "callbacks": [*arguments["callbacks"], meter]}
     )
     check(cfg)

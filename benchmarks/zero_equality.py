@@ -22,10 +22,10 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
-from llm.checking import check
-from llm.config import to_plain
-from llm.launch import start_processes
-from llm.training import train
+from llm.config.check import check
+from llm.config.files import to_plain
+from llm.distributed.launch import start_processes
+from llm.training.train import train
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 STEPS = 20

@@ -13,10 +13,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hypothesis import settings
 from omegaconf import OmegaConf
 
-from llm.checking import check
-from llm.cli import run_command
-from llm.config import to_plain
-from llm.training import train
+from llm.commands.cli import run_command
+from llm.config.check import check
+from llm.config.files import to_plain
+from llm.training.train import train
 
 settings.register_profile("unhurried", deadline=None)  # a busy machine takes its time, which is no mistake
 settings.load_profile("unhurried")

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llm.checkpoint_files import list_checkpoints, verify
+from llm.run_folder.checkpoint_files import list_checkpoints, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 240

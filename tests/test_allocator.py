@@ -4,12 +4,12 @@ import sys
 
 import pytest
 
-from llm.allocator import keep_freed_memory
+from llm.ops.allocator import keep_freed_memory
 
 FAULTS = """
 import resource, sys, torch
 if sys.argv[1] == "keep":
-    from llm.allocator import keep_freed_memory
+    from llm.ops.allocator import keep_freed_memory
     assert keep_freed_memory()
 size = 64 * 2**20
 for i in range(40):
@@ -33,5 +33,5 @@ def test_a_large_block_that_is_freed_serves_the_next_one():
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
-    monkeypatch.setattr("llm.allocator.platform.libc_ver", lambda: ("", ""))
+    monkeypatch.setattr("llm.ops.allocator.platform.libc_ver", lambda: ("", ""))
     assert keep_freed_memory() is False

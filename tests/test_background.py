@@ -4,11 +4,12 @@ import threading
 import pytest
 import torch
 
-from llm import checkpoint as checkpoint_module
-from llm.background import BackgroundWriter
-from llm.checkpoint import FolderCheckpointIO, find_last, load_model
-from llm.checkpoint_files import step_folder
+from llm.callbacks.checkpoint_io import FolderCheckpointIO
 from llm.errors import CheckpointError
+from llm.run_folder import checkpoint as checkpoint_module
+from llm.run_folder.background import BackgroundWriter
+from llm.run_folder.checkpoint import find_last, load_model
+from llm.run_folder.checkpoint_files import step_folder
 
 
 def test_tasks_run_in_order_and_waiting_sees_them_all_done():

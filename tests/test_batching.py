@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.batching import micro_batch_candidates, plan_batch, total_steps
 from llm.errors import ConfigError
+from llm.scaling.batching import micro_batch_candidates, plan_batch, total_steps
 
 
 @given(context=st.integers(1, 64), world=st.integers(1, 8), micro=st.integers(1, 16), accumulation=st.integers(1, 16))

@@ -13,23 +13,16 @@ import pytest
 import torch
 
 from llm import checkpoint, checkpoint_files
-from llm.checkpoint import (
-    FolderCheckpointIO,
-    compare_state,
-    find_last,
-    load_model,
-    load_training,
-    plain,
-    save_checkpoint,
-)
-from llm.checkpoint_files import point, remove_checkpoint, step_folder, verify
+from llm.callbacks.checkpoint_io import FolderCheckpointIO
 from llm.errors import CheckpointError
+from llm.run_folder.checkpoint import compare_state, find_last, load_model, load_training, plain, save_checkpoint
+from llm.run_folder.checkpoint_files import point, remove_checkpoint, step_folder, verify
 
 KILL_WHILE_SAVING = """
 import os, random, signal, sys, time, torch
 from pathlib import Path
-from llm.checkpoint import find_last, load_model, load_training, save_checkpoint
-from llm.checkpoint_files import list_checkpoints, point, remove_checkpoint, step_folder, verify
+from llm.run_folder.checkpoint import find_last, load_model, load_training, save_checkpoint
+from llm.run_folder.checkpoint_files import list_checkpoints, point, remove_checkpoint, step_folder, verify
 root = Path(sys.argv[1])
 checkpoints = root / "checkpoints"
 torch.set_num_threads(1)

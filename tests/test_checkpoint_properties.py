@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm.checkpoint import load_model, load_training, save_checkpoint
-from llm.checkpoint_files import MANIFEST, read_manifest, verify
-from llm.plain import map_tensors, plain, tensors_in
+from llm.run_folder.checkpoint import load_model, load_training, save_checkpoint
+from llm.run_folder.checkpoint_files import MANIFEST, read_manifest, verify
+from llm.run_folder.plain import map_tensors, plain, tensors_in
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | st.text(max_size=8)
 TREES = st.recursive(

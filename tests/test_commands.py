@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm.checkpoint import load_model
+from llm.run_folder.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,11 +12,11 @@ from attention_pairs import LEGAL_PAIRS
 from catalogue import build_piece, options
 from torch import nn
 
-from llm.config import build_model
-from llm.ffn.experts import Experts, loop_over_tokens
-from llm.ffn.routing import Routing
-from llm.loss import linear_cross_entropy
-from llm.training import train
+from llm.config.build import build_model
+from llm.model.ffn.experts import Experts, loop_over_tokens
+from llm.model.ffn.routing import Routing
+from llm.ops.loss import linear_cross_entropy
+from llm.training.train import train
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)][: 1 + torch.cuda.is_available()]
 RUNS = [("cpu", False), *(pytest.param("cuda", c, marks=pytest.mark.gpu) for c in (False, True))]

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm.config import build_model, build_tokenizer
+from llm.commands.export import TOLERANCE, ExportConfig, compare_logits, export, sample_ids, write_model
+from llm.config.build import build_model, build_tokenizer
+from llm.config.settings import settings
 from llm.errors import CheckpointError, ConfigError
-from llm.export import TOLERANCE, ExportConfig, compare_logits, export, sample_ids, write_model
 from llm.huggingface.families import find_family
 from llm.huggingface.load import load_hf_weights
-from llm.rebuild import TrainedModel
-from llm.settings import settings
-from llm.training import train
+from llm.training.rebuild import TrainedModel
+from llm.training.train import train
 
 SMALL = (
     "model.d_model=32", "model.num_layers=3", "model.num_heads=4", "model.num_kv_heads=2", "model.ffn.d_ff=48",
@@ -197,7 +197,7 @@ print(ids[0].tolist(), loss, out[0].tolist(), tokenizer.decode(ids[0], skip_spec
 def test_an_exported_run_works_in_a_process_without_this_project(run_folder, tmp_path):
     pytest.importorskip("transformers")
     from llm.generate import stream_tokens
-    from llm.rebuild import rebuild_model
+    from llm.training.rebuild import rebuild_model
 
     out = exporting(run_folder, tmp_path / "hf")
     answer = subprocess.run(
@@ -221,7 +221,7 @@ def test_an_exported_run_works_in_a_process_without_this_project(run_folder, tmp
 
 def test_training_goes_on_from_an_exported_folder(run_folder, composed, tiny, tmp_path):
     pytest.importorskip("transformers")
-    from llm.rebuild import rebuild_model
+    from llm.training.rebuild import rebuild_model
 
     out = exporting(run_folder, tmp_path / "hf")
     again = tmp_path / "again"

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llm.flops import measured_matmul_flops, peak_flops, table_peak
+from llm.ops.flops import measured_matmul_flops, peak_flops, table_peak
 
 
 @pytest.mark.parametrize(

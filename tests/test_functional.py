@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from llm import functional
-from llm.functional import FusedRMSNorm, FusedRotation, FusedSwiGLU, plain_rms_norm, plain_rotate, plain_swiglu
+from llm.ops import functional
+from llm.ops.functional import FusedRMSNorm, FusedRotation, FusedSwiGLU, plain_rms_norm, plain_rotate, plain_swiglu
 
 CHUNKS = [64, 1 << 18]  # pieces of a few rows, and one piece
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llm.config import build_model
+from llm.config.build import build_model
 from llm.errors import ConfigError
 from llm.generate import filter_logits, generate_text, sample_token, stream_tokens
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from llm.errors import ConfigError
-from llm.gradients import FirstGradients
+from llm.optim.gradients import FirstGradients
 
 
 def pair():

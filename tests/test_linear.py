@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm import products
-from llm.linear import Linear, plain_linear
-from llm.products import product_nn, product_nt, product_tn
+from llm.ops import products
+from llm.ops.linear import Linear, plain_linear
+from llm.ops.products import product_nn, product_nt, product_tn
 
 
 @pytest.fixture(params=[0, 1 << 60], ids=["onednn", "torch"])
@@ -56,8 +56,8 @@ def test_a_strided_gradient_is_served(monkeypatch):
 
 COMPILED = """
 import torch
-from llm import products
-from llm.linear import Linear
+from llm.ops import products
+from llm.ops.linear import Linear
 
 products.WORTHWHILE = 0
 layer, x = Linear(24, 40, bias=False), torch.randn(3, 63, 24, requires_grad=True)
@@ -75,7 +75,7 @@ def test_it_compiles_without_a_break():
 
 OFTEN = """
 import torch
-from llm.products import keep_compiled_products
+from llm.ops.products import keep_compiled_products
 keep_compiled_products()
 weight = torch.ones(8, 8)
 for turn in range(2):

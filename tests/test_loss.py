@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from llm.contracts import IGNORED_LABEL
 from llm.errors import ConfigError, ShapeError
-from llm.loss import linear_cross_entropy, reference_linear_cross_entropy
+from llm.ops.loss import linear_cross_entropy, reference_linear_cross_entropy
 
 SHAPES = [((1, 1), 8, 5), ((3, 63), 24, 101), ((2, 64), 32, 257)]
 
@@ -117,7 +117,7 @@ def test_gradients_are_not_computed_where_none_is_wanted():
 
 COMPILED = """
 import torch
-from llm.loss import linear_cross_entropy
+from llm.ops.loss import linear_cross_entropy
 
 hidden, weight = torch.randn(2, 64, 32, requires_grad=True), torch.randn(257, 32, requires_grad=True)
 labels = torch.randint(0, 257, (2, 64))

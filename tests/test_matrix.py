@@ -5,7 +5,7 @@ import json
 import pytest
 from catalogue import options
 
-from llm.training import train
+from llm.training.train import train
 
 NEEDS = {
     "data=hf": None,  # a hub or a folder of files: tests/data

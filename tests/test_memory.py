@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from llm.memory import SavedBytes, optimizer_state_bytes
+from llm.ops.memory import SavedBytes, optimizer_state_bytes
 
 
 def group(kind, *shapes):

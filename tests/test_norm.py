@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llm.norm import LayerNorm, RMSNorm
+from llm.model.norm import LayerNorm, RMSNorm
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 7), (2, 63, 64)])

@@ -4,7 +4,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 
-from llm.overrides import as_if_meant, diagnose, not_overrides
+from llm.commands.overrides import as_if_meant, diagnose, not_overrides
 
 
 @pytest.fixture

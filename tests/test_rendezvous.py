@@ -3,8 +3,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llm.launch import Launch
-from llm.rendezvous import agree, smallest
+from llm.distributed.launch import Launch
+from llm.distributed.rendezvous import agree, smallest
 
 
 @pytest.fixture

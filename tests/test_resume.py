@@ -3,9 +3,9 @@ from functools import partial
 import pytest
 from catalogue import CONF
 
+from llm.commands.overrides import keys_set_by
+from llm.config.resume import merge_resumed
 from llm.errors import ConfigError
-from llm.overrides import keys_set_by
-from llm.resume import merge_resumed
 
 SAVED = {
     "max_steps": 10,

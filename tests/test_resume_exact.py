@@ -10,9 +10,9 @@ import torch
 from catalogue import options
 from covering import every_combination, every_pair, name_of, pairs_of
 
-from llm.checkpoint import load_model, load_training
-from llm.module import LanguageModule
-from llm.training import train
+from llm.run_folder.checkpoint import load_model, load_training
+from llm.training.module import LanguageModule
+from llm.training.train import train
 
 SETTINGS = {
     "optimizer": {name: (f"optimizer={name}",) for name in options("optimizer")},
@@ -39,7 +39,7 @@ SHORT = ("max_steps=8", "val_every=4", "checkpoint_every=1", "callbacks.checkpoi
 
 @pytest.fixture
 def run(composed, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("llm.training.peak_flops", lambda *_, **__: 1e9)  # it is measured, which takes a while
+    monkeypatch.setattr("llm.training.train.peak_flops", lambda *_, **__: 1e9)  # it is measured, which takes a while
     replaced = {o.split("=")[0] for o in [*SHORT, "micro_batch_size=2"]}
     base = [*(o for o in tiny if o.split("=")[0] not in replaced), *SHORT]
 

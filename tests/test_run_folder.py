@@ -11,14 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm.config.safety import redact
 from llm.errors import ConfigError
-from llm.metrics_file import MetricsFile
-from llm.provenance import config_hash, git_commit, redact, versions
-from llm.run_folder import SUMMARY_KEYS, RunFolder
+from llm.run_folder.folder import SUMMARY_KEYS, RunFolder
+from llm.run_folder.metrics import MetricsFile
+from llm.run_folder.provenance import config_hash, git_commit, versions
 
 APPEND_FOR_EVER = """
 import sys
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
 folder = RunFolder(sys.argv[1])
 folder.claim(resume=True)
 step = 0

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm.errors import ConfigError
-from llm.schedule import constant, cosine, inverse_time, piecewise, wsd
+from llm.scaling.schedule import constant, cosine, inverse_time, piecewise, wsd
 
 TOTAL = 1000
 

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from llm.signatures import check_node, fits, locate, target_nodes
+from llm.config.signatures import check_node, fits, locate, target_nodes
 
 
 def node(**values):
-    return {"_target_": "llm.ffn.swiglu.SwiGLU", "_partial_": True, **values}
+    return {"_target_": "llm.model.ffn.swiglu.SwiGLU", "_partial_": True, **values}
 
 
 def test_a_good_node_has_no_problem():
@@ -47,8 +47,8 @@ def test_a_missing_value_says_how_to_give_it():
 
 
 def test_a_whole_piece_that_lacks_an_argument_is_found():
-    whole = {"_target_": "llm.ffn.swiglu.SwiGLU", "d_ff": 64}
-    assert check_node("ffn", whole) == ["ffn.d_model: missing; llm.ffn.swiglu.SwiGLU needs it"]
+    whole = {"_target_": "llm.model.ffn.swiglu.SwiGLU", "d_ff": 64}
+    assert check_node("ffn", whole) == ["ffn.d_model: missing; llm.model.ffn.swiglu.SwiGLU needs it"]
     assert check_node("ffn", whole, supplied=frozenset({"d_model"})) == []
 
 
@@ -61,7 +61,7 @@ def test_a_target_outside_the_allow_list_is_refused_without_importing_it(target)
 
 
 def test_a_target_that_does_not_exist_is_named():
-    (problem,) = check_node("model.ffn", {"_target_": "llm.ffn.swiglu.SwigLU"})
+    (problem,) = check_node("model.ffn", {"_target_": "llm.model.ffn.swiglu.SwigLU"})
     assert "cannot be imported" in problem
 
 
@@ -71,7 +71,7 @@ def test_nodes_are_found_at_any_depth():
 
 
 def test_a_method_of_a_class_can_be_located():
-    assert locate("llm.ffn.swiglu.SwiGLU.flops_per_token").__name__ == "flops_per_token"
+    assert locate("llm.model.ffn.swiglu.SwiGLU.flops_per_token").__name__ == "flops_per_token"
 
 
 @pytest.mark.parametrize(

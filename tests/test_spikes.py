@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm.errors import ConfigError
-from llm.spikes import RollbackGuard, SpikeGuard
+from llm.training.spikes import RollbackGuard, SpikeGuard
 
 
 def guard(**changes):

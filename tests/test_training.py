@@ -6,11 +6,11 @@ import pytest
 import torch
 import yaml
 
-from llm.checkpoint import load_model
+from llm.commands.evaluate import evaluate
 from llm.errors import CheckpointError, ConfigError, NonFiniteError
-from llm.evaluation import evaluate
-from llm.module import LanguageModule
-from llm.training import train
+from llm.run_folder.checkpoint import load_model
+from llm.training.module import LanguageModule
+from llm.training.train import train
 
 
 def losses(folder):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from catalogue import CONF, options
 
-from llm.config import build_meta_model, build_model
+from llm.config.build import build_meta_model, build_model
 from llm.errors import ConfigError
-from llm.plan import count_parameters
+from llm.training.plan import count_parameters
 
 VOCAB = 50
 

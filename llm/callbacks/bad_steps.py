@@ -8,8 +8,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from llm.rollback import read_rollbacks
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
+from llm.run_folder.rollback import read_rollbacks
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from llm.background import BackgroundWriter
-from llm.checkpoint import FolderCheckpointIO
-from llm.checkpoint_files import list_checkpoints, point, remove_checkpoint, step_folder
+from llm.callbacks.checkpoint_io import FolderCheckpointIO
 from llm.errors import ConfigError
-from llm.run_folder import RunFolder
+from llm.run_folder.background import BackgroundWriter
+from llm.run_folder.checkpoint_files import list_checkpoints, point, remove_checkpoint, step_folder
+from llm.run_folder.folder import RunFolder
 
 log = logging.getLogger(__name__)
 

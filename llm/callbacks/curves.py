@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
 
 
 class Curves(Callback):

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from llm.errors import ConfigError
 from llm.evals.base import Evaluation, Subject
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
 
 log = logging.getLogger(__name__)
 

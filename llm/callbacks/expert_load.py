@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm.callbacks.rows import log_rows
 from llm.errors import ConfigError
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from llm.errors import ConfigError
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
 
 
 class RunCsvLogger(CSVLogger):

@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from llm.optim.receipt import receipt
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
 
 log = logging.getLogger(__name__)
 

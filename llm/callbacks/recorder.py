@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from llm.errors import ConfigError
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
 
 
 class Recorder(Callback):

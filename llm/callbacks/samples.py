@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 
 from llm.callbacks.rows import log_rows
 from llm.errors import ConfigError
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
 
 log = logging.getLogger(__name__)
 

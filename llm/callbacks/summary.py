@@ -8,10 +8,10 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from llm.memory import peak_memory_bytes
-from llm.provenance import git_commit, versions
-from llm.run_folder import RunFolder
-from llm.zero.weights import whole_shape
+from llm.distributed.zero.weights import whole_shape
+from llm.ops.memory import peak_memory_bytes
+from llm.run_folder.folder import RunFolder
+from llm.run_folder.provenance import git_commit, versions
 
 _FINAL = {"val/loss": "val/loss", "val/bits_per_byte": "bits_per_byte", "val/perplexity": "perplexity"}
 

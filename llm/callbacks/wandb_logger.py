@@ -17,9 +17,9 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import WandbLogger
 
+from llm.config.safety import redact
 from llm.errors import ConfigError
-from llm.provenance import redact
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
 
 log = logging.getLogger(__name__)
 

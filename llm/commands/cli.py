@@ -2,37 +2,36 @@
 
 import logging
 import os
-import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llm.checking import check_name
-from llm.checkpoint_files import list_checkpoints
-from llm.config import load, to_plain, world_size
+from llm.commands.compose import CONFIG_DIR, _compose, _default_config
+from llm.commands.help import help_page
+from llm.commands.multirun import is_multirun, run_sweep
+from llm.commands.overrides import as_if_meant, diagnose, keys_set_by, not_overrides
+from llm.config.check import check_name
+from llm.config.files import load, to_plain
+from llm.config.resume import merge_resumed
+from llm.config.sizes import world_size
+from llm.distributed.launch import Launch, adopt, find_launch, note_failure, start_processes
+from llm.distributed.rendezvous import agree
 from llm.errors import ConfigError, CrucibleError
-from llm.help import help_page
-from llm.launch import Launch, adopt, find_launch, note_failure, start_processes
-from llm.multirun import is_multirun, run_sweep
-from llm.overrides import as_if_meant, diagnose, keys_set_by, not_overrides
-from llm.rendezvous import agree
-from llm.resume import merge_resumed
-from llm.run_folder import RunFolder
+from llm.run_folder.checkpoint_files import list_checkpoints
+from llm.run_folder.folder import RunFolder
+from llm.run_folder.where import discard_empty
 from llm.sweep.follow import follow_parent
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "conf"
 EXIT_MISTAKE = 2
 """Exit status of a mistake that the user can mend."""
 
@@ -211,18 +210,6 @@ def _as_one_of_several(launch: Launch, arguments: list[str], config_name: str) -
     return [f"hydra.run.dir='{folder}'", *own]
 
 
-def discard_empty(folder: Path) -> None:
-    """Remove a run folder in which nothing but Hydra's own notes and a log stands: no run came of it."""
-    # what another rank removes meanwhile, such as an old checkpoint, is passed over
-    files = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
-    if all(path.parent.name == ".hydra" or path.suffix == ".log" for path in files):
-        logging.shutdown()
-        for handler in [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]:
-            if Path(handler.baseFilename).is_relative_to(folder.absolute()):
-                logging.getLogger().removeHandler(handler)  # it would open its file again
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _check_names(arguments: list[str]) -> None:
     """Refuse run names that could leave the folder of runs, also in a sweep."""
     for name in [n for a in arguments if a.startswith("name=") for n in a.removeprefix("name=").split(",")]:
@@ -251,24 +238,6 @@ def _newest_run(arguments: list[str], config_name: str) -> Path:
             return folder
         passed_over.append(folder)
     raise ConfigError(f"resume=auto: no run named {name} with a checkpoint under runs/; name its folder instead")
-
-
-def _compose(config_name: str, overrides: list[str]) -> dict[str, Any]:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        cfg = compose(config_name, overrides=overrides, return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-        OmegaConf.set_struct(cfg, False)
-        cfg.pop("hydra")
-        plain = to_plain(cfg)
-    GlobalHydra.instance().clear()
-    return plain
-
-
-def _default_config(config_name: str) -> Mapping[str, Any]:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return OmegaConf.to_container(compose(config_name), resolve=False)  # type: ignore[return-value]
 
 
 def _fail(message: str) -> None:

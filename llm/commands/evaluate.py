@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from llm.checkpoint_files import MANIFEST
-from llm.config import instantiate
+from llm.config.pieces import instantiate
+from llm.config.safety import secrets_in
+from llm.config.settings import settings
+from llm.config.signatures import check_node, target_nodes
 from llm.errors import ConfigError
 from llm.evals.base import Evaluation, Result, Subject, save_plot
-from llm.other_text import open_source, source_patterns
-from llm.rebuild import TrainedRun, rebuild
-from llm.safety import secrets_in
-from llm.settings import settings
-from llm.signatures import check_node, target_nodes
+from llm.evals.other_text import open_source, source_patterns
+from llm.run_folder.checkpoint_files import MANIFEST
 from llm.tables import format_table
+from llm.training.rebuild import TrainedRun, rebuild
 
 DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 

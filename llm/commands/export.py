@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llm.cli import run_plain_command
+from llm.commands.cli import run_plain_command
 from llm.errors import CheckpointError, ConfigError
 from llm.huggingface.families import find_family
 from llm.huggingface.folder import discard, replace_folder, write_folder
 from llm.huggingface.names import to_theirs
-from llm.rebuild import TrainedModel, rebuild_model
+from llm.training.rebuild import TrainedModel, rebuild_model
 
 TOLERANCE = 1e-4
 """Largest difference of logits, in fp32, up to which an export is the same model."""
@@ -132,7 +132,7 @@ def compare_logits(trained: TrainedModel, folder: Path, ids: Tensor) -> float:
 
 def check_export(cfg: Mapping[str, Any]) -> ExportConfig:
     """Return the settings, or raise ConfigError with every mistake in them."""
-    from llm.settings import settings
+    from llm.config.settings import settings
 
     return settings(ExportConfig, cfg)
 
@@ -140,7 +140,3 @@ def check_export(cfg: Mapping[str, Any]) -> ExportConfig:
 def main() -> None:
     """Export what the command line names."""
     run_plain_command(lambda cfg: export(check_export(cfg)), config_name="export")
-
-
-if __name__ == "__main__":
-    main()

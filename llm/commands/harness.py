@@ -11,7 +11,7 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 
 from llm.errors import CrucibleError
 from llm.evals.harness import HarnessModel
-from llm.rebuild import rebuild_model
+from llm.training.rebuild import rebuild_model
 
 
 class CrucibleLM(HarnessModel):
@@ -73,9 +73,4 @@ def main() -> None:
         sys.exit(2)
 
 
-if __name__ == "__main__":
-    from llm import harness  # registered once, under its importable name
-
-    harness.main()
-else:
-    register_model("crucible")(CrucibleLM)
+register_model("crucible")(CrucibleLM)

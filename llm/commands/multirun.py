@@ -19,8 +19,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from llm.config.resume import merge_resumed
 from llm.report.build import write_report
-from llm.resume import merge_resumed
 from llm.sweep.job import Plan, plain_command, run_job
 from llm.sweep.manifest import MANIFEST, Job, read_manifest, read_notes
 from llm.sweep.options import SweepOptions, split_options
@@ -102,7 +102,7 @@ class JobFunction:
 
     @staticmethod
     def _here(task: Task, cfg: DictConfig, path: Path, is_resumed: bool) -> float | None:
-        from llm.config import load, to_plain  # with torch behind it, which workers that only wait do without
+        from llm.config.files import load, to_plain  # with torch behind it, which workers that only wait do without
 
         plain = to_plain(cfg)
         if is_resumed:

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from llm.config.safety import secrets_on_the_command_line
+from llm.config.signatures import suggest
 from llm.errors import did_you_mean
-from llm.safety import secrets_on_the_command_line
-from llm.signatures import suggest
 
 PLUGIN_GROUPS = ("hydra/launcher", "hydra/sweeper")
 """Groups whose options come with plugins of Hydra's."""

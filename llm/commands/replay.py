@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from llm.callbacks.bad_steps import FILE
-from llm.checkpoint_files import list_checkpoints
-from llm.cli import run_plain_command
+from llm.commands.cli import run_plain_command
+from llm.config.settings import settings
 from llm.errors import ConfigError
-from llm.loss import linear_cross_entropy
-from llm.rebuild import TrainedRun, rebuild
-from llm.rollback import read_rollbacks
-from llm.run_folder import RunFolder
-from llm.settings import settings
+from llm.ops.loss import linear_cross_entropy
+from llm.run_folder.checkpoint_files import list_checkpoints
+from llm.run_folder.folder import RunFolder
+from llm.run_folder.rollback import read_rollbacks
 from llm.tables import format_table
+from llm.training.rebuild import TrainedRun, rebuild
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,3 @@ def check_replay(cfg: dict[str, Any]) -> ReplayConfig:
 def main() -> None:
     """Replay what the command line names."""
     run_plain_command(lambda cfg: replay(check_replay(cfg)), config_name="replay")
-
-
-if __name__ == "__main__":
-    main()

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from llm.cli import run_plain_command
+from llm.commands.cli import run_plain_command
+from llm.config.settings import settings
 from llm.errors import ConfigError
 from llm.generate.sampling import check_sampling
 from llm.generate.text import Continuation, encode_prompts
-from llm.memory import peak_memory_bytes
-from llm.rebuild import TrainedModel, rebuild_model
-from llm.settings import settings
+from llm.ops.memory import peak_memory_bytes
 from llm.tables import format_bytes
+from llm.training.rebuild import TrainedModel, rebuild_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,3 @@ def converse(trained: TrainedModel, config: TalkConfig) -> None:
 def main() -> None:
     """Talk as the command line says."""
     run_plain_command(talk, config_name="generate", raw=frozenset({"prompt"}))
-
-
-if __name__ == "__main__":
-    main()

@@ -2,26 +2,20 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import yaml
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate as hydra_instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from llm.batching import BatchPlan, BatchRamp, micro_batch_candidates, plan_batch, plan_ramp
-from llm.errors import ConfigError, CrucibleError
-from llm.launch import find_launch
-from llm.precision import resolve_precision
-from llm.scaling.derivation import family_of
+from llm.config.pieces import instantiate, suited_rule
+from llm.config.run import run_config
+from llm.config.sizes import accelerator, batch_ramp, topology
+from llm.errors import ConfigError
+from llm.model.transformer import Transformer
+from llm.ops.precision import resolve_precision
 from llm.scaling.half_life import half_life_note, keep_half_life
 from llm.scaling.rates import Rates
-from llm.signatures import is_allowed, locate
-from llm.transformer import Transformer
 
 GROUPS = (
     "model", "optimizer", "schedule", "scaling", "batch_schedule", "rates", "data", "tokenizer", "trainer", "logger",
@@ -31,64 +25,7 @@ CHECK_VOCABULARY = 64
 """Vocabulary of the throw-away model that `check` builds without storage."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """The run-level keys; everything else belongs to a group."""
-
-    name: str
-    seed: int
-    max_steps: int | None
-    max_tokens: int | None
-    batch_tokens: int
-    context_length: int
-    micro_batch_size: int | Literal["auto"]
-    val_every: int
-    checkpoint_every: int
-    on_nonfinite: Literal["raise", "skip", "tiger"]
-    compile: bool | Literal["auto"]
-    keep_half_life: bool
-    resume: str | None
-    init_from: str | None
-    plan: bool
-
-
-def piece_at(target: str) -> Any:
-    """Return what a `_target_` names; None where it names nothing, or nothing that is allowed: `check` tells of it."""
-    try:
-        return locate(target) if is_allowed(target) else None
-    except (ImportError, AttributeError):
-        return None
-
-
-def suited_rule(optimizer: str, rules: Mapping[str, str]) -> str:
-    """Return the rule that `conf/scaling/auto.yaml` has for an optimizer's `_target_`, `none` where it has none."""
-    piece = piece_at(optimizer)
-    return rules.get((piece and family_of(piece)) or "", "none")
-
-
 OmegaConf.register_new_resolver("suited_rule", suited_rule, replace=True)
-
-
-def instantiate(node: Any, **arguments: Any) -> Any:
-    """Build a node as Hydra does, with plain dicts and lists; a piece's own complaint comes out unwrapped."""
-    try:
-        return hydra_instantiate(node, _convert_="all", **arguments)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, CrucibleError):
-            raise error.__cause__ from None
-        raise
-
-
-def to_plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration as plain, resolved dicts and lists."""
-    if isinstance(cfg, DictConfig):
-        return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
-    return dict(cfg)
-
-
-def run_config(cfg: Mapping[str, Any]) -> RunConfig:
-    """Return the run-level keys of a plain configuration that passed `check`."""
-    return RunConfig(**{f.name: cfg[f.name] for f in fields(RunConfig)})
 
 
 def build_meta_model(cfg: Mapping[str, Any], vocab_size: int = CHECK_VOCABULARY) -> Transformer:
@@ -102,87 +39,6 @@ def build_meta_model(cfg: Mapping[str, Any], vocab_size: int = CHECK_VOCABULARY)
 def build_rates(cfg: Mapping[str, Any]) -> Rates:
     """Build what gives each tensor its rate."""
     return instantiate(cfg["rates"]) if cfg.get("rates") else Rates()
-
-
-def accelerator(trainer: Mapping[str, Any]) -> str:
-    """Return the kind of device that a trainer node will use: cpu or cuda.
-
-    Raises:
-        ConfigError: a GPU is asked for and there is none.
-    """
-    wanted = trainer.get("accelerator", "auto")
-    available = torch.cuda.is_available()
-    if wanted in ("gpu", "cuda") and not available:
-        raise ConfigError(f"trainer.accelerator={wanted}: no CUDA device is visible; use trainer=cpu")
-    return "cuda" if wanted in ("gpu", "cuda") or (wanted == "auto" and available) else "cpu"
-
-
-def world_size(trainer: Mapping[str, Any]) -> int:
-    """Return the number of processes that a trainer node will run.
-
-    Raises:
-        ConfigError: more devices than there are.
-    """
-    devices, nodes = topology(trainer)
-    return devices * nodes
-
-
-def topology(trainer: Mapping[str, Any]) -> tuple[int, int]:
-    """Return devices a node, and nodes; what a launcher has started settles what the trainer node leaves open.
-
-    Raises:
-        ConfigError: more devices than there are, or another number than a launcher has started processes.
-    """
-    devices, launch = trainer.get("devices", 1), find_launch()
-    visible = torch.cuda.device_count() if accelerator(trainer) == "cuda" else None
-    count = len(devices) if isinstance(devices, list) else devices
-    if count in ("auto", -1, "-1"):
-        count = launch.devices if launch else visible or 1
-    if visible is not None and int(count) > visible:
-        raise ConfigError(f"trainer.devices={devices}: only {visible} CUDA devices are visible; ask for fewer")
-    nodes = int(trainer.get("num_nodes", launch.num_nodes if launch else 1))
-    if launch and int(count) * nodes != launch.world_size:
-        raise ConfigError(
-            f"trainer.devices={devices}: {launch.name} has started {launch.world_size} processes, {launch.devices} on "
-            "each node; use trainer=ddp or trainer=deepspeed, and leave trainer.devices and trainer.num_nodes out"
-        )
-    return int(count), nodes
-
-
-def batch_ramp(cfg: Mapping[str, Any]) -> BatchRamp:
-    """Return the tokens of each update of the run."""
-    node = cfg.get("batch_schedule")
-    changes = instantiate(node)(batch_tokens=cfg["batch_tokens"]) if node else {0: cfg["batch_tokens"]}
-    return plan_ramp(changes, max_steps=cfg["max_steps"], max_tokens=cfg["max_tokens"])
-
-
-def planned_steps(cfg: Mapping[str, Any]) -> int:
-    """Return the optimizer updates of the run."""
-    return batch_ramp(cfg).total_steps
-
-
-def least_micro_batches(cfg: Mapping[str, Any]) -> tuple[int, str]:
-    """Return how many micro-batches an update must have over all devices, and the callback that asks for them."""
-    nodes = {key: node for key, node in (cfg["callbacks"] or {}).items() if isinstance(node, Mapping)}
-    asked = {key: getattr(piece_at(str(node.get("_target_"))), "least_micro_batches", 1) for key, node in nodes.items()}
-    return max(((count, key) for key, count in asked.items()), default=(1, ""))
-
-
-def micro_batch_sizes(cfg: Mapping[str, Any]) -> list[int]:
-    """Return what `micro_batch_size=auto` may be, largest first."""
-    return micro_batch_candidates(
-        batch_tokens=cfg["batch_tokens"],
-        context_length=cfg["context_length"],
-        world_size=world_size(cfg["trainer"]),
-        least=least_micro_batches(cfg)[0],
-    )
-
-
-def batch_plan(cfg: Mapping[str, Any]) -> BatchPlan:
-    """Return the plan of an update; `micro_batch_size=auto` is taken as its largest candidate."""
-    sizes = {key: cfg[key] for key in ("batch_tokens", "context_length")}
-    sizes["world_size"], micro = world_size(cfg["trainer"]), cfg["micro_batch_size"]
-    return plan_batch(**sizes, micro_batch_size=micro_batch_sizes(cfg)[0] if micro == "auto" else micro)
 
 
 def build_tokenizer(cfg: Mapping[str, Any]) -> Any:
@@ -227,13 +83,6 @@ def module_factories(cfg: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def needs_probe(cfg: Mapping[str, Any]) -> bool:
-    """Whether the run's rates wait for a noise scale: one that is to be measured, and a batch other than the base."""
-    node = cfg["scaling"]
-    sizes = {batch_tokens for _, _, batch_tokens in batch_ramp(cfg).stages}
-    return node.get("noise_scale") == "measured" and sizes != {node.get("base_batch_tokens")}
-
-
 def retuned_optimizer(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Return the optimizer's node for the batch of the run, and what became of its half-lives in tokens."""
     node, base = dict(cfg["optimizer"]), cfg["scaling"].get("base_batch_tokens")
@@ -263,7 +112,7 @@ def build_averaging(cfg: Mapping[str, Any]) -> list[Any]:
     """
     if not cfg.get("averaging"):
         return []
-    if "deepspeed" in str(cfg["trainer"].get("strategy")).lower() or "llm.strategy" in str(cfg["trainer"]):
+    if "deepspeed" in str(cfg["trainer"].get("strategy")).lower() or "llm.distributed.strategy" in str(cfg["trainer"]):
         raise ConfigError(
             "averaging: sharded weights are not averaged; use trainer=ddp, or eval.py average=5 afterwards"
         )
@@ -294,22 +143,3 @@ def build_trainer(cfg: Mapping[str, Any], **arguments: Any) -> Any:
     if not isinstance(node.get("devices"), list):
         node["devices"], node["num_nodes"] = topology(node)
     return instantiate(node, **arguments)
-
-
-def save(cfg: Mapping[str, Any], path: Path) -> None:
-    """Write a plain configuration as YAML."""
-    path.write_text(yaml.safe_dump(dict(cfg), sort_keys=False, allow_unicode=True))
-
-
-def load(path: Path) -> dict[str, Any]:
-    """Read a configuration that `save` wrote.
-
-    Raises:
-        ConfigError: a file that is missing or is no mapping.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path}: not found; name a run folder, which holds a config.yaml")
-    cfg = yaml.safe_load(path.read_text())
-    if not isinstance(cfg, dict):
-        raise ConfigError(f"{path}: not a configuration; name a run folder that train.py made")
-    return cfg

@@ -8,19 +8,24 @@ from typing import Any, get_type_hints
 
 import torch
 
-from llm.batching import check_ramp
-from llm.config import (
-    GROUPS,
-    RunConfig,
+from llm.config.build import GROUPS, build_averaging, build_evaluations, build_meta_model, build_rates, build_tokenizer
+from llm.config.pieces import instantiate
+from llm.config.run import RunConfig
+from llm.config.safety import escaping_paths, secrets_in
+from llm.config.signatures import (
+    check_node,
+    check_pieces,
+    fits,
+    keyword_parameters,
+    locate,
+    suggest,
+    target_nodes,
+    type_name,
+)
+from llm.config.sizes import (
     accelerator,
     batch_plan,
     batch_ramp,
-    build_averaging,
-    build_evaluations,
-    build_meta_model,
-    build_rates,
-    build_tokenizer,
-    instantiate,
     least_micro_batches,
     micro_batch_sizes,
     needs_probe,
@@ -28,10 +33,9 @@ from llm.config import (
     world_size,
 )
 from llm.errors import ConfigError, CrucibleError
-from llm.noise_probe import PROBE_REMEDY
-from llm.precision import resolve_precision
-from llm.safety import escaping_paths, secrets_in
-from llm.signatures import check_node, check_pieces, fits, keyword_parameters, locate, suggest, target_nodes, type_name
+from llm.ops.precision import resolve_precision
+from llm.scaling.batching import check_ramp
+from llm.scaling.noise_scale import PROBE_REMEDY
 
 SUPPLIED_TO = {"data.module.TokenDataModule": frozenset({"source"})}
 REMEDIES = {"base_batch_tokens": "the tokens per update at which optimizer.lr was tuned"}

@@ -97,3 +97,18 @@ def _leaves(node: Any, path: str = "", key: str = "") -> Iterator[tuple[str, str
             yield from _leaves(value, f"{path}[{index}]", key)
     else:
         yield path, key, node
+
+
+def redact(value: Any) -> Any:
+    """Return `value` with every secret in it replaced: by key (`api_key`, `hf_token`, ...) and in URLs' user part.
+
+    A count such as `batch_tokens` is no secret, nor is anything that is not a text.
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: "<redacted>" if isinstance(inner, str) and inner and is_secret_key(str(key)) else redact(inner)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redact(inner) for inner in value]
+    return re.sub(r"(://)[^/@\s]+@", r"\1<redacted>@", value) if isinstance(value, str) else value

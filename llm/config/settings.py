@@ -5,8 +5,8 @@ from dataclasses import MISSING as DEFAULTLESS
 from dataclasses import fields
 from typing import Any, TypeVar, get_type_hints
 
+from llm.config.signatures import MISSING, fits, suggest, type_name
 from llm.errors import ConfigError
-from llm.signatures import MISSING, fits, suggest, type_name
 
 Settings = TypeVar("Settings")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from llm.launch import Launch
+from llm.distributed.launch import Launch
 
 PATIENCE = timedelta(minutes=5)
 KEY = "crucible/agreed"

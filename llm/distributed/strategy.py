@@ -12,13 +12,16 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from llm.gradients import WholeGradients
-from llm.optim.receipt import unwrap
-from llm.optim.shard import ShardLayout, check_coverage
-from llm.zero.gradients import ShardedGradients
-from llm.zero.layouts import read_layouts
-from llm.zero.settings import check_settings, check_trainable, engine_config, precision_config, require_deepspeed
-from llm.zero.state import (
+from llm.distributed.zero.gradients import ShardedGradients
+from llm.distributed.zero.layouts import read_layouts
+from llm.distributed.zero.settings import (
+    check_settings,
+    check_trainable,
+    engine_config,
+    precision_config,
+    require_deepspeed,
+)
+from llm.distributed.zero.state import (
     gather_optimizer_state,
     gather_whole,
     optimizer_state_dict,
@@ -26,7 +29,10 @@ from llm.zero.state import (
     scatter_whole,
     state_by_name,
 )
-from llm.zero.weights import refresh_parts
+from llm.distributed.zero.weights import refresh_parts
+from llm.optim.gradients import WholeGradients
+from llm.optim.receipt import unwrap
+from llm.optim.shard import ShardLayout, check_coverage
 
 
 class ZeroStrategy(DeepSpeedStrategy):

@@ -2,13 +2,13 @@
 
 from matplotlib.axes import Axes
 
-from llm.attention.concentration import concentration_by_layer
 from llm.errors import ConfigError
 from llm.evals.base import Result, Subject, validation_batches
+from llm.model.attention.concentration import concentration_by_layer
 
 
 class Attention:
-    """Measures each layer's entropy of attention and how few keys it rests on; see `llm.attention.concentration`.
+    """Measures each layer's entropy of attention and how few keys it rests on; see `llm.model.attention.concentration`.
 
     Args:
         windows: of the validation split, at least 1; all pairs of a window are held in memory.

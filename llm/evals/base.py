@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from llm.contracts import Batch
 from llm.errors import ConfigError
-from llm.loss import linear_cross_entropy
-from llm.transformer import Transformer
+from llm.model.transformer import Transformer
+from llm.ops.loss import linear_cross_entropy
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from llm.attention.codebook import Codebook as CodebookModule
-from llm.attention.codebook import Quantized
 from llm.errors import ConfigError
 from llm.evals.base import Result, Subject, check_batches, watch
+from llm.model.attention.codebook import Codebook as CodebookModule
+from llm.model.attention.codebook import Quantized
 
 
 class Codebook:

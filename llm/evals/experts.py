@@ -8,8 +8,8 @@ from torch import Tensor
 
 from llm.errors import ConfigError
 from llm.evals.base import Result, Subject, check_batches, watch
-from llm.ffn.load import expert_counts, max_violation
-from llm.ffn.routing import Router, Routing
+from llm.model.ffn.load import expert_counts, max_violation
+from llm.model.ffn.routing import Router, Routing
 
 
 class Experts:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llm.errors import ConfigError, DataError
 from llm.evals.base import Result, Subject, on_device, token_losses
-from llm.metrics import validation_metrics
+from llm.evals.metrics import validation_metrics
 
 HEADER = ["text", "tokens", "bytes", "nats a token", "bits per byte", "perplexity"]
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import yaml
 
-from llm.config import build_data, instantiate
+from llm.config.build import build_data
+from llm.config.conf import conf_folder
+from llm.config.pieces import instantiate
 
-TEXT = Path(__file__).resolve().parent.parent / "conf" / "data" / "text.yaml"
+TEXT = conf_folder() / "data" / "text.yaml"
 TOKENIZER = "tokenizer.json"
 
 

@@ -2,15 +2,15 @@
 
 from typing import Any, NamedTuple
 
-from llm.attention.softmax import SoftmaxAttention
 from llm.errors import ConfigError
-from llm.ffn.moe import MoE
-from llm.ffn.router import TopKRouter
-from llm.ffn.swiglu import SwiGLU
-from llm.norm import RMSNorm
-from llm.position.ntk import NTKRoPE
-from llm.position.rope import RoPE
-from llm.transformer import Transformer
+from llm.model.attention.softmax import SoftmaxAttention
+from llm.model.ffn.moe import MoE
+from llm.model.ffn.router import TopKRouter
+from llm.model.ffn.swiglu import SwiGLU
+from llm.model.norm import RMSNorm
+from llm.model.position.ntk import NTKRoPE
+from llm.model.position.rope import RoPE
+from llm.model.transformer import Transformer
 
 
 class Family(NamedTuple):

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.checkpoint import compare_state
 from llm.errors import CheckpointError, ConfigError
 from llm.huggingface.families import find_family
 from llm.huggingface.folder import read_config, read_weights
 from llm.huggingface.names import to_ours
-from llm.transformer import Transformer
+from llm.model.transformer import Transformer
+from llm.run_folder.checkpoint import compare_state
 
 MODEL_TYPES = ("llama", "mistral", "qwen3", "mixtral", "qwen3_moe", "glm4_moe")
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llm.functional import rms_norm
+from llm.ops.functional import rms_norm
 
 
 class RMSNorm(nn.Module):

@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llm.block import Block
 from llm.contracts import LayerCache
 from llm.errors import ConfigError
-from llm.products import is_read_only, read_only_product
+from llm.model.block import Block
+from llm.ops.products import is_read_only, read_only_product
 
 
 class TransformerOutput(NamedTuple):

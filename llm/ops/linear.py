@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llm.products import is_read_only, pays, product_nn, product_nt, product_tn, read_only_product
+from llm.ops.products import is_read_only, pays, product_nn, product_nt, product_tn, read_only_product
 
 
 class Linear(nn.Linear):
-    """y = W x + b, as `torch.nn.Linear`; large fp32 products on a CPU take `llm.products`, forward and backward."""
+    """y = W x + b, as `torch.nn.Linear`; large fp32 products on a CPU take `llm.ops.products`, forward and backward."""
 
     def forward(self, input: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
         """Project the last axis."""
@@ -21,7 +21,7 @@ class Linear(nn.Linear):
 
 
 def linear(x: Float[Tensor, "*shape d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "*shape d_out"]:
-    """Return x Wᵀ, large fp32 products on a CPU through `llm.products`."""
+    """Return x Wᵀ, large fp32 products on a CPU through `llm.ops.products`."""
     multiplications = x.numel() * weight.shape[0]
     if is_read_only(x, weight, multiplications):
         return read_only_product(x, weight)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm.contracts import IGNORED_LABEL
 from llm.errors import ConfigError, ShapeError
-from llm.products import product_nn, product_nt, product_tn
+from llm.ops.products import product_nn, product_nt, product_tn
 
 CHUNK_SCORES = 1 << 23
 """Vocabulary scores held at a time, where `chunk_tokens` is not given."""

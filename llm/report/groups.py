@@ -5,15 +5,15 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from llm.config.conf import conf_folder
 from llm.report.runs import PRUNED, Run
 from llm.report.stats import standard_error
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF = conf_folder()
 LR, SEED = "optimizer.lr", "seed"
 RUN_KEYS = ("batch_tokens", "context_length", "max_tokens", "max_steps")
 UNTOLD = ("name", "resume", "plan", "init_from", "micro_batch_size", "val_every", "checkpoint_every", "compile")

@@ -12,8 +12,8 @@ import yaml
 
 from llm.errors import ConfigError
 from llm.report.sweeps import holds_sweep
-from llm.run_folder import RunFolder
-from llm.run_folder_lines import Line, LineReader
+from llm.run_folder.folder import RunFolder
+from llm.run_folder.metrics import LineReader, Record
 
 PRUNED = "pruned"
 """The state of a run that its sweep stopped because it fell behind."""
@@ -191,7 +191,7 @@ class RunReader:
         )
 
 
-def _kept(line: Line) -> Line:
+def _kept(line: Record) -> Record:
     return {k: v for k, v in line.items() if k in KEPT or k.endswith(KEPT_ENDINGS)}
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llm.checkpoint import compare_state, load_model
-from llm.checkpoint_files import list_checkpoints
 from llm.errors import CheckpointError, ConfigError
+from llm.run_folder.checkpoint import compare_state, load_model
+from llm.run_folder.checkpoint_files import list_checkpoints
 
 
 def last_checkpoints(run_folder: Path, folder: Path, count: int) -> list[Path]:

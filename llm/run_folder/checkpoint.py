@@ -5,22 +5,18 @@ plain data only) and `manifest.json` (sha256 and size of each file, step, versio
 name by one rename, so a folder that has the name is whole, and the manifest proves it.
 """
 
-import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llm.background import BackgroundWriter
-from llm.checkpoint_files import list_checkpoints, publish, read_manifest, remove_checkpoint, verify
 from llm.errors import CheckpointError
-from llm.plain import map_tensors, plain, tensors_in
+from llm.run_folder.checkpoint_files import list_checkpoints, publish, read_manifest, verify
+from llm.run_folder.plain import map_tensors, plain, tensors_in
 
 MODEL, TRAINING = "model.safetensors", "training.pt"
 _SEVERAL = 8  # names listed in one error
@@ -169,57 +165,6 @@ def compare_state(model_state: Mapping[str, Tensor], expected: Mapping[str, Tens
         )
 
 
-class FolderCheckpointIO(CheckpointIO):
-    """Lets Lightning save and load checkpoints as folders (pass it in `Trainer(plugins=[...])`).
-
-    Saving holds training up for as long as a copy of the state in memory takes; a thread writes it. One copy at a time
-    is kept: where a checkpoint is due before the last one is written, training waits for that.
-
-    Args:
-        manifest: what each manifest.json records about the run: world_size, versions, config_hash.
-
-    Attributes:
-        writer: has a queue for what should follow when the checkpoint is there, and raises what went wrong.
-    """
-
-    def __init__(self, *, manifest: Mapping[str, Any]) -> None:
-        self.manifest = dict(manifest)
-        self.writer = BackgroundWriter()
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
-        """Copy Lightning's dictionary, and have it written as a checkpoint folder at `path`."""
-        if storage_options is not None:
-            raise CheckpointError(f"storage_options={storage_options}: a checkpoint folder has none; leave them out")
-        state = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
-        training = {name: value for name, value in checkpoint.items() if name != "state_dict"}
-        training["state_dict_extra"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in state}
-        self.writer.wait()
-        contents = contents_of(state, training, is_copy=True)
-        manifest = self.manifest | {"step": checkpoint["global_step"]}
-        self.writer.submit(partial(_write_finite, Path(path), contents, manifest=manifest))
-
-    def load_checkpoint(
-        self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Return Lightning's dictionary; always as plain data, whatever `weights_only` says, and on the CPU."""
-        self.writer.wait()
-        folder = Path(path)
-        training = load_training(folder)
-        extra = training.pop("state_dict_extra", {})
-        return training | {"state_dict": load_model(folder, check=False) | extra}
-
-    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Delete the checkpoint folder at `path`."""
-        self.writer.wait()
-        remove_checkpoint(Path(path))
-
-    def teardown(self) -> None:
-        """Wait for what is still being written."""
-        self.writer.wait()
-
-
 def _untie(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Split weights into those to store and, for each tied name, the name that it is stored under."""
     stored: dict[str, Tensor] = {}
@@ -238,16 +183,6 @@ def _untie(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
         stored[name] = tensor.clone().contiguous() if storage in storages else tensor.contiguous()
         storages.add(storage)
     return stored, tied
-
-
-def _write_finite(folder: Path, contents: Contents, *, manifest: Mapping[str, Any]) -> None:
-    """Write a checkpoint of a run, whose weights must be numbers: it would replace one that can be gone on from."""
-    if bad := _not_finite(contents.tensors):
-        raise CheckpointError(
-            f"checkpoint={folder}: {bad} holds values that are not finite, so it was not saved; go on from the one "
-            "before with a lower optimizer.lr, in a new run with init_from=<run folder>"
-        )
-    write_contents(folder, contents, manifest=manifest)
 
 
 def _not_finite(state: Mapping[str, Tensor]) -> str:

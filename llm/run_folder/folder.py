@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 
-from llm.checkpoint_files import is_full_disk
 from llm.errors import ConfigError
-from llm.metrics_file import MetricsFile, parse_object
+from llm.run_folder.checkpoint_files import is_full_disk
+from llm.run_folder.metrics import MetricsFile, parse_object
 
 log = logging.getLogger(__name__)
 

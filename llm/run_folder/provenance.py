@@ -6,13 +6,10 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from llm.safety import is_secret_key
 
 _PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "deepspeed")
 
@@ -40,18 +37,3 @@ def git_commit(folder: str | os.PathLike[str] | None = None) -> str | None:
 def config_hash(config: Mapping[str, Any]) -> str:
     """Return a short hash of a configuration: equal for equal settings, in whatever order they are written."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def redact(value: Any) -> Any:
-    """Return `value` with every secret in it replaced: by key (`api_key`, `hf_token`, ...) and in URLs' user part.
-
-    A count such as `batch_tokens` is no secret, nor is anything that is not a text.
-    """
-    if isinstance(value, Mapping):
-        return {
-            key: "<redacted>" if isinstance(inner, str) and inner and is_secret_key(str(key)) else redact(inner)
-            for key, inner in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [redact(inner) for inner in value]
-    return re.sub(r"(://)[^/@\s]+@", r"\1<redacted>@", value) if isinstance(value, str) else value

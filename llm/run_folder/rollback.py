@@ -7,10 +7,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from llm.checkpoint import find_last
-from llm.checkpoint_files import list_checkpoints
 from llm.errors import CheckpointError, SpikeError
-from llm.run_folder import RunFolder, replace_text
+from llm.run_folder.checkpoint import find_last
+from llm.run_folder.checkpoint_files import list_checkpoints
+from llm.run_folder.folder import RunFolder, replace_text
 
 log = logging.getLogger(__name__)
 

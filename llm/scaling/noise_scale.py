@@ -61,3 +61,6 @@ class SmoothedNoiseScale:
         """Return B_noise, or None while the averages are not both positive: too few measurements, or too noisy."""
         signal, trace = self.averages.get(name, (0.0, 0.0))
         return trace / signal if signal > 0 and trace > 0 else None
+
+
+PROBE_REMEDY = "set a number of tokens, such as noise_scale in the summary of a run with callbacks=noise_scale"

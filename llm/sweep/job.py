@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from llm.errors import CrucibleError
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
 from llm.sweep.follow import PARENT, follow
 from llm.sweep.manifest import NOTE, Job, read_notes, signal_name
 from llm.sweep.prune import Behind, Pruner, Pruning

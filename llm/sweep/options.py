@@ -7,8 +7,8 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
+from llm.config.signatures import fits, type_name
 from llm.errors import ConfigError, did_you_mean
-from llm.signatures import fits, type_name
 from llm.sweep.prune import Pruning
 
 PREFIX = "sweep."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from llm.run_folder_lines import Line, LineReader
+from llm.run_folder.metrics import LineReader, Record
 from llm.sweep.manifest import Job, read_notes
 from llm.sweep.progress import ProgressReader
 from llm.tables import format_count
@@ -137,7 +137,7 @@ def seed_of(job: Job) -> str | None:
     return next((override for override in job.overrides if override.startswith("seed=")), None)
 
 
-def _validations_alone(line: Line) -> Line | None:
+def _validations_alone(line: Record) -> Record | None:
     keys = ("step", "tokens_seen", "val/loss")
     return {key: line[key] for key in keys} if all(key in line for key in keys) else None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from llm.errors import ConfigError
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
 from llm.sweep.manifest import DONE, MANIFEST, Job, Manifest, find_unfinished, merge, read_manifest, read_notes
 from llm.sweep.monitor import Monitor
 from llm.sweep.prune import Pruning

@@ -9,20 +9,20 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from llm.batching import BatchRamp
-from llm.checkpoint import compare_state
 from llm.contracts import Batch, ParamGroup
+from llm.distributed.zero.weights import state_shapes
 from llm.errors import NonFiniteError, SpikeError
-from llm.gradients import FirstGradients, WholeGradients
-from llm.loss import linear_cross_entropy
-from llm.metrics import validation_metrics
+from llm.evals.metrics import validation_metrics
+from llm.model.transformer import Transformer, TransformerOutput
+from llm.ops.loss import linear_cross_entropy
+from llm.optim.gradients import FirstGradients, WholeGradients
 from llm.optim.param_groups import build_param_groups, parameter_kinds
+from llm.run_folder.checkpoint import compare_state
 from llm.scaling import rates as tensor_rates
+from llm.scaling.batching import BatchRamp
 from llm.scaling.derivation import derivation
 from llm.scaling.rates import Rates
-from llm.spikes import SpikeGuard
-from llm.transformer import Transformer, TransformerOutput
-from llm.zero.weights import state_shapes
+from llm.training.spikes import SpikeGuard
 
 FORWARD_AND_BACKWARD = 3
 """FLOPs of a training step over those of its forward pass: the backward pass multiplies by each weight twice."""

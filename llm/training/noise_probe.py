@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from llm.contracts import Batch
 from llm.errors import ConfigError
-from llm.loss import linear_cross_entropy
-from llm.scaling.noise_scale import SmoothedNoiseScale, two_batch_estimate
-from llm.transformer import Transformer
+from llm.model.transformer import Transformer
+from llm.ops.loss import linear_cross_entropy
+from llm.scaling.noise_scale import PROBE_REMEDY, SmoothedNoiseScale, two_batch_estimate
 
 PROBE_UPDATES = 32
 """Updates of the probe. The noise scale of a model that has learnt nothing is small, and grows fast at first."""
@@ -22,7 +22,6 @@ SKIPPED_UPDATES = 8
 """Its first updates, which are not measured."""
 PROBE_PATIENCE = timedelta(hours=1)
 """That the other ranks have with the one that measures."""
-PROBE_REMEDY = "set a number of tokens, such as noise_scale in the summary of a run with callbacks=noise_scale"
 DECAY = 0.9
 """Of the averages, so that the end of the probe counts most: the noise scale goes on growing."""
 

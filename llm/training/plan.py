@@ -7,28 +7,20 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llm.batching import BatchPlan, BatchRamp
-from llm.config import (
-    accelerator,
-    batch_plan,
-    batch_ramp,
-    build_meta_model,
-    build_model,
-    build_tokenizer,
-    module_factories,
-    needs_probe,
-    run_config,
-)
-from llm.flops import peak_flops
-from llm.loss import CHUNK_SCORES, linear_cross_entropy
-from llm.memory import SavedBytes, optimizer_state_bytes
-from llm.module import FORWARD_AND_BACKWARD, rated_groups
+from llm.config.build import build_meta_model, build_model, build_tokenizer, module_factories
+from llm.config.run import run_config
+from llm.config.sizes import accelerator, batch_plan, batch_ramp, needs_probe
+from llm.distributed.zero.memory import bytes_a_rank
+from llm.distributed.zero.settings import STAGES
+from llm.ops.flops import peak_flops
+from llm.ops.loss import CHUNK_SCORES, linear_cross_entropy
+from llm.ops.memory import SavedBytes, optimizer_state_bytes
+from llm.ops.precision import resolve_precision
 from llm.optim.receipt import receipt
-from llm.precision import resolve_precision
+from llm.scaling.batching import BatchPlan, BatchRamp
 from llm.scaling.derivation import brief, derivation
 from llm.tables import format_bytes, format_count, format_seconds, format_table
-from llm.zero.memory import bytes_a_rank
-from llm.zero.settings import STAGES
+from llm.training.module import FORWARD_AND_BACKWARD, rated_groups
 
 EXAMPLE_DEVICES = 8
 """Devices that memory by stage is shown for where the run has one."""

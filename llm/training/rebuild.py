@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 
-from llm.averaging import last_checkpoints, mean_state
-from llm.checking import check
-from llm.checkpoint import compare_state
-from llm.config import accelerator, batch_plan, build_data, build_model, build_tokenizer, load, run_config, world_size
+from llm.config.build import build_data, build_model, build_tokenizer
+from llm.config.check import check
+from llm.config.files import load
+from llm.config.run import run_config
+from llm.config.sizes import accelerator, batch_plan, world_size
 from llm.errors import CheckpointError, ConfigError
-from llm.module import LanguageModule
-from llm.precision import resolve_precision
-from llm.training import build_module
-from llm.transformer import Transformer
+from llm.model.transformer import Transformer
+from llm.ops.precision import resolve_precision
+from llm.run_folder.averaging import last_checkpoints, mean_state
+from llm.run_folder.checkpoint import compare_state
+from llm.training.build import build_module
+from llm.training.module import LanguageModule
 
 TOKENIZER = "tokenizer.json"
 

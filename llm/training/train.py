@@ -5,8 +5,6 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +12,28 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from llm.allocator import keep_freed_memory
-from llm.batching import BatchPlan
 from llm.callbacks.stop_signals import StopSignals
-from llm.checking import check
-from llm.checkpoint import FolderCheckpointIO, FoundCheckpoint, compare_state, find_last, load_model
-from llm.checkpoint_files import list_checkpoints
-from llm.config import (
-    RunConfig,
-    accelerator,
-    batch_plan,
-    batch_ramp,
-    build_averaging,
-    build_callbacks,
+from llm.config.build import (
     build_data,
-    build_evaluations,
-    build_loggers,
     build_model,
-    build_trainer,
-    micro_batch_sizes,
-    module_factories,
-    needs_probe,
-    planned_steps,
-    retuned_optimizer,
-    run_config,
-    save,
 )
-from llm.errors import ConfigError, OutOfMemoryError, SpikeError
-from llm.flops import peak_flops
-from llm.generate import generate_text
-from llm.huggingface.folder import is_hf_folder
-from llm.huggingface.load import load_hf_weights
-from llm.launch import find_launch
-from llm.loss import linear_cross_entropy
-from llm.memory import SavedBytes
-from llm.micro_batch import find_micro_batch_size
-from llm.module import LanguageModule, rated_groups
-from llm.noise_probe import PROBE_PATIENCE, PROBE_REMEDY, PROBE_UPDATES, measure_noise_scale
-from llm.other_text import open_source, source_patterns
-from llm.plan import describe_plan
-from llm.precision import resolve_precision
-from llm.products import keep_compiled_products
-from llm.provenance import config_hash, versions
-from llm.rendezvous import agree, smallest
-from llm.rollback import go_back, read_rollbacks
-from llm.run_folder import RunFolder
+from llm.config.check import check
+from llm.config.files import save
+from llm.config.run import RunConfig, run_config
+from llm.config.sizes import accelerator, batch_plan, planned_steps
+from llm.errors import OutOfMemoryError, SpikeError
+from llm.ops.allocator import keep_freed_memory
+from llm.ops.products import keep_compiled_products
+from llm.run_folder.checkpoint import FoundCheckpoint, find_last
+from llm.run_folder.checkpoint_files import list_checkpoints
+from llm.run_folder.folder import RunFolder
+from llm.run_folder.rollback import go_back, read_rollbacks
+from llm.scaling.batching import BatchPlan
 from llm.scaling.derivation import mismatch, rule_and_settings
-from llm.transformer import Transformer
+from llm.training.build import _build_trainer, build_module
+from llm.training.module import LanguageModule
+from llm.training.plan import describe_plan
+from llm.training.start import _load_initial_weights, _measured_scaling, _micro_batch_size
 
 log = logging.getLogger(__name__)
 
@@ -159,157 +132,6 @@ def _is_complete(checkpoint: FoundCheckpoint | None, total_steps: int) -> bool:
         return False
     log.warning("already complete at step %d; to go on, raise max_steps (now %s)", checkpoint.step, total_steps)
     return True
-
-
-def _load_initial_weights(run: RunConfig, model: Transformer, bos_id: int) -> None:
-    if run.init_from is None:
-        return
-    source = Path(run.init_from)
-    if is_hf_folder(source):
-        hf_state = load_hf_weights(source, model, context_length=run.context_length, bos_id=bos_id)
-        model.load_state_dict(hf_state)
-        log.info("weights from %s", source)
-        return
-    folder = source if (source / "manifest.json").is_file() else find_last(source, key="init_from").path
-    state = model_state(folder)
-    compare_state(state, model.state_dict(), source=f"init_from={folder}")
-    model.load_state_dict(state)
-    log.info("weights from %s", folder)
-
-
-def model_state(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the decoder's own weights from a checkpoint folder."""
-    return {name.removeprefix("model."): tensor for name, tensor in load_model(folder).items()}
-
-
-def _micro_batch_size(cfg: dict[str, Any], run: RunConfig, model: Transformer, folder: RunFolder) -> int:
-    """Return micro_batch_size; where it is auto, the largest that fits every rank, tried in the run's own precision."""
-    if run.micro_batch_size != "auto":
-        return run.micro_batch_size
-    launch, device = find_launch(), torch.device(accelerator(cfg["trainer"]))
-    if launch is not None and device.type == "cuda":
-        device = torch.device("cuda", launch.local_rank)
-    precision = resolve_precision(cfg["trainer"]["precision"], accelerator=device.type)
-    trial = partial(trial_step, model.to(device), device=device, precision=precision, context_length=run.context_length)
-    sizes = micro_batch_sizes(cfg)
-    found = find_micro_batch_size(trial, candidates=sizes, device=device, context_length=run.context_length)
-    return found if launch is None else smallest(found, launch, about=f"micro_batch_size of {folder.path}")
-
-
-def _measured_scaling(cfg: Mapping[str, Any], model: Transformer, data: Any, folder: RunFolder) -> dict[str, Any]:
-    """Return the scaling rule's node; where a noise scale is to be measured and is needed, with that of a probe.
-
-    Of several ranks the first measures, and the others wait for what it finds.
-    """
-    node, launch = dict(cfg["scaling"]), find_launch()
-    if not needs_probe(cfg):
-        return node
-    try:
-        found = _probe_noise_scale(cfg, model, data) if launch is None or launch.rank == 0 else ""
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            "scaling.noise_scale=measured: the probe trains a copy of the model on one device, which has no room for "
-            f"it; {PROBE_REMEDY}"
-        ) from error
-    if launch is not None:
-        found = agree(found, launch, about=f"noise scale of {folder.path}", patience=PROBE_PATIENCE)
-    node["noise_scale"] = float(found)
-    log.info("noise scale  %s tokens, measured by a probe at the base batch", f"{node['noise_scale']:_.0f}")
-    return node
-
-
-def _probe_noise_scale(cfg: Mapping[str, Any], model: Transformer, data: Any) -> str:
-    """Return the noise scale in tokens, to three digits, from a probe on this process's device."""
-    base = cfg["scaling"]["base_batch_tokens"]
-    factories, total = module_factories(cfg), max(planned_steps(cfg), PROBE_UPDATES)
-    device = torch.device(accelerator(cfg["trainer"]))
-    precision = resolve_precision(cfg["trainer"]["precision"], accelerator=device.type)
-    dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
-    dataset = data.windows("train")
-    enough = -(-PROBE_UPDATES * base // batch_ramp(cfg).batch_tokens_at(0))
-    groups = partial(rated_groups, **{key: factories[key] for key in ("rates", "optimizer", "lr", "weight_decay")})
-    windows = measure_noise_scale(
-        model.to(device),
-        windows=chain.from_iterable(data.train_sampler(total_steps=enough)),
-        read=lambda part: {name: tensor.to(device) for name, tensor in dataset.__getitems__(part).items()},  # type: ignore
-        windows_per_update=base // cfg["context_length"],
-        micro_batch_size=data.micro_batch_size,
-        build_optimizer=lambda probe: factories["optimizer"](groups(probe)),
-        lr_factor=lambda step: factories["schedule"](step, total_steps=total),
-        clip=cfg["trainer"].get("gradient_clip_val"),
-        autocast=lambda: torch.autocast(device.type, dtype=dtype, enabled=precision.endswith("mixed")),
-    )
-    return f"{windows * cfg['context_length']:.3g}"
-
-
-def trial_step(model: Transformer, windows: int, *, device: torch.device, precision: str, context_length: int) -> int:
-    """Run forward and backward on `windows` windows of zeros; return the bytes kept for the backward pass."""
-    ids = torch.zeros(windows, context_length, dtype=torch.long, device=device)
-    positions = torch.arange(context_length, device=device).expand(windows, -1)
-    dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
-    random_state = torch.get_rng_state()
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a codebook takes its codes from zeros
-    with torch.autocast(device.type, dtype=dtype, enabled=precision.endswith("mixed")), SavedBytes(model) as saved:
-        hidden = model(ids, positions=positions, document_ids=torch.zeros_like(ids)).hidden
-        loss = linear_cross_entropy(hidden, model.lm_head.weight, ids)
-    loss.backward()
-    model.zero_grad(set_to_none=True)
-    model.load_state_dict(buffers, strict=False)
-    torch.set_rng_state(random_state)
-    return saved.total
-
-
-def build_module(cfg: Mapping[str, Any], run: RunConfig, model: Transformer, tokenizer: Any) -> LanguageModule:
-    """Put a decoder, the optimizer's factory, and the rules for its rate into the Lightning module."""
-    optimizer, note = retuned_optimizer(cfg)
-    module = LanguageModule(
-        model=model,
-        **module_factories({**cfg, "optimizer": optimizer}),
-        half_life_note=note,
-        batch_tokens=run.batch_tokens,
-        context_length=run.context_length,
-        token_bytes=torch.as_tensor(tokenizer.token_bytes),
-        on_nonfinite=run.on_nonfinite,
-        generate=partial(generate_text, tokenizer=tokenizer),
-    )
-    by_itself = accelerator(cfg["trainer"]) == "cuda" and cfg["trainer"].get("stage") != 3  # its hooks do not compile
-    if run.compile is True or (run.compile == "auto" and by_itself):
-        module.compile_model()
-    return module
-
-
-def _build_trainer(cfg: Mapping[str, Any], run: RunConfig, folder: RunFolder, plan: BatchPlan) -> L.Trainer:
-    device = torch.device(accelerator(cfg["trainer"]))
-    precision = resolve_precision(cfg["trainer"]["precision"], accelerator=device.type)
-    supplied = {
-        "run_folder": folder,
-        "peak_flops": peak_flops(device, bf16="16" in precision),
-        "checkpoint_every": run.checkpoint_every,
-        "accumulation": plan.accumulation,
-        "world_size": plan.world_size,
-        "config": dict(cfg),
-        "describe": partial(describe_plan, cfg),
-        "name": run.name,
-        "evaluations": build_evaluations(cfg),
-        "precision": precision,
-        "open_source": partial(open_source, cfg, folder.path),
-        "source_files": source_patterns(cfg),
-    }
-    manifest = {"world_size": plan.world_size, "versions": versions(), "config_hash": config_hash(cfg)}
-    return build_trainer(
-        cfg,
-        default_root_dir=folder.path,
-        max_steps=planned_steps(cfg),
-        accumulate_grad_batches=plan.accumulation,
-        val_check_interval=run.val_every * plan.accumulation,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        callbacks=[*build_callbacks(cfg, **supplied), *build_averaging(cfg)],  # averaging sees an update's end last
-        logger=build_loggers(cfg, **supplied),
-        plugins=[FolderCheckpointIO(manifest=manifest)],
-    )
 
 
 def _announce(cfg: Mapping[str, Any], folder: RunFolder, module: LanguageModule, data: Any, plan: BatchPlan) -> None:

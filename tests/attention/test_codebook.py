@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from llm.attention.codebook import DEAD_SHARE, Codebook
 from llm.errors import ConfigError
+from llm.model.attention.codebook import DEAD_SHARE, Codebook
 
 ESTIMATORS = ["ema", "straight_through", "rotation", "simvq"]
 SETTINGS = {"commitment_weight": 0.02, "ema_decay": 0.9, "revive_every": None, "seed": 0}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from attention_pairs import LEGAL_PAIRS, build_pair
 
-from llm.attention.concentration import concentration, concentration_by_layer
-from llm.config import build_model
+from llm.config.build import build_model
+from llm.model.attention.concentration import concentration, concentration_by_layer
 
 
 def test_an_even_row_and_a_row_on_one_key_are_the_two_ends():

@@ -7,7 +7,7 @@ from attention_pairs import build_pair, reason_against
 from catalogue import CONF, options
 
 from llm.errors import ConfigError
-from llm.position.log_n import LogN
+from llm.model.position.log_n import LogN
 
 PAGE = CONF.parent / "docs" / "attention.md"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llm.config import build_model
+from llm.config.build import build_model
 from llm.generate import stream_tokens
 
 KINDS = {

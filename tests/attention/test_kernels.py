@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm.attention.kernels import causal_attention, reference_attention
-from llm.attention.kernels.blocked import blocked_attention
 from llm.errors import ShapeError
+from llm.model.attention.kernels import causal_attention, reference_attention
+from llm.model.attention.kernels.blocked import blocked_attention
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,9 @@ def make(shape, dtype=torch.float64, seed=0):
 @pytest.mark.parametrize("short_row", [512, 0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_lse_and_gradients_equal_the_reference(shape, short_row, monkeypatch):
-    monkeypatch.setattr("llm.attention.kernels.plan.SHORT_ROW", short_row)  # whether differing rows share products
+    monkeypatch.setattr(
+        "llm.model.attention.kernels.plan.SHORT_ROW", short_row
+    )  # whether differing rows share products
     inputs, options = make(shape)
     out, lse = causal_attention(*inputs, **options, return_lse=True)
     expected, expected_lse = reference_attention(*inputs, **options, return_lse=True)
@@ -72,7 +74,7 @@ def test_cutting_rows_and_heads_into_slabs_changes_nothing(shape, monkeypatch):
     inputs, options = make(shape)
     whole = causal_attention(*inputs, **options)
     grads = torch.autograd.grad(whole.sum(), inputs)
-    monkeypatch.setattr("llm.attention.kernels.slabs.SCORE_ELEMENTS", 1)
+    monkeypatch.setattr("llm.model.attention.kernels.slabs.SCORE_ELEMENTS", 1)
     cut = causal_attention(*inputs, **options)
     torch.testing.assert_close(cut, whole, rtol=1e-12, atol=1e-13)  # fp64; equal products of equal blocks
     for grad, wanted in zip(torch.autograd.grad(cut.sum(), inputs), grads, strict=True):
@@ -121,7 +123,7 @@ def test_autocast_casts_what_it_is_given():
 
 COMPILED = """
 import torch
-from llm.attention.kernels import causal_attention
+from llm.model.attention.kernels import causal_attention
 
 inputs = [torch.randn(3, 130, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
 ids = (torch.rand(3, 130) < 0.02).long().cumsum(1)
@@ -148,7 +150,7 @@ def test_the_operator_keeps_its_promises_to_the_compiler(shape):
 
 
 def test_the_step_never_holds_time_by_time(monkeypatch):
-    monkeypatch.setattr("llm.attention.kernels.slabs.SCORE_ELEMENTS", 1)
+    monkeypatch.setattr("llm.model.attention.kernels.slabs.SCORE_ELEMENTS", 1)
     largest = []
     baddbmm = torch.Tensor.baddbmm_
     monkeypatch.setattr(torch.Tensor, "baddbmm_", lambda x, *a, **o: largest.append(x.numel()) or baddbmm(x, *a, **o))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from attention_pairs import GEOMETRY, build_pair
 
-from llm.attention.linear import decay_logits
-from llm.attention.linear_chunks import chunked_linear
 from llm.errors import ConfigError
+from llm.model.attention.linear import decay_logits
+from llm.model.attention.linear_chunks import chunked_linear
 
 SETTINGS = [
     {"feature_map": feature_map, "decay": decay, "output_norm": output_norm}

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from llm.attention.linear import LinearAttention
-from llm.attention.softmax import SoftmaxAttention
-from llm.attention.vq import VQAttention
-from llm.checking import check
-from llm.config import build_model
+from llm.config.build import build_model
+from llm.config.check import check
 from llm.errors import ConfigError
+from llm.model.attention.linear import LinearAttention
+from llm.model.attention.softmax import SoftmaxAttention
+from llm.model.attention.vq import VQAttention
 
 
 def build(composed, *overrides):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from attention_pairs import build_pair
 
-from llm.attention.kernels import reference_attention
-from llm.attention.performer import orthogonal_directions
-from llm.attention.performer_chunks import EMPTY, chunked_performer
+from llm.model.attention.kernels import reference_attention
+from llm.model.attention.performer import orthogonal_directions
+from llm.model.attention.performer_chunks import EMPTY, chunked_performer
 
 
 def vectors(scale=1.0, time=64):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from llm.attention.kernels import causal_attention
-from llm.attention.kernels.reference import visible_keys
-from llm.attention.views import attend_views, reference_views
 from llm.contracts import PositionView
+from llm.model.attention.kernels import causal_attention
+from llm.model.attention.kernels.reference import visible_keys
+from llm.model.attention.views import attend_views, reference_views
 
 SCALE = 0.25
 
@@ -72,7 +72,7 @@ def test_two_views_compute_exactly_the_pairs_of_plain_causal_attention(split, mo
         pairs.append(int(visible.sum()))
         return causal_attention(q, k, v, document_ids=document_ids, scale=scale, window=window, return_lse=return_lse)
 
-    monkeypatch.setattr("llm.attention.views.causal_attention", counted)
+    monkeypatch.setattr("llm.model.attention.views.causal_attention", counted)
     views, v = make(200, split=split)
     attend_views(views, v, document_ids=None, scale=SCALE)
     assert sum(pairs) == 200 * 201 // 2

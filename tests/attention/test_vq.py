@@ -4,10 +4,10 @@ import pytest
 import torch
 from attention_pairs import build_pair
 
-from llm.attention.codebook import Codebook
-from llm.attention.vq_blocks import attend_blocks
 from llm.contracts import PositionView
 from llm.errors import ConfigError
+from llm.model.attention.codebook import Codebook
+from llm.model.attention.vq_blocks import attend_blocks
 
 FP32 = {"atol": 2e-5, "rtol": 2e-4}
 """Sums of up to 1000 terms near 1 in fp32, in another order."""

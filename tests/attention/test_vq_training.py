@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from llm.checkpoint import load_model
-from llm.training import train
+from llm.run_folder.checkpoint import load_model
+from llm.training.train import train
 
 VQ = (
     "model/attention=vq",

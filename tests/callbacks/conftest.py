@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from llm.callbacks.checkpoint_io import FolderCheckpointIO
 from llm.callbacks.checkpoints import Checkpoints
 from llm.callbacks.final_validation import FinalValidation
 from llm.callbacks.recorder import Recorder
@@ -16,8 +17,7 @@ from llm.callbacks.rng_state import RngState
 from llm.callbacks.stop_signals import StopSignals
 from llm.callbacks.summary import Summary
 from llm.callbacks.throughput import Throughput
-from llm.checkpoint import FolderCheckpointIO
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
 
 
 class Rows(Dataset):

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from llm.checking import check
-from llm.checkpoint import load_model, load_training
+from llm.config.check import check
 from llm.errors import ConfigError
-from llm.training import train
+from llm.run_folder.checkpoint import load_model, load_training
+from llm.training.train import train
 
 EXACT = ("trainer.precision=32-true", "callbacks.samples=null", "val_every=1", "checkpoint_every=1", "max_steps=6")
 KEEP = "callbacks.checkpoints.keep=9"

@@ -3,12 +3,12 @@ import os
 
 import pytest
 
-from llm import checkpoint
 from llm.callbacks.checkpoints import Checkpoints
-from llm.checkpoint import find_last, load_model
-from llm.checkpoint_files import list_checkpoints, verify
 from llm.errors import CheckpointError, ConfigError
-from llm.run_folder import RunFolder
+from llm.run_folder import checkpoint
+from llm.run_folder.checkpoint import find_last, load_model
+from llm.run_folder.checkpoint_files import list_checkpoints, verify
+from llm.run_folder.folder import RunFolder
 
 
 def exact(folder):

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from llm.checking import check
+from llm.commands.evaluate import evaluate
+from llm.config.check import check
 from llm.errors import ConfigError
-from llm.evaluation import evaluate
-from llm.training import train
+from llm.training.train import train
 
 
 def test_evaluations_along_a_run_equal_those_of_its_checkpoint(composed, tiny, judging, tmp_path):

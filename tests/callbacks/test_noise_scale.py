@@ -4,13 +4,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from llm import training
 from llm.callbacks.noise_scale import NoiseScale
-from llm.config import batch_plan, build_callbacks, load
+from llm.config.build import build_callbacks
+from llm.config.files import load
+from llm.config.sizes import batch_plan
 from llm.errors import ConfigError
 from llm.optim.param_groups import parameter_kinds
 from llm.scaling.noise_scale import SmoothedNoiseScale, two_batch_estimate
-from llm.training import train
+from llm.training import train as training
+from llm.training.train import train
 
 MEASURE = ("callbacks=noise_scale", "callbacks.samples=null", "callbacks.curves=null", "micro_batch_size=2")
 

@@ -5,12 +5,12 @@ import torch
 from catalogue import options
 from lightning.pytorch.callbacks import Callback
 
-from llm import training
 from llm.callbacks.optimizer_stats import OptimizerStats
-from llm.config import build_callbacks
+from llm.config.build import build_callbacks
 from llm.errors import ConfigError
 from llm.optim.param_groups import parameter_kinds
-from llm.training import train
+from llm.training import train as training
+from llm.training.train import train
 
 NODE = (
     "+callbacks.optimizer_stats={_target_: llm.callbacks.optimizer_stats.OptimizerStats, "

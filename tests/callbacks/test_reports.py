@@ -12,7 +12,7 @@ from llm.callbacks.curves import Curves, draw_curves
 from llm.callbacks.progress import ProgressLine
 from llm.callbacks.samples import Samples
 from llm.errors import ConfigError
-from llm.run_folder import SUMMARY_KEYS
+from llm.run_folder.folder import SUMMARY_KEYS
 
 
 def samples(folder, **options):

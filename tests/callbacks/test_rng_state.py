@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llm.callbacks.rng_state import RngState, get_rng_state, set_rng_state
-from llm.checkpoint import load_training, save_checkpoint
+from llm.run_folder.checkpoint import load_training, save_checkpoint
 
 
 def draw():

@@ -9,8 +9,8 @@ import lightning as L
 import pytest
 
 from llm.callbacks.stop_signals import STOPPING, StopSignals, ignore_stop_signals
-from llm.checkpoint import find_last
-from llm.run_folder import RunFolder
+from llm.run_folder.checkpoint import find_last
+from llm.run_folder.folder import RunFolder
 
 TRAIN = """
 import importlib.util, sys
@@ -20,7 +20,7 @@ spec = importlib.util.spec_from_file_location("tiny", sys.argv[1])
 tiny = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny)
 from llm.callbacks.stop_signals import StopSignals, ignore_stop_signals
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
 
 class Loud(L.Callback):
     def on_train_batch_end(self, trainer, *_):

@@ -12,7 +12,7 @@ from wandb.proto import wandb_internal_pb2
 from wandb_server import StandIn
 
 from llm.callbacks.wandb_logger import WandbRunLogger, has_key, is_reachable
-from llm.checking import check
+from llm.config.check import check
 from llm.errors import ConfigError
 
 ROOT = CONF.parent
@@ -20,7 +20,7 @@ LOG_A_FEW = """
 import logging, sys, time
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 from llm.callbacks.wandb_logger import WandbRunLogger
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
 logger = WandbRunLogger(
     run_folder=RunFolder(sys.argv[1]), name="n", project="p", entity=None, mode="auto", timeout=2.0, finish_timeout=2.0,
     describe=lambda: "the plan", config={"batch_tokens": 64, "data": {"hf_token": "very-secret", "url": "http://me:very-secret@host/"}},
@@ -148,7 +148,7 @@ def test_a_server_gets_one_run_with_its_axis_and_a_resumed_run_goes_on_in_it(tmp
 LOSE = """
 import sys, psutil
 from llm.callbacks.wandb_logger import WandbRunLogger
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
 import logging, time
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 logger = WandbRunLogger(run_folder=RunFolder(sys.argv[1]), name="n", project="p", entity=None, mode="auto", timeout=5.0,

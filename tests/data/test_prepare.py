@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data import prepare
+from llm.commands import prepare
 
 ROOT = Path(prepare.__file__).parent.parent
 

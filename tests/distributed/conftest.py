@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llm.launch import start_processes
-from llm.training import train
+from llm.distributed.launch import start_processes
+from llm.training.train import train
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 TINY = (

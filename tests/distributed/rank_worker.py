@@ -9,14 +9,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as `pythonpath` does for the tests themselves
 
-from llm.checking import check
-from llm.training import train
+from llm.config.check import check
+from llm.training.train import train
 
 
 def clip_after_the_update():
     """A mutant: gradients go unclipped into the rule, and the update that comes out is scaled instead."""
-    from llm.strategy import ZeroStrategy
-    from llm.zero.gradients import ShardedGradients
+    from llm.distributed.strategy import ZeroStrategy
+    from llm.distributed.zero.gradients import ShardedGradients
 
     step = ZeroStrategy.optimizer_step
     ShardedGradients.clip = lambda self, limit, norm: setattr(self, "late", (limit / (norm + 1e-6)).clamp(max=1.0))
@@ -41,7 +41,7 @@ def forget_layouts():
 
 def poison_second_rank():
     """The second rank's loss is not a number at update 4."""
-    from llm.module import LanguageModule
+    from llm.training.module import LanguageModule
 
     plain = LanguageModule.training_step
 
@@ -54,7 +54,7 @@ def poison_second_rank():
 
 def poison_second_rank_until_it_went_back():
     """The second rank's loss is not a number at update 4, and after a return from there at update 6, each once."""
-    from llm.module import LanguageModule
+    from llm.training.module import LanguageModule
 
     plain = LanguageModule.training_step
 
@@ -82,7 +82,7 @@ def drift():
 
 def keep_spare_parameters():
     """Each block has a matrix and a gain that no pass uses."""
-    from llm.block import Block
+    from llm.model.block import Block
 
     build = Block.__init__
 

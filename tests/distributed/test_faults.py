@@ -8,12 +8,12 @@ import time
 import pytest
 from distributed_helpers import distance
 
-from llm.batching import plan_batch
-from llm.checking import check
-from llm.config import topology
+from llm.config.check import check
+from llm.config.sizes import topology
+from llm.distributed.launch import find_launch, start_processes
+from llm.distributed.zero import settings as zero_settings
 from llm.errors import ConfigError
-from llm.launch import find_launch, start_processes
-from llm.zero import settings as zero_settings
+from llm.scaling.batching import plan_batch
 
 FP32 = "trainer.precision=32-true"
 
@@ -114,7 +114,7 @@ def test_launchers_are_known_by_their_environment(environment, expected):
 
 
 def test_a_trainer_for_one_device_is_refused_under_a_launcher(monkeypatch):
-    monkeypatch.setattr("llm.launch.AT_START", {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
+    monkeypatch.setattr("llm.distributed.launch.AT_START", {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
     with pytest.raises(ConfigError, match=r"trainer\.devices=1: train\.py has started 2 processes"):
         topology({"accelerator": "cpu", "devices": 1})
     assert topology({"accelerator": "cpu", "devices": "auto"}) == (2, 1)
@@ -132,7 +132,7 @@ def test_when_a_rank_dies_the_others_are_ended_and_it_is_named(capfd):
 
 def test_the_first_cause_is_printed_last(capfd):
     script = (
-        "import os, time\nfrom llm.launch import note_failure\n"
+        "import os, time\nfrom llm.distributed.launch import note_failure\n"
         "rank = int(os.environ['RANK'])\ntime.sleep(1.0 if rank == 0 else 0.0)\n"
         "try:\n    raise ValueError('a peer is gone' if rank == 0 else 'the real cause')\n"
         "except ValueError as error:\n    note_failure(error)\n    raise\n"

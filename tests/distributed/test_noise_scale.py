@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from llm.config import load
+from llm.config.files import load
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from distributed_helpers import distance, losses, weights
 
-from llm.rollback import FILE
+from llm.run_folder.rollback import FILE
 
 pytestmark = pytest.mark.slow
 

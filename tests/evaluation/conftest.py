@@ -1,6 +1,6 @@
 import pytest
 
-from llm.training import train
+from llm.training.train import train
 
 
 @pytest.fixture(scope="session")

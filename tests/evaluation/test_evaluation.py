@@ -8,16 +8,16 @@ import torch
 from catalogue import CONF, options
 from torch import nn
 
-from llm.averaging import mean_state
+from llm.commands.evaluate import evaluate
+from llm.commands.help import help_page
 from llm.errors import CheckpointError, ConfigError
 from llm.evals.base import Subject
 from llm.evals.extrapolation import Extrapolation
 from llm.evals.loss import Loss
-from llm.evaluation import evaluate
-from llm.help import help_page
-from llm.rebuild import rebuild_model
-from llm.training import train
-from llm.transformer import Transformer, TransformerOutput
+from llm.model.transformer import Transformer, TransformerOutput
+from llm.run_folder.averaging import mean_state
+from llm.training.rebuild import rebuild_model
+from llm.training.train import train
 
 
 def read(folder, name):

@@ -7,9 +7,9 @@ import sys
 import pytest
 from catalogue import CONF
 
+from llm.commands.evaluate import evaluate
+from llm.commands.export import ExportConfig, export
 from llm.errors import ConfigError
-from llm.evaluation import evaluate
-from llm.export import ExportConfig, export
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -108,7 +108,7 @@ def test_single_answers_equal_those_of_the_exported_model(trained, tasks, tmp_pa
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from llm.harness import CrucibleLM
+    from llm.commands.harness import CrucibleLM
 
     keys = {"checkpoint": "last", "average": 1, "format": "hf", "dtype": "float32", "tokens": 64}
     out = export(ExportConfig(run_dir=str(trained[0]), out=str(tmp_path / "hf"), **keys))
@@ -162,7 +162,7 @@ def test_a_task_that_is_not_there_is_named(trained, tasks, judging, tmp_path):
 def test_a_task_that_leaves_no_room_for_its_prompt_is_refused(trained):
     from lm_eval.api.instance import Instance
 
-    from llm.harness import CrucibleLM
+    from llm.commands.harness import CrucibleLM
 
     model = CrucibleLM(run_dir=str(trained[0]))
     with pytest.raises(ConfigError, match="max_gen_toks=256: no room for a prompt in the 32 tokens"):

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from llm.config import build_model, build_tokenizer
+from llm.commands.talk import check_lengths, check_talk
+from llm.config.build import build_model, build_tokenizer
 from llm.errors import ConfigError
 from llm.generate import generate, stream_text
-from llm.generate.__main__ import check_lengths, check_talk
 from llm.generate.sampling import penalize_repetition
 from llm.generate.text import GrowingText
-from llm.rebuild import rebuild_model
+from llm.training.rebuild import rebuild_model
 
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None, "seed": 0}
 
@@ -82,7 +82,7 @@ def test_a_text_beyond_the_reach_of_the_position_is_refused_with_what_would_fit(
         check_lengths(rope, ["3 plus 4"], 25)
     with pytest.raises(ConfigError, match=r"prompt=…: 41 tokens, .* reads 32; shorten it"):
         check_lengths(rope, ["x" * 40], 1)
-    node = {"_target_": "llm.position.rerope.ReRoPE", "_partial_": True, "base": 10000.0, "window": 16}
+    node = {"_target_": "llm.model.position.rerope.ReRoPE", "_partial_": True, "base": 10000.0, "window": 16}
     node |= {"log_n": "none", "train_length": None}
     check_lengths(rebuild_model(trained[0], "last", position=node), ["x" * 4000], 1000)
 

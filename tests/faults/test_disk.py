@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from llm import checkpoint_files
 from llm.errors import CheckpointError
-from llm.training import train
+from llm.run_folder import checkpoint_files
+from llm.training.train import train
 
 SHORT = ("max_steps=8", "checkpoint_every=3", "val_every=8", "callbacks.samples=null")
 

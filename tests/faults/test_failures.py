@@ -9,8 +9,8 @@ import torch
 from data.module import TokenDataModule, WindowDataset
 from data.tokens import HEADER_BYTES
 from llm.errors import DataError, OutOfMemoryError
-from llm.module import LanguageModule
-from llm.training import train
+from llm.training.module import LanguageModule
+from llm.training.train import train
 
 SHORT = ("max_steps=10", "checkpoint_every=3", "val_every=10", "callbacks.samples=null", "trainer.precision=32-true")
 

@@ -6,7 +6,7 @@ import signal
 import pytest
 from fault_harness import Fault, Kill, flip, truncate
 
-from llm.checkpoint_files import list_checkpoints, step_folder
+from llm.run_folder.checkpoint_files import list_checkpoints, step_folder
 
 # a checkpoint of these runs takes some 20 ms to write; the moments cover all of that
 MOMENTS = 0.03

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from llm.callbacks.bad_steps import FILE
-from llm.checkpoint import load_model
+from llm.commands.replay import ReplayConfig, replay
 from llm.errors import ConfigError, NonFiniteError
-from llm.module import LanguageModule
-from llm.replay import ReplayConfig, replay
-from llm.training import train
+from llm.run_folder.checkpoint import load_model
+from llm.training.module import LanguageModule
+from llm.training.train import train
 
 SHORT = ("max_steps=8", "checkpoint_every=5", "val_every=8", "callbacks.samples=null", "trainer.precision=32-true",
          "micro_batch_size=2", "schedule=constant")  # fmt: skip

@@ -9,12 +9,12 @@ import torch
 from data.module import TokenDataModule
 from data.sampler import run_windows
 from llm.callbacks.bad_steps import FILE
-from llm.checkpoint import load_model
+from llm.commands.replay import ReplayConfig, replay
 from llm.errors import CheckpointError, ConfigError, SpikeError
-from llm.module import LanguageModule
-from llm.replay import ReplayConfig, replay
-from llm.rollback import FILE as ROLLBACKS
-from llm.training import train
+from llm.run_folder.checkpoint import load_model
+from llm.run_folder.rollback import FILE as ROLLBACKS
+from llm.training.module import LanguageModule
+from llm.training.train import train
 
 SHORT = ("spikes=rollback", "spikes.window=3", "spikes.sigma=1e3", "max_steps=10", "checkpoint_every=3", "val_every=10",
          "callbacks.samples=null", "callbacks.checkpoints.keep=9")  # fmt: skip

@@ -12,9 +12,9 @@ from fault_harness import Kill
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llm.checking import check
+from llm.config.check import check
 from llm.errors import ConfigError
-from llm.training import train
+from llm.training.train import train
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,11 @@ from llm.training import train
         ("loader.cache_dir=0", "loader.cache_dir=0: must be str or Path or null; got int"),
         ("+wandb_key=hunter2", "secrets do not belong"),
         ("++logger.api_key=hunter2", "secrets do not belong"),
-        ("+callbacks.own={_target_: llm.launch.start_processes, command: [touch, owned], processes: 1}", "allow-list"),
-        ("+callbacks.own={_target_: llm.launch.subprocess.Popen, args: [touch, owned]}", "allow-list"),
+        (
+            "+callbacks.own={_target_: llm.distributed.launch.start_processes, command: [touch, owned], processes: 1}",
+            "allow-list",
+        ),
+        ("+callbacks.own={_target_: llm.distributed.launch.subprocess.Popen, args: [touch, owned]}", "allow-list"),
         (
             "+callbacks.own={_target_: lightning.pytorch.callbacks.ModelCheckpoint, filename: ../../x}",
             "leads out of the run folder",
@@ -144,7 +147,7 @@ def test_a_resumed_run_is_named_every_setting_that_contradicts_it_and_no_file_is
 def test_a_configuration_read_from_a_run_folder_runs_no_code(composed, tiny, tmp_path):
     cfg = composed(*tiny)
     cfg["data"] = {
-        "_target_": "llm.launch.start_processes",
+        "_target_": "llm.distributed.launch.start_processes",
         "command": ["touch", str(tmp_path / "owned")],
         "processes": 1,
     }

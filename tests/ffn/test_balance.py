@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from llm.errors import ConfigError
-from llm.ffn.balance.aux_loss import AuxLoss
-from llm.ffn.balance.budget import Budget
-from llm.ffn.balance.loss_free import LossFree
-from llm.ffn.balance.quantile import Quantile
-from llm.ffn.load import expert_counts, max_violation
-from llm.ffn.routing import Routing
+from llm.model.ffn.balance.aux_loss import AuxLoss
+from llm.model.ffn.balance.budget import Budget
+from llm.model.ffn.balance.loss_free import LossFree
+from llm.model.ffn.balance.quantile import Quantile
+from llm.model.ffn.load import expert_counts, max_violation
+from llm.model.ffn.routing import Routing
 
 NUM_EXPERTS, TOP_K, TOKENS, STEPS, WINDOW = 32, 4, 2048, 1000, 200
 

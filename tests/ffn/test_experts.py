@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from llm.ffn.experts import Experts, loop_over_tokens
-from llm.ffn.grouped import grouped_products
-from llm.ffn.load import expert_counts
-from llm.ffn.routing import ExpertOrder, Routing, sort_by_expert
+from llm.model.ffn.experts import Experts, loop_over_tokens
+from llm.model.ffn.grouped import grouped_products
+from llm.model.ffn.load import expert_counts
+from llm.model.ffn.routing import ExpertOrder, Routing, sort_by_expert
 
 
 def make_experts(*, num_experts=5, d_model=12, d_expert=7, top_k=2, normalize_outputs=False, dtype=torch.float64):

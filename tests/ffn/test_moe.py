@@ -3,11 +3,11 @@ import torch
 from catalogue import options
 from torch.utils.checkpoint import checkpoint
 
-from llm.checkpoint import compare_state
 from llm.errors import CheckpointError, ConfigError
-from llm.ffn.experts import loop_over_tokens
-from llm.ffn.load import expert_counts
-from llm.ffn.swiglu import SwiGLU
+from llm.model.ffn.experts import loop_over_tokens
+from llm.model.ffn.load import expert_counts
+from llm.model.ffn.swiglu import SwiGLU
+from llm.run_folder.checkpoint import compare_state
 
 CHOICES = [("sigmoid", balance) for balance in options("model/ffn/balance") if balance != "budget"] + [
     ("softmax", "aux_loss"),

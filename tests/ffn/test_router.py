@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from llm.errors import ConfigError
-from llm.ffn.router import TopKRouter
-from llm.ffn.scores import Scores, auto_routed_scale
-from llm.ffn.threshold_router import ThresholdRouter
+from llm.model.ffn.router import TopKRouter
+from llm.model.ffn.scores import Scores, auto_routed_scale
+from llm.model.ffn.threshold_router import ThresholdRouter
 
 
 def make_router(*, num_experts=8, top_k=3, scores: Any = "sigmoid", normalize=True, routed_scale: Any = 1.0):

@@ -1,7 +1,7 @@
 import pytest
 
 from llm.errors import ConfigError
-from llm.ffn.sizing import expert_width
+from llm.model.ffn.sizing import expert_width
 
 
 def width(match, *, d_ff=384, num_experts=8, top_k=2, num_shared_experts=0):

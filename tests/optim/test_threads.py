@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from llm.config import instantiate
+from llm.config.pieces import instantiate
 from llm.optim.muon import Muon
 from llm.optim.threads import side_by_side
 

@@ -7,10 +7,10 @@ import torch
 from catalogue import build_piece, options
 
 from llm.errors import ConfigError
-from llm.position.ntk import NTKMixedRoPE, NTKRoPE
-from llm.position.rerope import LeakyReRoPE, ReRoPE
-from llm.position.rope import RoPE
-from llm.position.rotary import AngleMemo, inverse_frequencies
+from llm.model.position.ntk import NTKMixedRoPE, NTKRoPE
+from llm.model.position.rerope import LeakyReRoPE, ReRoPE
+from llm.model.position.rope import RoPE
+from llm.model.position.rotary import AngleMemo, inverse_frequencies
 
 HEAD_DIM = 16
 OFF = {"log_n": "none", "train_length": None}

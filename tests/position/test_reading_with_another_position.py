@@ -4,9 +4,9 @@ import pytest
 from catalogue import CONF
 from omegaconf import OmegaConf
 
+from llm.commands.evaluate import evaluate
 from llm.errors import ConfigError
-from llm.evaluation import evaluate
-from llm.training import train
+from llm.training.train import train
 
 
 @pytest.fixture(scope="module")

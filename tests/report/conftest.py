@@ -11,7 +11,7 @@ CONFIG = {
     "max_tokens": None,
     "batch_tokens": 100,
     "context_length": 10,
-    "model": {"_target_": "llm.transformer.Transformer", "d_model": 32, "num_layers": 2},
+    "model": {"_target_": "llm.model.transformer.Transformer", "d_model": 32, "num_layers": 2},
     "optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.001, "betas": [0.9, 0.95]},
 }
 

@@ -36,7 +36,7 @@ def test_runs_that_differ_by_seed_and_rate_alone_are_one_group(make_run):
 
 def test_a_class_is_named_as_the_option_that_builds_it():
     assert options("optimizer")["torch.optim.AdamW"] == "adamw"
-    assert options("model/attention")["llm.attention.vq.VQAttention"] == "vq"
+    assert options("model/attention")["llm.model.attention.vq.VQAttention"] == "vq"
     assert options("no/such/group") == {}
 
 

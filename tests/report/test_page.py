@@ -114,7 +114,7 @@ def test_the_command_writes_the_report_and_a_wrong_folder_is_one_line(sweep, tmp
 
 
 def test_reports_need_neither_torch_nor_hydra():
-    code = "import sys, llm.report.__main__; sys.exit(bool({'torch', 'hydra', 'lightning'} & set(sys.modules)))"
+    code = "import sys, llm.commands.report; sys.exit(bool({'torch', 'hydra', 'lightning'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from llm.errors import ConfigError
 from llm.report.runs import RunReader, find_runs
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
 
 
 def test_runs_are_found_below_a_folder_in_the_order_of_their_jobs(make_run, tmp_path):

@@ -4,12 +4,13 @@ import logging
 import pytest
 from catalogue import options
 
-from llm.checking import check
-from llm.config import instantiate, load
-from llm.plan import describe_plan
+from llm.config.check import check
+from llm.config.files import load
+from llm.config.pieces import instantiate
+from llm.config.signatures import locate
 from llm.scaling.derivation import mismatch
-from llm.signatures import locate
-from llm.training import train
+from llm.training.plan import describe_plan
+from llm.training.train import train
 
 SUITED = {"adamw": "sqrt", "lion": "sqrt", "muon": "sqrt", "sgd": "none", "tiger": "sqrt"}
 """What docs/scaling.md finds for each."""

@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.sampler import RunSampler
-from llm.batching import BatchRamp, check_ramp, plan_batch, plan_ramp
-from llm.checkpoint import load_model
 from llm.errors import ConfigError
+from llm.run_folder.checkpoint import load_model
 from llm.scaling.batch_schedule import constant, doubling, stages
-from llm.training import train
+from llm.scaling.batching import BatchRamp, check_ramp, plan_batch, plan_ramp
+from llm.training.train import train
 
 RAMP = ("batch_schedule=stages", "batch_schedule.starts=[0,192,600]", "micro_batch_size=4")
 """256 tokens an update in the end: 64, 64, 64, then 128 x 4 (704 > 600), then 256."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llm.errors import ConfigError
 from llm.scaling.half_life import half_life_note, keep_half_life
-from llm.training import train
+from llm.training.train import train
 
 ADAMW = {"lr": 1e-3, "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-8}
 

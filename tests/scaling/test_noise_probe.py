@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
-from llm import training
-from llm.checking import check
-from llm.config import build_model, load
+from llm.config.build import build_model
+from llm.config.check import check
+from llm.config.files import load
 from llm.errors import ConfigError
-from llm.noise_probe import PROBE_REMEDY, measure_noise_scale
-from llm.training import train
+from llm.scaling.noise_scale import PROBE_REMEDY
+from llm.training import train as training
+from llm.training.noise_probe import measure_noise_scale
+from llm.training.train import train
 
 PROBED = ("scaling=sign", "scaling.base_batch_tokens=128", "model.dropout=0.1", "callbacks.samples=null")
 """A batch of 256 tokens, and a probe at half of it."""

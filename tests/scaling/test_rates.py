@@ -5,13 +5,15 @@ import torch
 from catalogue import CONF, options
 from omegaconf import OmegaConf
 
-from llm.checking import check
-from llm.config import build_model, instantiate, module_factories, to_plain
+from llm.config.build import build_model, module_factories
+from llm.config.check import check
+from llm.config.files import to_plain
+from llm.config.pieces import instantiate
 from llm.errors import ConfigError
-from llm.loss import linear_cross_entropy
-from llm.module import rated_groups
+from llm.ops.loss import linear_cross_entropy
 from llm.scaling.rates import Tensor, update_of
-from llm.training import train
+from llm.training.module import rated_groups
+from llm.training.train import train
 
 KNOWN = [name for name in options("optimizer") if name != "sgd"]
 RATES = [name for name in options("rates") if name != "plain"]

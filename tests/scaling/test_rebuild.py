@@ -1,7 +1,7 @@
 import pytest
 
-from llm.rebuild import rebuild
-from llm.training import train
+from llm.training.rebuild import rebuild
+from llm.training.train import train
 
 
 @pytest.mark.parametrize(

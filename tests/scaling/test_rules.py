@@ -6,7 +6,7 @@ from catalogue import options
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.config import instantiate
+from llm.config.pieces import instantiate
 from llm.errors import ConfigError
 from llm.scaling.rules import adam_eps, linear, none, sign, sqrt, variance
 

@@ -35,7 +35,7 @@ import json, math, os, signal, sys, time
 from pathlib import Path
 
 from llm.sweep.follow import follow_parent
-from llm.run_folder import RunFolder
+from llm.run_folder.folder import RunFolder
 
 follow_parent()
 given = dict(a.split("=", 1) for a in sys.argv[1:])
@@ -87,7 +87,7 @@ SWEEP = """
 import sys
 from pathlib import Path
 from llm.errors import CrucibleError
-from llm.multirun import run_sweep
+from llm.commands.multirun import run_sweep
 
 def task(cfg, path):
     raise AssertionError("each job is a process of its own")
@@ -120,7 +120,7 @@ class Project:
 
     def sweep(self, *arguments: str, monkeypatch, capfd):
         """Sweep in this process: (exit status, standard output, standard error)."""
-        from llm.multirun import run_sweep
+        from llm.commands.multirun import run_sweep
 
         monkeypatch.chdir(self.path)
         monkeypatch.setattr(sys, "argv", ["train.py"])

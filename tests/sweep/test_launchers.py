@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from needed import needs
 
-from llm.multirun import is_multirun, look_ahead
+from llm.commands.multirun import is_multirun, look_ahead
 from llm.sweep.job import share
 from llm.sweep.manifest import read_manifest
 

@@ -14,10 +14,10 @@ import pytest
 from catalogue import CONF
 from wandb_server import StandIn
 
-from llm.multirun import run_sweep
+from llm.commands.multirun import run_sweep
 from llm.report.build import write_report
 from llm.sweep.manifest import read_manifest
-from llm.training import train
+from llm.training.train import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llm.attention.cache import KeyValueCache
 from llm.contracts import LayerCache, SublayerOutput
 from llm.errors import ConfigError
-from llm.linear import Linear
-from llm.norm import RMSNorm
-from llm.position.base import Position
+from llm.model.attention.cache import KeyValueCache
+from llm.model.norm import RMSNorm
+from llm.model.position.base import Position
+from llm.ops.linear import Linear
 
 QK_NORM_EPS = 1e-6
 

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from llm.attention.base import Attention
-from llm.attention.kernels.reference import visible_keys
+from llm.model.attention.base import Attention
+from llm.model.attention.kernels.reference import visible_keys
 
 
 def concentration(

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llm.attention.base import QK_NORM_EPS
-from llm.attention.kernels.reference import visible_keys
-from llm.attention.linear_chunks import chunked_linear
-from llm.attention.recurrent import RecurrentAttention
-from llm.attention.states import StateCache
 from llm.contracts import LayerCache
 from llm.errors import ConfigError
-from llm.norm import RMSNorm
-from llm.position.base import Position
+from llm.model.attention.base import QK_NORM_EPS
+from llm.model.attention.kernels.reference import visible_keys
+from llm.model.attention.linear_chunks import chunked_linear
+from llm.model.attention.recurrent import RecurrentAttention
+from llm.model.attention.states import StateCache
+from llm.model.norm import RMSNorm
+from llm.model.position.base import Position
 
 FeatureMap = Literal["elu", "softmax", "relu", "identity"]
 POSITIVE_MAPS = ("elu", "softmax")

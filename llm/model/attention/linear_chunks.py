@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.attention.states import Documents, carry_states
+from llm.model.attention.states import Documents, carry_states
 
 
 def chunked_linear(

@@ -6,13 +6,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.attention.kernels.reference import visible_keys
-from llm.attention.performer_chunks import EMPTY, chunked_performer
-from llm.attention.recurrent import RecurrentAttention
-from llm.attention.states import StateCache
 from llm.contracts import LayerCache
 from llm.errors import ConfigError
-from llm.position.base import Position
+from llm.model.attention.kernels.reference import visible_keys
+from llm.model.attention.performer_chunks import EMPTY, chunked_performer
+from llm.model.attention.recurrent import RecurrentAttention
+from llm.model.attention.states import StateCache
+from llm.model.position.base import Position
 
 
 class PerformerAttention(RecurrentAttention):

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.attention.states import Documents, carry_states
+from llm.model.attention.states import Documents, carry_states
 
 EMPTY = -1e30
 """The running maximum of a state that has seen nothing: finite, so that differences of maxima are numbers."""

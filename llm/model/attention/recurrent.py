@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.attention.base import Attention
-from llm.attention.states import StateCache
 from llm.errors import ConfigError
-from llm.position.base import Position
+from llm.model.attention.base import Attention
+from llm.model.attention.states import StateCache
+from llm.model.position.base import Position
 
 
 class RecurrentAttention(Attention):

@@ -5,18 +5,18 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.attention.base import Attention
-from llm.attention.kernels.reference import visible_keys
-from llm.attention.views import attend_views, pair_scores, softmax_weights
 from llm.errors import ConfigError
-from llm.position.base import Position
+from llm.model.attention.base import Attention
+from llm.model.attention.kernels.reference import visible_keys
+from llm.model.attention.views import attend_views, pair_scores, softmax_weights
+from llm.model.position.base import Position
 
 
 class SoftmaxAttention(Attention):
     """Causal attention with grouped-query heads: o_i = Σ_{j≤i} softmax_j(q_i·k_j / sqrt(head_dim)) v_j.
 
-    Runs on the best kernel at hand (see `llm.attention.kernels`) and never holds a time x time matrix, also where the
-    position scores near and far pairs differently (see `llm.attention.views`).
+    Runs on the best kernel at hand (see `llm.model.attention.kernels`) and never holds a time x time matrix, also where
+    the position scores near and far pairs differently (see `llm.model.attention.views`).
 
     Args:
         window: keys that a query sees, itself included, at least 1; None for all before it.

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llm.attention.kernels import causal_attention
-from llm.attention.kernels.reference import visible_keys
 from llm.contracts import PositionView
+from llm.model.attention.kernels import causal_attention
+from llm.model.attention.kernels.reference import visible_keys
 
 FEW_QUERIES = 16
 """Up to this many queries (decoding) all scores are held at once: two products cost less than two passes."""

@@ -7,15 +7,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.attention.base import Attention
-from llm.attention.codebook import Codebook
-from llm.attention.kernels.reference import visible_keys
-from llm.attention.views import pair_scores, softmax_weights
-from llm.attention.vq_blocks import attend_blocks
-from llm.attention.vq_cache import VQCache
 from llm.contracts import LayerCache
 from llm.errors import ConfigError
-from llm.position.base import Position
+from llm.model.attention.base import Attention
+from llm.model.attention.codebook import Codebook
+from llm.model.attention.kernels.reference import visible_keys
+from llm.model.attention.views import pair_scores, softmax_weights
+from llm.model.attention.vq_blocks import attend_blocks
+from llm.model.attention.vq_cache import VQCache
+from llm.model.position.base import Position
 
 
 class VQAttention(Attention):

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.attention.states import Documents, carry_states
-from llm.attention.views import attend_views
 from llm.contracts import PositionView
+from llm.model.attention.states import Documents, carry_states
+from llm.model.attention.views import attend_views
 
 NEVER = -30000.0
 """Score of a code that no key chose: its weight is 0 in every dtype, and fp16 still holds it."""

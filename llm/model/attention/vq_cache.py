@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.attention.vq_blocks import attend_codes, sum_by_code
 from llm.contracts import PositionView
+from llm.model.attention.vq_blocks import attend_codes, sum_by_code
 
 
 class VQCache:

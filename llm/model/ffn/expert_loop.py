@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm.products import pays, product_nn, product_nt
+from llm.ops.products import pays, product_nn, product_nt
 
 ROW_MULTIPLE = 32
 """Rows of an expert are filled up to a multiple of it: oneDNN compiles a product for each new shape, at more than the

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llm.ffn.grouped import expert_ffn
-from llm.ffn.routing import ExpertOrder, Routing, sort_by_expert
-from llm.ffn.rows import GatherRows, SumRows
+from llm.model.ffn.grouped import expert_ffn
+from llm.model.ffn.routing import ExpertOrder, Routing, sort_by_expert
+from llm.model.ffn.rows import GatherRows, SumRows
 
 RMS_EPSILON = 1e-6
 """Added to the mean square of an expert's output where outputs are normalised."""

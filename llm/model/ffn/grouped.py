@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from llm.ffn.expert_loop import expert_loop
-from llm.ffn.routing import ExpertOrder
-from llm.ffn.rows import GatherRows, SumRows
+from llm.model.ffn.expert_loop import expert_loop
+from llm.model.ffn.routing import ExpertOrder
+from llm.model.ffn.rows import GatherRows, SumRows
 
 ALIGNMENT = 8
 """Widths that grouped products take in bf16 are multiples of it: 16 bytes."""

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.ffn.routing import Routing
+from llm.model.ffn.routing import Routing
 
 
 def expert_counts(expert_ids: Int[Tensor, "tokens slots"], num_experts: int) -> Int[Tensor, " experts"]:

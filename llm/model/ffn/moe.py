@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from llm.contracts import SublayerOutput
 from llm.errors import ConfigError
-from llm.ffn.balance.base import Balance
-from llm.ffn.experts import Experts
-from llm.ffn.load import load_metrics
-from llm.ffn.routing import Router, Routing
-from llm.ffn.sizing import Match, expert_width
-from llm.ffn.swiglu import SwiGLU
+from llm.model.ffn.balance.base import Balance
+from llm.model.ffn.experts import Experts
+from llm.model.ffn.load import load_metrics
+from llm.model.ffn.routing import Router, Routing
+from llm.model.ffn.sizing import Match, expert_width
+from llm.model.ffn.swiglu import SwiGLU
 
 
 class MoE(nn.Module):
@@ -27,7 +27,7 @@ class MoE(nn.Module):
         num_experts: experts to choose from.
         top_k: experts a token uses, on average where the router decides how many.
         num_shared_experts: experts that every token uses beside; they are one SwiGLU of their joint width.
-        match: how experts are sized from d_ff; see `llm.ffn.sizing.expert_width`.
+        match: how experts are sized from d_ff; see `llm.model.ffn.sizing.expert_width`.
         normalize_outputs: scale every routed expert's output to unit root-mean-square, so that experts are ranked by
             the size of their contribution.
         z_loss: weight of mean (log Σ exp logits)², which keeps router logits small; 0 for none, 1e-3 is usual.

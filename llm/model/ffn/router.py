@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm.errors import ConfigError
-from llm.ffn.routing import Router, Routing
-from llm.ffn.scores import SCORE_FUNCTIONS, Scores, normalized, resolve_routed_scale
-from llm.linear import linear
+from llm.model.ffn.routing import Router, Routing
+from llm.model.ffn.scores import SCORE_FUNCTIONS, Scores, normalized, resolve_routed_scale
+from llm.ops.linear import linear
 
 
 class TopKRouter(Router):

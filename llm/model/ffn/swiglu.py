@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from llm.contracts import SublayerOutput
 from llm.errors import ConfigError
-from llm.functional import swiglu
-from llm.linear import Linear
+from llm.ops.functional import swiglu
+from llm.ops.linear import Linear
 
 
 class SwiGLU(nn.Module):

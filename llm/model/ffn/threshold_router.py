@@ -6,9 +6,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm.errors import ConfigError
-from llm.ffn.router import router_logits
-from llm.ffn.routing import Router, Routing
-from llm.ffn.scores import SCORE_FUNCTIONS, TINY, normalized, resolve_routed_scale
+from llm.model.ffn.router import router_logits
+from llm.model.ffn.routing import Router, Routing
+from llm.model.ffn.scores import SCORE_FUNCTIONS, TINY, normalized, resolve_routed_scale
 
 
 class ThresholdRouter(Router):

@@ -8,14 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llm.contracts import PositionView
-from llm.position.log_n import LogN, LogNMode
+from llm.model.position.log_n import LogN, LogNMode
 
 
 class Position(nn.Module, ABC):
     """Turns queries and keys into views of the scores; see `llm.contracts.PositionView`.
 
     Args:
-        log_n: scale of the queries that grows with the log of the keys they see; see `llm.position.log_n.LogN`.
+        log_n: scale of the queries that grows with the log of the keys they see; see `llm.model.position.log_n.LogN`.
         train_length: tokens a window when the model was trained, or null where log_n is none.
     """
 

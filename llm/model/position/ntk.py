@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm.errors import ConfigError
-from llm.position.log_n import LogNMode
-from llm.position.rope import RoPE
+from llm.model.position.log_n import LogNMode
+from llm.model.position.rope import RoPE
 
 
 class NTKRoPE(RoPE):

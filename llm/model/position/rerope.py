@@ -6,10 +6,10 @@ from torch import Tensor
 
 from llm.contracts import PositionView
 from llm.errors import ConfigError
-from llm.functional import rotate
-from llm.position.base import Position
-from llm.position.log_n import LogNMode
-from llm.position.rotary import AngleMemo, cos_sin, inverse_frequencies
+from llm.model.position.base import Position
+from llm.model.position.log_n import LogNMode
+from llm.model.position.rotary import AngleMemo, cos_sin, inverse_frequencies
+from llm.ops.functional import rotate
 
 
 class ReRoPE(Position):

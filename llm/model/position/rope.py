@@ -4,10 +4,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm.contracts import PositionView
-from llm.functional import rotate
-from llm.position.base import Position
-from llm.position.log_n import LogNMode
-from llm.position.rotary import AngleMemo, inverse_frequencies
+from llm.model.position.base import Position
+from llm.model.position.log_n import LogNMode
+from llm.model.position.rotary import AngleMemo, inverse_frequencies
+from llm.ops.functional import rotate
 
 
 class RoPE(Position):

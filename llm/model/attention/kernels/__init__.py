@@ -1,6 +1,6 @@
 """Causal attention over documents: one function that picks the kernel, and the slow form that defines it."""
 
-from llm.attention.kernels.dispatch import causal_attention
-from llm.attention.kernels.reference import reference_attention
+from llm.model.attention.kernels.dispatch import causal_attention
+from llm.model.attention.kernels.reference import reference_attention
 
 __all__ = ["causal_attention", "reference_attention"]

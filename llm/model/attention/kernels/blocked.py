@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.attention.kernels.plan import QueryBlock
-from llm.attention.kernels.reference import visible_keys
-from llm.attention.kernels.slabs import Slab, slabs, take
+from llm.model.attention.kernels.plan import QueryBlock
+from llm.model.attention.kernels.reference import visible_keys
+from llm.model.attention.kernels.slabs import Slab, slabs, take
 
 aten = torch.ops.aten
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? document_ids, float scale, int? window"

@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.attention.kernels.blocked import blocked_attention
-from llm.attention.kernels.cuda import cuda_attention, sdpa
-from llm.attention.kernels.reference import visible_keys
 from llm.errors import ShapeError
+from llm.model.attention.kernels.blocked import blocked_attention
+from llm.model.attention.kernels.cuda import cuda_attention, sdpa
+from llm.model.attention.kernels.reference import visible_keys
 
 FEW_QUERIES = 16
 """Up to this many queries against stored keys (decoding), one masked product reads the keys where they lie."""
@@ -28,7 +28,7 @@ def causal_attention(
         o_i = Σ_j softmax_j(scale · q_i·k_j) v_j,   lse_i = log Σ_j exp(scale · q_i·k_j)
 
     On CUDA: SDPA's flash kernel where every row is one document, variable-length flash or FlexAttention for
-    documents and windows. Elsewhere: blocks of queries (`llm.attention.kernels.blocked`). No kernel holds a
+    documents and windows. Elsewhere: blocks of queries (`llm.model.attention.kernels.blocked`). No kernel holds a
     time x time matrix. Gradients flow through both results. Under autocast the inputs are cast to its dtype.
 
     Args:

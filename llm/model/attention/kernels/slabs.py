@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.attention.kernels.plan import QueryBlock, plan_batch
+from llm.model.attention.kernels.plan import QueryBlock, plan_batch
 
 QUERY_BLOCK = 128
 """Queries in a block: shorter blocks waste fewer products above the diagonal, longer ones multiply faster."""

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm.ffn.balance.base import Balance, check_rate
-from llm.ffn.routing import Routing
+from llm.model.ffn.balance.base import Balance, check_rate
+from llm.model.ffn.routing import Routing
 
 Scope = Literal["sequence", "micro_batch", "global_batch"]
 

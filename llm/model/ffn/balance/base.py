@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm.errors import ConfigError
-from llm.ffn.routing import Routing
+from llm.model.ffn.routing import Routing
 
 
 class Balance(nn.Module):

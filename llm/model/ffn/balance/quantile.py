@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from llm.errors import ConfigError
-from llm.ffn.balance.base import BiasBalance
-from llm.ffn.routing import Routing
+from llm.model.ffn.balance.base import BiasBalance
+from llm.model.ffn.routing import Routing
 
 
 class Quantile(BiasBalance):

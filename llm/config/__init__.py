@@ -1,0 +1,1 @@
+"""Validates a configuration and builds the pieces that it names."""

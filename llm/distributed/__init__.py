@@ -1,0 +1,1 @@
+"""Starts several processes, lets them agree on values, and runs DeepSpeed's ZeRO."""

@@ -1,0 +1,1 @@
+"""The decoder and the pieces that it is composed of."""

@@ -1,0 +1,1 @@
+"""Trains a model: from a checked configuration to a finished run folder."""

@@ -1,0 +1,127 @@
+"""Prepares a run's first state: initial weights, the micro-batch size and a measured noise scale."""
+
+from collections.abc import Mapping
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm.config.build import module_factories
+from llm.config.run import RunConfig
+from llm.config.sizes import accelerator, batch_ramp, micro_batch_sizes, needs_probe, planned_steps
+from llm.distributed.launch import find_launch
+from llm.distributed.rendezvous import agree, smallest
+from llm.errors import ConfigError
+from llm.huggingface.folder import is_hf_folder
+from llm.huggingface.load import load_hf_weights
+from llm.model.transformer import Transformer
+from llm.ops.loss import linear_cross_entropy
+from llm.ops.memory import SavedBytes
+from llm.ops.precision import resolve_precision
+from llm.run_folder.checkpoint import compare_state, find_last, load_model
+from llm.run_folder.folder import RunFolder
+from llm.scaling.noise_scale import PROBE_REMEDY
+from llm.training.micro_batch import find_micro_batch_size
+from llm.training.module import rated_groups
+from llm.training.noise_probe import PROBE_PATIENCE, PROBE_UPDATES, measure_noise_scale
+from llm.training.train import log
+
+
+def _load_initial_weights(run: RunConfig, model: Transformer, bos_id: int) -> None:
+    if run.init_from is None:
+        return
+    source = Path(run.init_from)
+    if is_hf_folder(source):
+        hf_state = load_hf_weights(source, model, context_length=run.context_length, bos_id=bos_id)
+        model.load_state_dict(hf_state)
+        log.info("weights from %s", source)
+        return
+    folder = source if (source / "manifest.json").is_file() else find_last(source, key="init_from").path
+    state = model_state(folder)
+    compare_state(state, model.state_dict(), source=f"init_from={folder}")
+    model.load_state_dict(state)
+    log.info("weights from %s", folder)
+
+
+def model_state(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the decoder's own weights from a checkpoint folder."""
+    return {name.removeprefix("model."): tensor for name, tensor in load_model(folder).items()}
+
+
+def _micro_batch_size(cfg: dict[str, Any], run: RunConfig, model: Transformer, folder: RunFolder) -> int:
+    """Return micro_batch_size; where it is auto, the largest that fits every rank, tried in the run's own precision."""
+    if run.micro_batch_size != "auto":
+        return run.micro_batch_size
+    launch, device = find_launch(), torch.device(accelerator(cfg["trainer"]))
+    if launch is not None and device.type == "cuda":
+        device = torch.device("cuda", launch.local_rank)
+    precision = resolve_precision(cfg["trainer"]["precision"], accelerator=device.type)
+    trial = partial(trial_step, model.to(device), device=device, precision=precision, context_length=run.context_length)
+    sizes = micro_batch_sizes(cfg)
+    found = find_micro_batch_size(trial, candidates=sizes, device=device, context_length=run.context_length)
+    return found if launch is None else smallest(found, launch, about=f"micro_batch_size of {folder.path}")
+
+
+def _measured_scaling(cfg: Mapping[str, Any], model: Transformer, data: Any, folder: RunFolder) -> dict[str, Any]:
+    """Return the scaling rule's node; where a noise scale is to be measured and is needed, with that of a probe.
+
+    Of several ranks the first measures, and the others wait for what it finds.
+    """
+    node, launch = dict(cfg["scaling"]), find_launch()
+    if not needs_probe(cfg):
+        return node
+    try:
+        found = _probe_noise_scale(cfg, model, data) if launch is None or launch.rank == 0 else ""
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "scaling.noise_scale=measured: the probe trains a copy of the model on one device, which has no room for "
+            f"it; {PROBE_REMEDY}"
+        ) from error
+    if launch is not None:
+        found = agree(found, launch, about=f"noise scale of {folder.path}", patience=PROBE_PATIENCE)
+    node["noise_scale"] = float(found)
+    log.info("noise scale  %s tokens, measured by a probe at the base batch", f"{node['noise_scale']:_.0f}")
+    return node
+
+
+def _probe_noise_scale(cfg: Mapping[str, Any], model: Transformer, data: Any) -> str:
+    """Return the noise scale in tokens, to three digits, from a probe on this process's device."""
+    base = cfg["scaling"]["base_batch_tokens"]
+    factories, total = module_factories(cfg), max(planned_steps(cfg), PROBE_UPDATES)
+    device = torch.device(accelerator(cfg["trainer"]))
+    precision = resolve_precision(cfg["trainer"]["precision"], accelerator=device.type)
+    dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
+    dataset = data.windows("train")
+    enough = -(-PROBE_UPDATES * base // batch_ramp(cfg).batch_tokens_at(0))
+    groups = partial(rated_groups, **{key: factories[key] for key in ("rates", "optimizer", "lr", "weight_decay")})
+    windows = measure_noise_scale(
+        model.to(device),
+        windows=chain.from_iterable(data.train_sampler(total_steps=enough)),
+        read=lambda part: {name: tensor.to(device) for name, tensor in dataset.__getitems__(part).items()},  # type: ignore
+        windows_per_update=base // cfg["context_length"],
+        micro_batch_size=data.micro_batch_size,
+        build_optimizer=lambda probe: factories["optimizer"](groups(probe)),
+        lr_factor=lambda step: factories["schedule"](step, total_steps=total),
+        clip=cfg["trainer"].get("gradient_clip_val"),
+        autocast=lambda: torch.autocast(device.type, dtype=dtype, enabled=precision.endswith("mixed")),
+    )
+    return f"{windows * cfg['context_length']:.3g}"
+
+
+def trial_step(model: Transformer, windows: int, *, device: torch.device, precision: str, context_length: int) -> int:
+    """Run forward and backward on `windows` windows of zeros; return the bytes kept for the backward pass."""
+    ids = torch.zeros(windows, context_length, dtype=torch.long, device=device)
+    positions = torch.arange(context_length, device=device).expand(windows, -1)
+    dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
+    random_state = torch.get_rng_state()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a codebook takes its codes from zeros
+    with torch.autocast(device.type, dtype=dtype, enabled=precision.endswith("mixed")), SavedBytes(model) as saved:
+        hidden = model(ids, positions=positions, document_ids=torch.zeros_like(ids)).hidden
+        loss = linear_cross_entropy(hidden, model.lm_head.weight, ids)
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    model.load_state_dict(buffers, strict=False)
+    torch.set_rng_state(random_state)
+    return saved.total
