@@ -13,10 +13,10 @@ from llm.errors import CheckpointError
 from llm.run_folder.background import BackgroundWriter
 from llm.run_folder.checkpoint import (
     Contents,
-    _not_finite,
     contents_of,
     load_model,
     load_training,
+    names_not_finite,
     write_contents,
 )
 from llm.run_folder.checkpoint_files import remove_checkpoint
@@ -75,7 +75,7 @@ class FolderCheckpointIO(CheckpointIO):
 
 def _write_finite(folder: Path, contents: Contents, *, manifest: Mapping[str, Any]) -> None:
     """Write a checkpoint of a run, whose weights must be numbers: it would replace one that can be gone on from."""
-    if bad := _not_finite(contents.tensors):
+    if bad := names_not_finite(contents.tensors):
         raise CheckpointError(
             f"checkpoint={folder}: {bad} holds values that are not finite, so it was not saved; go on from the one "
             "before with a lower optimizer.lr, in a new run with init_from=<run folder>"

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llm.commands.compose import CONFIG_DIR, _compose, _default_config
+from llm.commands.compose import CONFIG_DIR, compose_plain, default_config
 from llm.commands.help import help_page
 from llm.commands.multirun import is_multirun, run_sweep
 from llm.commands.overrides import as_if_meant, diagnose, keys_set_by, not_overrides
@@ -109,7 +109,7 @@ def run_command(
     except CrucibleError as error:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        _fail(diagnose(error, _default_config(config_name), CONFIG_DIR))
+        _fail(diagnose(error, default_config(config_name), CONFIG_DIR))
     except OSError as error:
         if started:
             raise
@@ -137,11 +137,11 @@ def run_plain_command(
         if complaints := not_overrides(arguments, CONFIG_DIR):
             raise ConfigError("\n".join(complaints))
         texts = dict(argument.split("=", 1) for argument in arguments if argument.split("=")[0] in raw)
-        task(_compose(config_name, [a for a in arguments if a.split("=")[0] not in texts]) | texts)
+        task(compose_plain(config_name, [a for a in arguments if a.split("=")[0] not in texts]) | texts)
     except CrucibleError as error:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        _fail(diagnose(error, _default_config(config_name), CONFIG_DIR))
+        _fail(diagnose(error, default_config(config_name), CONFIG_DIR))
 
 
 def _check_all(overrides: list[str], config_name: str, check: Callable[[dict[str, Any]], Any]) -> None:
@@ -149,10 +149,10 @@ def _check_all(overrides: list[str], config_name: str, check: Callable[[dict[str
     problems = []
     while True:
         try:
-            cfg = _compose(config_name, overrides)
+            cfg = compose_plain(config_name, overrides)
             break
         except (HydraException, OmegaConfBaseException) as error:
-            complaint = diagnose(error, _default_config(config_name), CONFIG_DIR)
+            complaint = diagnose(error, default_config(config_name), CONFIG_DIR)
             rest = as_if_meant(overrides, complaint)
             if rest == overrides:
                 raise ConfigError("\n".join([*problems, complaint])) from error
@@ -205,7 +205,7 @@ def _as_one_of_several(launch: Launch, arguments: list[str], config_name: str) -
     own = [] if launch.rank == 0 else ["hydra.output_subdir=null", f"hydra.job.name={config_name}_rank{launch.rank}"]
     if any(a.startswith("hydra.run.dir=") for a in arguments):
         return own
-    _compose(config_name, [a for a in arguments if not a.startswith("-")])
+    compose_plain(config_name, [a for a in arguments if not a.startswith("-")])
     folder = agree(str(HydraConfig.get().run.dir), launch)
     return [f"hydra.run.dir='{folder}'", *own]
 
@@ -228,7 +228,7 @@ def _resume_dir(arguments: list[str], config_name: str) -> list[str]:
 
 
 def _newest_run(arguments: list[str], config_name: str) -> Path:
-    cfg = _compose(config_name, [a for a in arguments if not a.startswith("-")])
+    cfg = compose_plain(config_name, [a for a in arguments if not a.startswith("-")])
     name = cfg["name"]
     passed_over = []
     for folder in sorted((p.parent for p in Path("runs").glob(f"*_{name}/config.yaml")), reverse=True):

@@ -14,7 +14,7 @@ from llm.config.files import to_plain
 CONFIG_DIR = conf_folder()
 
 
-def _compose(config_name: str, overrides: list[str]) -> dict[str, Any]:
+def compose_plain(config_name: str, overrides: list[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         cfg = compose(config_name, overrides=overrides, return_hydra_config=True)
@@ -26,7 +26,7 @@ def _compose(config_name: str, overrides: list[str]) -> dict[str, Any]:
     return plain
 
 
-def _default_config(config_name: str) -> Mapping[str, Any]:
+def default_config(config_name: str) -> Mapping[str, Any]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return OmegaConf.to_container(compose(config_name), resolve=False)  # type: ignore[return-value]

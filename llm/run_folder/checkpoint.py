@@ -97,7 +97,7 @@ def load_model(folder: Path, *, check: bool = True) -> dict[str, Tensor]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
     except (OSError, SafetensorError) as error:
         raise _unusable(folder, f"{MODEL} cannot be read ({error})") from error
-    if bad := _not_finite(state):
+    if bad := names_not_finite(state):
         raise _unusable(folder, f"{bad} holds values that are not finite")
     return state | {name: state[stored] for name, stored in manifest.get("tied", {}).items()}
 
@@ -185,7 +185,7 @@ def _untie(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     return stored, tied
 
 
-def _not_finite(state: Mapping[str, Tensor]) -> str:
+def names_not_finite(state: Mapping[str, Tensor]) -> str:
     """Return the first names of tensors that hold NaN or infinity, `""` for none."""
     bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     return ", ".join(bad[:_SEVERAL])

@@ -50,7 +50,8 @@ def build_module(cfg: Mapping[str, Any], run: RunConfig, model: Transformer, tok
     return module
 
 
-def _build_trainer(cfg: Mapping[str, Any], run: RunConfig, folder: RunFolder, plan: BatchPlan) -> L.Trainer:
+def build_run_trainer(cfg: Mapping[str, Any], run: RunConfig, folder: RunFolder, plan: BatchPlan) -> L.Trainer:
+    """Return the Trainer of a run, with its callbacks, loggers and checkpoint folders."""
     device = torch.device(accelerator(cfg["trainer"]))
     precision = resolve_precision(cfg["trainer"]["precision"], accelerator=device.type)
     supplied = {

@@ -1,5 +1,6 @@
 """Prepares a run's first state: initial weights, the micro-batch size and a measured noise scale."""
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 from itertools import chain
@@ -26,10 +27,12 @@ from llm.scaling.noise_scale import PROBE_REMEDY
 from llm.training.micro_batch import find_micro_batch_size
 from llm.training.module import rated_groups
 from llm.training.noise_probe import PROBE_PATIENCE, PROBE_UPDATES, measure_noise_scale
-from llm.training.train import log
+
+log = logging.getLogger(__name__)
 
 
-def _load_initial_weights(run: RunConfig, model: Transformer, bos_id: int) -> None:
+def load_initial_weights(run: RunConfig, model: Transformer, bos_id: int) -> None:
+    """Copy the weights that `init_from` names into the model; do nothing where it is null."""
     if run.init_from is None:
         return
     source = Path(run.init_from)
@@ -50,7 +53,7 @@ def model_state(folder: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in load_model(folder).items()}
 
 
-def _micro_batch_size(cfg: dict[str, Any], run: RunConfig, model: Transformer, folder: RunFolder) -> int:
+def chosen_micro_batch_size(cfg: dict[str, Any], run: RunConfig, model: Transformer, folder: RunFolder) -> int:
     """Return micro_batch_size; where it is auto, the largest that fits every rank, tried in the run's own precision."""
     if run.micro_batch_size != "auto":
         return run.micro_batch_size
@@ -64,7 +67,7 @@ def _micro_batch_size(cfg: dict[str, Any], run: RunConfig, model: Transformer, f
     return found if launch is None else smallest(found, launch, about=f"micro_batch_size of {folder.path}")
 
 
-def _measured_scaling(cfg: Mapping[str, Any], model: Transformer, data: Any, folder: RunFolder) -> dict[str, Any]:
+def measured_scaling(cfg: Mapping[str, Any], model: Transformer, data: Any, folder: RunFolder) -> dict[str, Any]:
     """Return the scaling rule's node; where a noise scale is to be measured and is needed, with that of a probe.
 
     Of several ranks the first measures, and the others wait for what it finds.
@@ -73,7 +76,7 @@ def _measured_scaling(cfg: Mapping[str, Any], model: Transformer, data: Any, fol
     if not needs_probe(cfg):
         return node
     try:
-        found = _probe_noise_scale(cfg, model, data) if launch is None or launch.rank == 0 else ""
+        found = probe_noise_scale(cfg, model, data) if launch is None or launch.rank == 0 else ""
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             "scaling.noise_scale=measured: the probe trains a copy of the model on one device, which has no room for "
@@ -86,7 +89,7 @@ def _measured_scaling(cfg: Mapping[str, Any], model: Transformer, data: Any, fol
     return node
 
 
-def _probe_noise_scale(cfg: Mapping[str, Any], model: Transformer, data: Any) -> str:
+def probe_noise_scale(cfg: Mapping[str, Any], model: Transformer, data: Any) -> str:
     """Return the noise scale in tokens, to three digits, from a probe on this process's device."""
     base = cfg["scaling"]["base_batch_tokens"]
     factories, total = module_factories(cfg), max(planned_steps(cfg), PROBE_UPDATES)

@@ -30,10 +30,10 @@ from llm.run_folder.folder import RunFolder
 from llm.run_folder.rollback import go_back, read_rollbacks
 from llm.scaling.batching import BatchPlan
 from llm.scaling.derivation import mismatch, rule_and_settings
-from llm.training.build import _build_trainer, build_module
+from llm.training.build import build_module, build_run_trainer
 from llm.training.module import LanguageModule
 from llm.training.plan import describe_plan
-from llm.training.start import _load_initial_weights, _measured_scaling, _micro_batch_size
+from llm.training.start import chosen_micro_batch_size, load_initial_weights, measured_scaling
 
 log = logging.getLogger(__name__)
 
@@ -77,14 +77,14 @@ def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> bool:
     data.setup("fit")
     data.leave_out(entry["left_out"] for entry in read_rollbacks(folder))
     model = build_model(cfg, data.tokenizer.vocab_size)
-    _load_initial_weights(run, model, data.tokenizer.bos_id)
-    cfg["micro_batch_size"] = data.micro_batch_size = _micro_batch_size(cfg, run, model, folder)
+    load_initial_weights(run, model, data.tokenizer.bos_id)
+    cfg["micro_batch_size"] = data.micro_batch_size = chosen_micro_batch_size(cfg, run, model, folder)
     plan = batch_plan(cfg)
-    cfg["scaling"] = _measured_scaling(cfg, model, data, folder)
+    cfg["scaling"] = measured_scaling(cfg, model, data, folder)
     save(cfg, folder.path / "config.yaml")
     data.tokenizer.save(folder.path)
     module = build_module(cfg, run, model, data.tokenizer)
-    trainer = _build_trainer(cfg, run, folder, plan)
+    trainer = build_run_trainer(cfg, run, folder, plan)
     _announce(cfg, folder, module, data, plan)
     ckpt_path = None if checkpoint is None else str(checkpoint.path)
     try:
