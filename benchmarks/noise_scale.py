@@ -19,7 +19,8 @@ from lightning.pytorch.callbacks import Callback
 
 from llm.callbacks.noise_scale import NoiseScale
 from llm.tables import format_table
-from llm.training import train as training
+from llm.training import build as training
+from llm.training.train import train
 
 WARM_UP = 5
 TIMED = ("_take", "on_before_optimizer_step", "on_train_batch_end", "step_metrics")
@@ -64,7 +65,7 @@ def measure(size: str, parts: int, updates: int, folder: Path, further: list[str
     watch = Watch()
     training.build_callbacks = lambda *a, **k: [*plain(*a, **k), watch]
     try:
-        training.train(cfg, folder)
+        train(cfg, folder)
     finally:
         training.build_callbacks = plain
         for name, method in methods.items():

@@ -143,7 +143,8 @@ def train_ours(args: argparse.Namespace) -> None:
     from hydra import compose, initialize_config_dir
 
     from llm.config.files import to_plain
-    from llm.training import train as training
+    from llm.training import build as training
+    from llm.training.train import train
 
     precision = "bf16-mixed" if args.precision == "bf16" else "32-true"
     overrides = [
@@ -173,7 +174,7 @@ def train_ours(args: argparse.Namespace) -> None:
     build = training.build_callbacks
     training.build_callbacks = lambda *a, **o: [Gate(), *build(*a, **o)]
     with tempfile.TemporaryDirectory(prefix="train-step-") as folder:
-        training.train(cfg, Path(folder) / "run")
+        train(cfg, Path(folder) / "run")
 
 
 def ask(process: subprocess.Popen, steps: int) -> tuple[float, float]:

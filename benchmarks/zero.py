@@ -119,12 +119,12 @@ class Meter(Callback):
 
 def measure(cfg: dict[str, Any], out: Path) -> None:
     """Train as one of the ranks and write what was metered."""
-    import llm.training.train
+    import llm.training.build
 
     meter = Meter()
     meter.watch()
-    build = llm.training.train.build_trainer
-    llm.training.train.build_trainer = lambda cfg, **arguments: build(
+    build = llm.training.build.build_trainer
+    llm.training.build.build_trainer = lambda cfg, **arguments: build(
         cfg, **{**arguments, "callbacks": [*arguments["callbacks"], meter]}
     )
     check(cfg)

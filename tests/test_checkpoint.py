@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from llm import checkpoint, checkpoint_files
 from llm.callbacks.checkpoint_io import FolderCheckpointIO
 from llm.errors import CheckpointError
+from llm.run_folder import checkpoint, checkpoint_files
 from llm.run_folder.checkpoint import compare_state, find_last, load_model, load_training, plain, save_checkpoint
 from llm.run_folder.checkpoint_files import point, remove_checkpoint, step_folder, verify
 

@@ -244,7 +244,7 @@ def test_a_folder_in_use_is_refused_and_nothing_is_left_of_an_export_that_differ
     (tmp_path / "full/file").write_text("")
     with pytest.raises(ConfigError, match=r"out=.*not empty"):
         exporting(run_folder, tmp_path / "full")
-    monkeypatch.setattr("llm.export.compare_logits", lambda *a, **k: 1.0)
+    monkeypatch.setattr("llm.commands.export.compare_logits", lambda *a, **k: 1.0)
     with pytest.raises(CheckpointError, match="logits differ by 1"):
         exporting(run_folder, tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]

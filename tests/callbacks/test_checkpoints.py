@@ -3,9 +3,9 @@ import os
 
 import pytest
 
+from llm.callbacks import checkpoint_io
 from llm.callbacks.checkpoints import Checkpoints
 from llm.errors import CheckpointError, ConfigError
-from llm.run_folder import checkpoint
 from llm.run_folder.checkpoint import find_last, load_model
 from llm.run_folder.checkpoint_files import list_checkpoints, verify
 from llm.run_folder.folder import RunFolder
@@ -104,14 +104,14 @@ def test_settings_that_would_lose_work_are_refused(folder, setting, values):
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_leaves_the_one_before(folder, train, monkeypatch):
-    real = checkpoint.write_contents
+    real = checkpoint_io.write_contents
 
     def write(path, contents, *, manifest):
         if manifest["step"] == 10:
             raise CheckpointError("the disk is full")
         real(path, contents, manifest=manifest)
 
-    monkeypatch.setattr(checkpoint, "write_contents", write)
+    monkeypatch.setattr(checkpoint_io, "write_contents", write)
     with pytest.raises(CheckpointError, match="the disk is full"):
         train(folder, max_steps=30)
     assert os.readlink(folder.checkpoints / "last") == "step-00000008"  # the best validation

@@ -11,7 +11,7 @@ from llm.config.sizes import batch_plan
 from llm.errors import ConfigError
 from llm.optim.param_groups import parameter_kinds
 from llm.scaling.noise_scale import SmoothedNoiseScale, two_batch_estimate
-from llm.training import train as training
+from llm.training import build as training
 from llm.training.train import train
 
 MEASURE = ("callbacks=noise_scale", "callbacks.samples=null", "callbacks.curves=null", "micro_batch_size=2")

@@ -9,7 +9,7 @@ from llm.callbacks.optimizer_stats import OptimizerStats
 from llm.config.build import build_callbacks
 from llm.errors import ConfigError
 from llm.optim.param_groups import parameter_kinds
-from llm.training import train as training
+from llm.training import build as training
 from llm.training.train import train
 
 NODE = (

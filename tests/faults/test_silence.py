@@ -151,7 +151,9 @@ def test_a_configuration_read_from_a_run_folder_runs_no_code(composed, tiny, tmp
         "command": ["touch", str(tmp_path / "owned")],
         "processes": 1,
     }
-    with pytest.raises(ConfigError, match=r"data\._target_=llm\.launch\.start_processes: not on the allow-list"):
+    with pytest.raises(
+        ConfigError, match=r"data\._target_=llm\.distributed\.launch\.start_processes: not on the allow-list"
+    ):
         train(cfg | {"resume": str(tmp_path)}, tmp_path)
     assert not (tmp_path / "owned").exists()
 

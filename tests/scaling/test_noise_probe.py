@@ -10,7 +10,7 @@ from llm.config.check import check
 from llm.config.files import load
 from llm.errors import ConfigError
 from llm.scaling.noise_scale import PROBE_REMEDY
-from llm.training import train as training
+from llm.training import start as training
 from llm.training.noise_probe import measure_noise_scale
 from llm.training.train import train
 
