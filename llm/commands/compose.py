@@ -15,6 +15,7 @@ CONFIG_DIR = conf_folder()
 
 
 def compose_plain(config_name: str, overrides: list[str]) -> dict[str, Any]:
+    """Return the plain configuration that the overrides compose to; Hydra's own part is kept by HydraConfig."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         cfg = compose(config_name, overrides=overrides, return_hydra_config=True)
@@ -27,6 +28,7 @@ def compose_plain(config_name: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def default_config(config_name: str) -> Mapping[str, Any]:
+    """Return the configuration without overrides, unresolved."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return OmegaConf.to_container(compose(config_name), resolve=False)  # type: ignore[return-value]
