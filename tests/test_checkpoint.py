@@ -46,7 +46,7 @@ for _ in range(20):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     found = find_last(root)
-    assert found.passed_over == [], found
+    assert found.skipped == [], found
     assert found.step >= step, (found, step)
     advanced += found.step > step
     step = found.step
@@ -167,7 +167,7 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path):
     folder = step_folder(tmp_path, 1)
     state = {"good": torch.ones(2), "bad": torch.tensor([1.0, float("nan")])}
     save_checkpoint(folder, model_state=state, training_state={}, manifest={"step": 1})
-    with pytest.raises(CheckpointError, match="bad holds values that are not finite"):
+    with pytest.raises(CheckpointError, match="bad has values that are not finite"):
         load_model(folder)
 
 
@@ -178,17 +178,17 @@ def test_the_newest_whole_checkpoint_is_found_and_newer_ones_are_explained(tmp_p
     (step_folder(tmp_path / "checkpoints", 30) / "training.pt").unlink()
     found = find_last(tmp_path)
     assert (found.step, found.path.name) == (20, "step-00000020")
-    assert found.passed_over == [
+    assert found.skipped == [
         "step-00000040: model.safetensors differs from its sha256",
         "step-00000030: training.pt is missing",
     ]
 
 
 def test_a_folder_without_checkpoints_or_with_only_damaged_ones_says_so(tmp_path):
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
         find_last(tmp_path)
     flip_a_byte(save(tmp_path, 5) / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"every checkpoint in it is damaged .*step-00000005"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint of this run is incomplete or corrupt .*step-00000005"):
         find_last(tmp_path)
 
 
@@ -300,7 +300,7 @@ def test_removing_renames_first(tmp_path, monkeypatch):
     folder = save(tmp_path, 1)
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
     remove_checkpoint(folder)
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
         find_last(tmp_path)
 
 

@@ -149,7 +149,7 @@ def test_a_sweep_gives_each_job_a_folder(tiny, tmp_path):
         (["data=text"], "data.files=???: a value is needed"),
         (["data=text", "data.files=nowhere/*.txt"], "nowhere"),
         (["resume=nowhere"], "resume=nowhere: holds no config.yaml"),
-        (["init_from=nowhere"], "init_from=nowhere: holds no checkpoint"),
+        (["init_from=nowhere"], "init_from=nowhere: has no checkpoint"),
         (["scaling.base_batch_tokens=null"], "scaling.base_batch_tokens=None: must be at least 1; set the tokens per"),
         (["~scaling.base_batch_tokens"], "scaling.base_batch_tokens: missing; the sqrt rule needs it: set the tokens"),
         (["scaling=sign", "scaling.noise_scale=0"], "scaling.noise_scale=0: must be a number above 0; set the tokens"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llm.config.safety import redact
 from llm.errors import ConfigError
 from llm.run_folder.folder import SUMMARY_KEYS, RunFolder
-from llm.run_folder.metrics import MetricsFile
+from llm.run_folder.metrics_file import MetricsFile
 from llm.run_folder.provenance import config_hash, git_commit, versions
 
 APPEND_FOR_EVER = """

@@ -131,7 +131,7 @@ def test_a_finished_run_says_so_and_trains_nothing(run, composed, tiny, caplog):
 
 
 def test_resuming_a_folder_without_a_checkpoint_is_refused(composed, tiny, tmp_path):
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
         train({**composed(*tiny), "resume": str(tmp_path)}, tmp_path)
 
 

@@ -20,9 +20,9 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from llm.config.resume import merge_resumed
-from llm.report.build import write_report
-from llm.sweep.job import Plan, plain_command, run_job
-from llm.sweep.manifest import MANIFEST, Job, read_manifest, read_notes
+from llm.report.report_folder import write_report
+from llm.sweep.job import SweepPlan, plain_command, run_job
+from llm.sweep.manifest import MANIFEST, SweepJob, read_notes, read_sweep
 from llm.sweep.options import SweepOptions, split_options
 from llm.sweep.sweep import exit_status, open_sweep, resolve_folder, resumed_command
 
@@ -37,7 +37,7 @@ class Ahead:
 
     hydra: Any
     swept: tuple[str, ...]
-    jobs: tuple[Job, ...]
+    jobs: tuple[SweepJob, ...]
 
     @property
     def is_basic(self) -> bool:
@@ -63,7 +63,7 @@ def run_sweep(arguments: Sequence[str], *, task: Task, config_name: str, config_
     ahead = look_ahead(overrides, config_name=config_name, config_dir=config_dir)
     folder = resolve_folder(options.resume, Path(ahead.hydra.sweep.dir), command)
     script = config_dir.parent / f"{config_name}.py"
-    pruning = options.pruning(read_manifest(folder).prune if (folder / MANIFEST).exists() else None)
+    pruning = options.pruning(read_sweep(folder).prune if (folder / MANIFEST).exists() else None)
     plan = replace(_plan(ahead, folder, plain_command(script, tuple(flags))), prune=pruning)
     with (
         open_sweep(folder, command, ahead.jobs, ahead.swept, options.line_every, pruning) as monitor,
@@ -88,7 +88,7 @@ class JobFunction:
         task: runs a job in the caller's process; None: each has a process of its own.
     """
 
-    plan: Plan
+    plan: SweepPlan
     task: Task | None
 
     def __call__(self, cfg: DictConfig) -> float | None:
@@ -133,10 +133,10 @@ def look_ahead(overrides: Sequence[str], *, config_name: str, config_dir: Path) 
     GlobalHydra.instance().clear()
     everything = [o for o in [*added, *given] if not o.get_key_element().lstrip("+~").startswith("hydra")]
     swept = tuple(o.get_key_element().lstrip("+~") for o in everything if o.is_sweep_override())
-    jobs: tuple[Job, ...] = ()
+    jobs: tuple[SweepJob, ...] = ()
     if str(settings.sweeper._target_).endswith("BasicSweeper"):
         (batch,) = BasicSweeper.split_arguments(everything, None)
-        jobs = tuple(Job(overrides=tuple(job)) for job in batch)
+        jobs = tuple(SweepJob(overrides=tuple(job)) for job in batch)
     return Ahead(settings, swept, jobs)
 
 
@@ -159,14 +159,14 @@ def _first(override: Override) -> str:
     return f"{override.get_key_element()}={override.value().start}"  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
 
-def _plan(ahead: Ahead, folder: Path, command: tuple[str, ...]) -> Plan:
+def _plan(ahead: Ahead, folder: Path, command: tuple[str, ...]) -> SweepPlan:
     wanted = ahead.hydra.launcher.get("n_jobs") or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     side_by_side = wanted if wanted > 0 else max(1, cores + 1 + wanted)
     if ahead.is_basic:
         side_by_side = min(side_by_side, len(ahead.jobs))
     is_divided = side_by_side > 1 and "OMP_NUM_THREADS" not in os.environ
-    return Plan(
+    return SweepPlan(
         sweep=folder,
         command=command,
         owner=os.getpid(),

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from llm.errors import CrucibleError
-from llm.report.build import write_report
+from llm.report.report_folder import write_report
 from llm.report.runs import RunReader
 
 

@@ -1,1 +1,1 @@
-"""Run folders in, leaderboards and plots out."""
+"""RunRecord folders in, leaderboards and plots out."""

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from itertools import combinations, pairwise
 
 from llm.report.groups import Cell, Group
-from llm.report.runs import Point, Run
-from llm.report.stats import Comparison, holm, welch
+from llm.report.runs import Point, RunRecord
+from llm.report.significance import Comparison, holm, welch
 from llm.tables import format_bytes, format_count, format_seconds, format_table
 
 ALPHA = 0.05
@@ -125,7 +125,7 @@ def _row(group: Group, cell: Cell, rank: int | None, target: float | None) -> Ro
     )
 
 
-def _mean(runs: Sequence[Run], key: str) -> float | None:
+def _mean(runs: Sequence[RunRecord], key: str) -> float | None:
     values = [run.summary[key] for run in runs if isinstance(run.summary.get(key), int | float)]
     return statistics.fmean(values) if values else None
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from llm.errors import ConfigError
 from llm.report.groups import Group
-from llm.report.runs import Run
-from llm.report.stats import PowerLaw, power_law
+from llm.report.runs import RunRecord
+from llm.report.significance import PowerLaw, power_law
 from llm.scaling import rules
 
 BATCH, SCALING = "batch_tokens", "scaling."
@@ -98,7 +98,7 @@ def families(groups: Sequence[Group], free: Sequence[str]) -> Iterator[tuple[dic
             yield dict(shared), members
 
 
-def lr_scale(run: Run) -> float:
+def lr_scale(run: RunRecord) -> float:
     """Return what the run's scaling rule multiplied its rate by."""
     own = {k.removeprefix(SCALING): v for k, v in run.config.items() if k.startswith(SCALING)}
     rule = getattr(rules, str(own.pop("_target_", "")).rpartition(".")[2], None)

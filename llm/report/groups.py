@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from llm.config.conf import conf_folder
-from llm.report.runs import PRUNED, Run
-from llm.report.stats import standard_error
+from llm.report.runs import PRUNED, RunRecord
+from llm.report.significance import standard_error
 
 CONF = conf_folder()
 LR, SEED = "optimizer.lr", "seed"
@@ -27,7 +27,7 @@ class Cell:
     """Runs that differ by their seed alone."""
 
     lr: float | None
-    runs: list[Run] = field(default_factory=list)
+    runs: list[RunRecord] = field(default_factory=list)
 
     @property
     def losses(self) -> dict[int, float]:
@@ -89,7 +89,7 @@ class Group:
         return min(done, key=lambda cell: (score(cell), -len(cell.losses)))
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[RunRecord]:
         """All its runs."""
         return [run for cell in self.cells for run in cell.runs]
 
@@ -97,7 +97,7 @@ class Group:
 _SPEAKING = ("optimizer", "model", "scaling", "schedule", "data", "tokenizer")
 
 
-def value_of(run: Run, key: str) -> str:
+def value_of(run: RunRecord, key: str) -> str:
     """Return a run's value of a key as it would stand on a command line; "" where it has no such key."""
     if key in run.choices:
         return run.choices[key]
@@ -129,7 +129,7 @@ def text_of(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def swept_keys(runs: Sequence[Run]) -> list[str]:
+def swept_keys(runs: Sequence[RunRecord]) -> list[str]:
     """Return the fewest keys that tell the runs apart, seed and learning rate aside, most telling first.
 
     Keys set on command lines go before chosen options, those before classes, run-level keys and the rest. A key whose
@@ -166,14 +166,14 @@ def _depth(key: str) -> tuple[int, str]:
     return key.count("."), key
 
 
-def _split(runs: Sequence[Run], keys: Sequence[str]) -> dict[tuple[str, ...], list[Run]]:
-    cells: dict[tuple[str, ...], list[Run]] = {}
+def _split(runs: Sequence[RunRecord], keys: Sequence[str]) -> dict[tuple[str, ...], list[RunRecord]]:
+    cells: dict[tuple[str, ...], list[RunRecord]] = {}
     for run in runs:
         cells.setdefault(tuple(value_of(run, key) for key in keys), []).append(run)
     return cells
 
 
-def group_runs(runs: Sequence[Run], keys: Sequence[str]) -> list[Group]:
+def group_runs(runs: Sequence[RunRecord], keys: Sequence[str]) -> list[Group]:
     """Return the groups that `keys` tell apart, each with its runs by learning rate, best group first."""
     groups = []
     for values, members in _split([run for run in runs if run.config], keys).items():

@@ -11,7 +11,7 @@ from typing import Any
 from llm.report.board import Row, Verdict
 from llm.report.fits import Fit
 from llm.report.groups import Group, text_of
-from llm.report.runs import Point, Run
+from llm.report.runs import Point, RunRecord
 from llm.report.useful_batch import UsefulBatch
 
 MOST_POINTS = 400
@@ -36,7 +36,7 @@ def to_html(data: dict[str, Any], refresh_seconds: float | None = None) -> str:
 
 
 def report_data(
-    runs: Sequence[Run],
+    runs: Sequence[RunRecord],
     groups: Sequence[Group],
     rows: Sequence[Row],
     pairs: Sequence[Verdict],
@@ -79,14 +79,14 @@ def _group(group: Group) -> dict[str, Any]:
     return {"label": group.label, "settings": group.settings, "rates": rates, "overrides": " ".join([*settings, *rate])}
 
 
-def short_names(runs: Sequence[Run]) -> list[str]:
+def short_names(runs: Sequence[RunRecord]) -> list[str]:
     """Return the folder's name of each run, with as many folders above it as tell all of them apart."""
     depth = max((len(run.folder.parts) for run in runs), default=1)
     tried = (["/".join(run.folder.parts[-n:]) for run in runs] for n in range(1, depth + 1))
     return next((names for names in tried if len({*names}) == len(names)), [str(run.folder) for run in runs])
 
 
-def _given(run: Run, key: str) -> float | None:
+def _given(run: RunRecord, key: str) -> float | None:
     """Return a number of the configuration, or of the job's command line where it failed before it had one."""
     given = [
         text.partition("=")[2] for text in run.job.get("overrides") or [] if text.lstrip("+").startswith(f"{key}=")
@@ -97,7 +97,7 @@ def _given(run: Run, key: str) -> float | None:
         return None
 
 
-def _run(run: Run, name: str, shared: dict[str, Any]) -> dict[str, Any]:
+def _run(run: RunRecord, name: str, shared: dict[str, Any]) -> dict[str, Any]:
     own = {
         key: text_of(value) for key, value in run.config.items() if key not in shared and not key.endswith("_partial_")
     }
@@ -124,7 +124,7 @@ def _run(run: Run, name: str, shared: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shared(runs: Sequence[Run]) -> dict[str, Any]:
+def _shared(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Return the settings that all runs have alike: stored once."""
     configs = [run.config for run in runs if run.config]
     if not configs:
@@ -147,7 +147,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _expert_load(run: Run) -> list[dict[str, Any]]:
+def _expert_load(run: RunRecord) -> list[dict[str, Any]]:
     """Return each layer's load over an even share, averaged down to few times: a row an expert."""
     layers = []
     for name in _names(run, "/expert_load_global"):
@@ -161,7 +161,7 @@ def _expert_load(run: Run) -> list[dict[str, Any]]:
     return layers
 
 
-def _codebook(run: Run) -> list[dict[str, Any]]:
+def _codebook(run: RunRecord) -> list[dict[str, Any]]:
     """Return each layer's share of codes in use over tokens."""
     curves = []
     for name in _names(run, "/codebook_usage"):
@@ -174,7 +174,7 @@ def _codebook(run: Run) -> list[dict[str, Any]]:
     return curves
 
 
-def _names(run: Run, ending: str) -> list[str]:
+def _names(run: RunRecord, ending: str) -> list[str]:
     names = {name for line in run.lines for name in line if name.endswith(ending)}
     return sorted(names, key=lambda name: [int(text) if digit else text for digit, text in _digits(name)])
 

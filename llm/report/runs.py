@@ -1,4 +1,4 @@
-"""Run folders as they stand, finished or not: configuration, figures, curves, state."""
+"""RunRecord folders as they stand, finished or not: configuration, figures, curves, state."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import yaml
 from llm.errors import ConfigError
 from llm.report.sweeps import holds_sweep
 from llm.run_folder.folder import RunFolder
-from llm.run_folder.metrics import LineReader, Record
+from llm.run_folder.metrics_file import LineReader, Record
 
 PRUNED = "pruned"
 """The state of a run that its sweep stopped because it fell behind."""
@@ -33,7 +33,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """One run folder.
 
     Args:
@@ -172,13 +172,13 @@ class RunReader:
     def __init__(self) -> None:
         self._lines = LineReader(_kept)
 
-    def read(self, folder: Path) -> Run:
+    def read(self, folder: Path) -> RunRecord:
         """Return the run as it stands now."""
         hydra = folder / ".hydra"
         choices = _yaml(hydra / "hydra.yaml").get("hydra", {}).get("runtime", {}).get("choices", {})
         overrides = _yaml(hydra / "overrides.yaml", list)
         job = _json(folder / "job.json")
-        return Run(
+        return RunRecord(
             folder=folder,
             config=flatten(_yaml(folder / "config.yaml")),
             choices={k.split("@")[0]: str(v) for k, v in choices.items() if not k.startswith("hydra/") and v},

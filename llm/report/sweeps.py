@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llm.errors import ConfigError
-from llm.sweep.manifest import MANIFEST, Manifest, read_manifest
+from llm.sweep.manifest import MANIFEST, Manifest, read_sweep
 from llm.sweep.sweep import is_held
 
 
-class Ahead(NamedTuple):
+class PendingJobs(NamedTuple):
     """What is still to come in some folders."""
 
     pending: int
@@ -18,11 +18,11 @@ class Ahead(NamedTuple):
     """Whether a process runs one of the sweeps."""
 
 
-def look_ahead(folders: Iterable[Path]) -> Ahead:
+def pending_jobs(folders: Iterable[Path]) -> PendingJobs:
     """Return what the sweeps among and under `folders` have before them."""
     found = {path: manifest for folder in folders for path, manifest in _sweeps(folder)}
     pending = sum(job.state == "pending" for manifest in found.values() for job in manifest.jobs)
-    return Ahead(pending, any(map(is_held, found)))
+    return PendingJobs(pending, any(map(is_held, found)))
 
 
 def holds_sweep(folder: Path) -> bool:
@@ -35,6 +35,6 @@ def _sweeps(folder: Path) -> Iterator[tuple[Path, Manifest]]:
         if "checkpoints" in path.parts:  # they have manifests of their own
             continue
         try:
-            yield path.parent, read_manifest(path.parent)
+            yield path.parent, read_sweep(path.parent)
         except ConfigError:
             continue  # being written by someone else, or something else

@@ -9,7 +9,7 @@ from llm.errors import ConfigError
 from llm.report.board import crossing, mean_curve
 from llm.report.fits import BATCH, families
 from llm.report.groups import Group
-from llm.report.runs import Run
+from llm.report.runs import RunRecord
 from llm.scaling.derivation import thousands
 from llm.scaling.trade import Trade, fit_trade, past_useful_batch
 
@@ -97,7 +97,7 @@ def _from_sweeps(groups: Sequence[Group]) -> Iterator[UsefulBatch]:
         yield _fitted(subject, target, sorted(ended, key=lambda group: group.runs[0].config[BATCH]))
 
 
-def _is_ramped(run: Run) -> bool:
+def _is_ramped(run: RunRecord) -> bool:
     return not str(run.config.get(RAMP, "constant")).endswith("constant")
 
 

@@ -1,4 +1,4 @@
-"""A thread that does the slow part of saving while training goes on."""
+"""Runs the slow part of saving in a thread while training continues."""
 
 import threading
 from collections import deque
@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 
 class BackgroundWriter:
-    """Runs tasks one after the other in a thread of its own; after a failure it runs none until that was raised.
+    """A queue of tasks that one thread runs in order. After a failure it runs no task until the error was raised.
 
-    The thread is a daemon: a process that has to leave at once does not wait for it, since what it writes appears whole
-    or not at all.
+    The thread is a daemon, so a process that must exit at once does not wait for it. That is safe, because its tasks
+    publish files by one rename.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class BackgroundWriter:
         self._is_abandoned = False
 
     def submit(self, task: Callable[[], object]) -> None:
-        """Queue a task behind those before it."""
+        """Add a task to the end of the queue."""
         with self._changed:
             self._tasks.append(task)
             self._changed.notify_all()
@@ -29,7 +29,7 @@ class BackgroundWriter:
                 self._thread.start()
 
     def check(self) -> None:
-        """Raise what a task has failed with, once; the tasks behind it are dropped."""
+        """Raise the error of a failed task once, and discard the tasks behind it."""
         with self._changed:
             error, self._error = self._error, None
             if error is not None:
@@ -38,13 +38,13 @@ class BackgroundWriter:
             raise error
 
     def wait(self) -> None:
-        """Return when every task is done; raise what one has failed with."""
+        """Return when every task is done, or raise the error of a failed task."""
         with self._changed:
             self._changed.wait_for(lambda: not self._tasks or self._error is not None or self._is_abandoned)
         self.check()
 
     def abandon(self) -> None:
-        """Wait for nothing any more: the process is about to leave."""
+        """Make `wait` return at once, because the process is about to exit."""
         with self._changed:
             self._is_abandoned = True
             self._changed.notify_all()
@@ -59,7 +59,7 @@ class BackgroundWriter:
             error: BaseException | None = None
             try:
                 task()
-            except BaseException as caught:  # raised again where training can be stopped
+            except BaseException as caught:  # `check` and `wait` raise it in the training thread
                 error = caught
             with self._changed:
                 self._error = error
@@ -68,7 +68,7 @@ class BackgroundWriter:
                 self._changed.notify_all()
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the thread behind: a copy in another process starts with nothing to do."""
+        """Return no state: a copy in another process starts with an empty queue and without a thread."""
         return {}
 
     def __setstate__(self, state: dict[str, object]) -> None:

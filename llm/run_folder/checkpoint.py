@@ -1,8 +1,8 @@
-"""Checkpoints that survive a kill at any moment and are never half-believed.
+"""Saves, finds and loads checkpoints, which survive a kill at any moment and are verified before use.
 
-A checkpoint is a folder: `model.safetensors` (weights alone), `training.pt` (optimizer, counters, random states;
-plain data only) and `manifest.json` (sha256 and size of each file, step, versions; written last). It appears under its
-name by one rename, so a folder that has the name is whole, and the manifest proves it.
+A checkpoint is a folder of three files. `model.safetensors` has the weights. `training.pt` has optimizer, counters and
+random states as plain data. `manifest.json` has the SHA-256 and size of each file, the step and the versions, and is
+written last. The folder gets its name by one rename, so a folder of that name is complete.
 """
 
 from collections.abc import Mapping
@@ -19,15 +19,15 @@ from llm.run_folder.checkpoint_files import list_checkpoints, publish, read_mani
 from llm.run_folder.plain import map_tensors, plain, tensors_in
 
 MODEL, TRAINING = "model.safetensors", "training.pt"
-_SEVERAL = 8  # names listed in one error
+_MAX_LISTED = 8  # names per error message
 
 
 class FoundCheckpoint(NamedTuple):
-    """The newest checkpoint that can be trusted, and why newer ones were not."""
+    """The newest valid checkpoint, and the newer ones that were skipped, each with the reason."""
 
     path: Path
     step: int
-    passed_over: list[str]
+    skipped: list[str]
 
 
 def save_checkpoint(
@@ -37,22 +37,22 @@ def save_checkpoint(
     training_state: Mapping[str, Any],
     manifest: Mapping[str, Any],
 ) -> None:
-    """Write a whole checkpoint to `folder`, or leave everything as it was.
+    """Write a complete checkpoint to `folder`, or change nothing.
 
     Args:
-        folder: its final name; an older checkpoint of that name is replaced.
-        model_state: weights by name; names that share one tensor (tied weights) are stored once.
-        training_state: everything else, made of tensors, numbers, texts, lists and dicts.
-        manifest: what manifest.json records besides the files (step, world_size, versions, config_hash).
+        folder: its final name. An older checkpoint of that name is replaced.
+        model_state: weights by name. Names that share one tensor (tied weights) are stored once.
+        training_state: everything else, made of tensors, numbers, strings, lists and dicts.
+        manifest: entries of manifest.json besides the files (step, world_size, versions, config_hash).
 
     Raises:
-        CheckpointError: the disk is full, or `training_state` holds something that is not plain data.
+        CheckpointError: the disk is full, or a part of `training_state` is not plain data.
     """
     write_contents(folder, contents_of(model_state, training_state), manifest=manifest)
 
 
 class Contents(NamedTuple):
-    """What a checkpoint is made of, in the form in which it is written."""
+    """The contents of a checkpoint in the form in which they are written."""
 
     tensors: dict[str, Tensor]
     tied: dict[str, str]
@@ -62,10 +62,15 @@ class Contents(NamedTuple):
 def contents_of(
     model_state: Mapping[str, Tensor], training_state: Mapping[str, Any], *, is_copy: bool = False
 ) -> Contents:
-    """Return the contents of a checkpoint; a copy stays as it is while training goes on.
+    """Return the contents of a checkpoint.
+
+    Args:
+        model_state: weights by name.
+        training_state: everything else.
+        is_copy: whether to copy tensors to the CPU, so that the contents stay the same while training continues.
 
     Raises:
-        CheckpointError: `training_state` holds something that is not plain data.
+        CheckpointError: a part of `training_state` is not plain data.
     """
     tensors, tied = _untie(model_state)
     training = plain(training_state)
@@ -76,7 +81,7 @@ def contents_of(
 
 
 def write_contents(folder: Path, contents: Contents, *, manifest: Mapping[str, Any]) -> None:
-    """Write a whole checkpoint to `folder`, or leave everything as it was; see `save_checkpoint`."""
+    """Write contents to `folder` as a complete checkpoint, or change nothing."""
     tensors, tied, training = contents
     needed = sum(t.numel() * t.element_size() for t in [*tensors.values(), *tensors_in(training)])
     with publish(folder, manifest=dict(manifest) | {"tied": tied}, needed=needed) as temporary:
@@ -86,10 +91,10 @@ def write_contents(folder: Path, contents: Contents, *, manifest: Mapping[str, A
 
 
 def load_model(folder: Path, *, check: bool = True) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint, on the CPU, tied names sharing one tensor again.
+    """Return the weights of a checkpoint on the CPU. Tied names share one tensor again.
 
     Raises:
-        CheckpointError: it is missing, damaged, or holds a weight that is not a number.
+        CheckpointError: the checkpoint is missing or corrupt, or a weight is not finite.
     """
     manifest = _trusted(folder, check=check)
     try:
@@ -98,49 +103,49 @@ def load_model(folder: Path, *, check: bool = True) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise _unusable(folder, f"{MODEL} cannot be read ({error})") from error
     if bad := names_not_finite(state):
-        raise _unusable(folder, f"{bad} holds values that are not finite")
+        raise _unusable(folder, f"{bad} has values that are not finite")
     return state | {name: state[stored] for name, stored in manifest.get("tied", {}).items()}
 
 
 def load_training(folder: Path, *, check: bool = True) -> dict[str, Any]:
-    """Return everything but the weights, read as plain data: no code in the file is ever run.
+    """Return everything except the weights. The file is read as plain data, so no code in it is ever run.
 
     Raises:
-        CheckpointError: it is missing, damaged, or holds something other than plain data.
+        CheckpointError: the checkpoint is missing or corrupt, or has something other than plain data.
     """
     _trusted(folder, check=check)
     try:
         return torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
-    except Exception as error:  # the reasons torch gives advise loading it unsafely
+    except Exception as error:  # torch's own message advises to load the file unsafely
         raise _unusable(folder, f"{TRAINING} is not plain data written by this project") from error
 
 
 def find_last(run_folder: Path, *, key: str = "resume") -> FoundCheckpoint:
-    """Return the newest checkpoint of a run that verifies, and which newer ones were passed over and why.
+    """Return the newest valid checkpoint of a run, and the newer ones that were skipped.
 
     Args:
-        run_folder: the run's.
-        key: the setting that names it, for messages.
+        run_folder: the run folder.
+        key: the setting that names the folder, for messages.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the run has no valid checkpoint.
     """
-    checkpoints, passed_over = Path(run_folder) / "checkpoints", []
+    checkpoints, skipped = Path(run_folder) / "checkpoints", []
     for step, folder in reversed(list_checkpoints(checkpoints)):
         problems = verify(folder)
         if not problems:
-            return FoundCheckpoint(folder, step, passed_over)
-        passed_over.append(f"{folder.name}: {'; '.join(problems)}")
-    if passed_over:
+            return FoundCheckpoint(folder, step, skipped)
+        skipped.append(f"{folder.name}: {'; '.join(problems)}")
+    if skipped:
         raise CheckpointError(
-            f"{key}={run_folder}: every checkpoint in it is damaged ({' | '.join(passed_over)}); "
+            f"{key}={run_folder}: every checkpoint of this run is incomplete or corrupt ({' | '.join(skipped)}); "
             "restore one from a copy, or start a new run"
         )
-    raise CheckpointError(f"{key}={run_folder}: holds no checkpoint; give the folder of a run that saved one")
+    raise CheckpointError(f"{key}={run_folder}: has no checkpoint; name the folder of a run that saved one")
 
 
 def compare_state(model_state: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str) -> None:
-    """Refuse weights that another architecture made, naming each key that differs.
+    """Refuse the weights of another architecture, and name each weight that differs.
 
     Args:
         model_state: the checkpoint's weights.
@@ -148,7 +153,7 @@ def compare_state(model_state: Mapping[str, Tensor], expected: Mapping[str, Tens
         source: the setting that named the checkpoint, as `key=path`, for the message.
 
     Raises:
-        CheckpointError: a key is missing, unexpected, or of another shape.
+        CheckpointError: a weight is missing, unexpected, or of another shape.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model_state.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
@@ -157,16 +162,16 @@ def compare_state(model_state: Mapping[str, Tensor], expected: Mapping[str, Tens
     both = shapes.keys() & wanted.keys()
     lines += [f"{n}: {shapes[n]}, the model has {wanted[n]}" for n in both if shapes[n] != wanted[n]]
     if lines:
-        listed = "\n  ".join(sorted(lines)[:_SEVERAL])
-        more = f"\n  and {len(lines) - _SEVERAL} more" if len(lines) > _SEVERAL else ""
+        listed = "\n  ".join(sorted(lines)[:_MAX_LISTED])
+        more = f"\n  and {len(lines) - _MAX_LISTED} more" if len(lines) > _MAX_LISTED else ""
         raise CheckpointError(
-            f"{source}: made by another architecture, {len(lines)} weights differ; "
+            f"{source}: saved by another architecture, {len(lines)} weights differ; "
             f"use the model settings of that run's config.yaml:\n  {listed}{more}"
         )
 
 
 def _untie(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Split weights into those to store and, for each tied name, the name that it is stored under."""
+    """Return the weights to store, and for each tied name the name under which its tensor is stored."""
     stored: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -179,16 +184,16 @@ def _untie(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
             continue
         first[same] = name
         storage = tensor.untyped_storage().data_ptr()
-        # views into one storage that are not the same weight have to be stored apart
+        # different views into one storage must be stored as separate tensors
         stored[name] = tensor.clone().contiguous() if storage in storages else tensor.contiguous()
         storages.add(storage)
     return stored, tied
 
 
 def names_not_finite(state: Mapping[str, Tensor]) -> str:
-    """Return the first names of tensors that hold NaN or infinity, `""` for none."""
+    """Return the first names of tensors with NaN or infinity, `""` where there is none."""
     bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    return ", ".join(bad[:_SEVERAL])
+    return ", ".join(bad[:_MAX_LISTED])
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -205,5 +210,5 @@ def _trusted(folder: Path, *, check: bool) -> dict[str, Any]:
 def _unusable(folder: Path, reason: str) -> CheckpointError:
     return CheckpointError(
         f"checkpoint={folder}: {reason}; use another checkpoint of that run (resume=<run folder> takes the newest "
-        "whole one), or restore this one from a copy"
+        "valid one), or restore this one from a copy"
     )

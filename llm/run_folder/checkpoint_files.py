@@ -1,7 +1,6 @@
-"""Folders that appear whole under their name, and prove with a manifest that they still are."""
+"""Publishes a folder by one rename, with a manifest that proves later that each byte is unchanged."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -12,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import CheckpointError
+from llm.run_folder.files import read_object, temporary_path
+from llm.run_folder.full_disk import is_full_disk
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8,})")
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FULL_WORDS = ("no space left", "quota exceeded", "file too large", "os error 28", "os error 27", "os error 122")
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -26,22 +25,22 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 
 def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
-    """Return (step, folder) of each checkpoint by step, damaged ones too."""
+    """Return (step, folder) of each checkpoint in the order of steps, including corrupt ones."""
     found = [(re.fullmatch(_STEP, path.name), path) for path in checkpoints.glob("step-*") if not path.is_symlink()]
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint; a kill half-way leaves nothing that has a checkpoint's name."""
-    doomed = folder.with_name(f".tmp-old-{folder.name}-{os.getpid()}")
+    """Delete a checkpoint. It loses its name first, so a kill never leaves a partial checkpoint under that name."""
+    doomed = temporary_path(folder, "old-")
     with contextlib.suppress(FileNotFoundError):
         os.rename(folder, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 
 def point(link: Path, target: Path) -> None:
-    """Make `link` a relative symlink to its sibling `target`, in one step: it never points nowhere."""
-    temporary = link.with_name(f".tmp-{link.name}-{os.getpid()}")
+    """Make `link` a relative symlink to its sibling `target` in one step, so that the link is valid at any moment."""
+    temporary = temporary_path(link)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
     os.replace(temporary, link)
@@ -49,14 +48,17 @@ def point(link: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def publish(folder: Path, *, manifest: Mapping[str, Any], needed: int) -> Iterator[Path]:
-    """Yield a temporary folder to write files into; at the end it becomes `folder` by one rename.
+    """Yield a temporary folder to write files into, and rename it to `folder` at the end.
 
     Args:
         folder: the final name.
-        manifest: entries for manifest.json; the files' hashes are added.
-        needed: bytes about to be written, compared with the free space beforehand.
+        manifest: entries for manifest.json. The hashes of the files are added.
+        needed: bytes that will be written, which are compared with the free space first.
+
+    Raises:
+        CheckpointError: the disk or quota is full.
     """
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    temporary = temporary_path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if needed > (free := shutil.disk_usage(folder.parent).free):
         raise _full_disk(folder, needed, free)
@@ -76,12 +78,12 @@ def publish(folder: Path, *, manifest: Mapping[str, Any], needed: int) -> Iterat
 
 
 def verify(folder: Path) -> list[str]:
-    """Return what is wrong with a checkpoint, `[]` when every byte is as it was written."""
+    """Return the problems of a checkpoint, `[]` where every byte is as it was written."""
     if not folder.is_dir():
         return ["is not a folder"] if folder.exists() else ["does not exist"]
     manifest = read_manifest(folder)
     if manifest is None:
-        return [f"{MANIFEST} is missing or damaged"]
+        return [f"{MANIFEST} is missing or corrupt"]
     if manifest.get("format") != FORMAT or not isinstance(files := manifest.get("files"), dict) or not files:
         return [f"{MANIFEST} is not of format {FORMAT}"]
     problems = [_file_problem(folder, name, entry) for name, entry in files.items()]
@@ -101,7 +103,7 @@ def _write_manifest(temporary: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _swap_in(temporary: Path, folder: Path) -> None:
-    """Give the finished folder its name; an older one of that name moves out of the way first."""
+    """Rename the complete folder to its final name, and remove an older folder of that name before."""
     if folder.exists():
         remove_checkpoint(folder)
     os.rename(temporary, folder)
@@ -109,16 +111,12 @@ def _swap_in(temporary: Path, folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return manifest.json, None when it is missing or damaged."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) else None
+    """Return manifest.json, None where it is missing or corrupt."""
+    return read_object(folder / MANIFEST)
 
 
 def _file_problem(folder: Path, name: str, entry: Any) -> str | None:
-    """Say what is wrong with one file of the manifest, None when nothing is."""
+    """Return the problem of one file of the manifest, None where it has none."""
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(entry, dict):
         return f"{MANIFEST} names the file {name!r}, which cannot be part of a checkpoint"
@@ -132,20 +130,8 @@ def _file_problem(folder: Path, name: str, entry: Any) -> str | None:
 def _full_disk(folder: Path, needed: int, free: int) -> CheckpointError:
     return CheckpointError(
         f"checkpoint={folder}: the disk or quota is full, {needed:,} bytes needed and {free:,} free; "
-        "make room and resume, the checkpoints before this one are untouched"
+        "free space and resume; earlier checkpoints are unchanged"
     )
-
-
-def is_full_disk(error: BaseException) -> bool:
-    """Tell a full disk from other failures; the writers below us report it in three different ways."""
-    chain: BaseException | None = error
-    while chain is not None:
-        if isinstance(chain, OSError) and chain.errno in _FULL:
-            return True
-        if any(words in str(chain).lower() for words in _FULL_WORDS):
-            return True
-        chain = chain.__cause__ or chain.__context__
-    return False
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""State as plain data: what can be written to a file and read again without running code."""
+"""Converts state to plain data, which can be stored in a file and loaded without running code."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ def plain(value: Any, *, where: str = "training state") -> Any:
     """Return `value` in types that can be loaded without running code.
 
     Raises:
-        CheckpointError: something in it has no plain form; the message says where.
+        CheckpointError: a part has no plain form. The message names the part.
     """
     if isinstance(value, Tensor):
         return value.detach()
@@ -24,14 +24,16 @@ def plain(value: Any, *, where: str = "training state") -> Any:
         return inner if isinstance(value, list) else tuple(inner)
     if value is None or isinstance(value, bool | bytes | torch.Size | torch.dtype | torch.device):
         return value
-    for kind in (int, float, str):  # NumPy's float64 and enums are subclasses that would be stored as code
+    for kind in (int, float, str):  # subclasses such as NumPy's float64 and enums would be stored as code
         if isinstance(value, kind):
             return kind(value)
-    raise CheckpointError(f"{where}: {type(value).__name__} cannot be stored in a checkpoint; make it a tensor or text")
+    raise CheckpointError(
+        f"{where}: {type(value).__name__} cannot be stored in a checkpoint; make it a tensor or a string"
+    )
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return plain data with each tensor replaced by the function's."""
+    """Return plain data with each tensor replaced by the result of `function`."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
@@ -42,7 +44,7 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield every tensor of plain data."""
+    """Yield every tensor in plain data."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):

@@ -1,4 +1,4 @@
-"""What made a run (versions, commit), and what must never be written down beside it (secrets)."""
+"""Records what made a run: package versions, the commit of the code, and a hash of the configuration."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "deepspeed")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that decide what a run computes, without importing any of the packages."""
+    """Return the versions of the packages that determine a run's results, without importing the packages."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit(folder: str | os.PathLike[str] | None = None) -> str | None:
-    """Return the commit of the code, with `-dirty` when files differ from it, or None outside a checkout."""
+    """Return the commit of the code, with `-dirty` where files differ from it. Return None outside a checkout."""
     command = ["git", "-C", str(folder or Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     command.append("--exclude=*")
     try:
@@ -35,5 +35,5 @@ def git_commit(folder: str | os.PathLike[str] | None = None) -> str | None:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Return a short hash of a configuration: equal for equal settings, in whatever order they are written."""
+    """Return a short hash of a configuration, which does not depend on the order of its keys."""
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,28 +1,48 @@
-"""Going back to the newest good checkpoint and past the windows since then: rollbacks.json of a run folder."""
+"""Rolls a run back to its newest valid checkpoint and excludes the windows that were read since then."""
 
 import json
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
 from llm.errors import CheckpointError, SpikeError
 from llm.run_folder.checkpoint import find_last
 from llm.run_folder.checkpoint_files import list_checkpoints
-from llm.run_folder.folder import RunFolder, replace_text
+from llm.run_folder.files import replace_json
+from llm.run_folder.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 FILE = "rollbacks.json"
-"""Objects `step` (the bad update, from 1), `why`, `to` (updates of the checkpoint), `left_out` (the run's numbers)."""
+"""File of a run folder that lists its rollbacks.
+
+Each entry has `step` (the bad update, counted from 1), `why`, `to` (updates of the restored checkpoint), and `left_out`
+(the first excluded window and the first one after them).
+"""
+
+
+class WindowNumbers(Protocol):
+    """Training data that knows which windows a range of updates reads."""
+
+    def numbers_of_steps(self, first: int, last: int) -> Sequence[int]:
+        """Return the number of the first window of these updates, and of the first window after them."""
+        ...
+
+
+class RollbackLimits(Protocol):
+    """Limits of `spikes=rollback`: updates to exclude after the bad one, and rollbacks per run."""
+
+    past: int
+    max_rollbacks: int
 
 
 def read_rollbacks(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return what the run has gone back from so far.
+    """Return the run's rollbacks so far.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file is corrupt.
     """
     path = folder.path / FILE
     if not path.is_file():
@@ -31,54 +51,55 @@ def read_rollbacks(folder: RunFolder) -> list[dict[str, Any]]:
         return [{**entry, "left_out": [int(n) for n in entry["left_out"]]} for entry in json.loads(path.read_text())]
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{path}: damaged, and without it the run would train on what it left out; restore it from a copy, or "
-            "write [] into it to go on with what the checkpoint itself says"
+            f"{path}: the file is corrupt, and without it the run would train on the windows that it excluded; "
+            "restore it from a copy, or write [] into it to use the list that the checkpoint stores"
         ) from error
 
 
-def go_back(error: SpikeError, *, folder: RunFolder, data: Any, guard: Any) -> None:
-    """Note where the run goes on: after the newest checkpoint that verifies, or from its beginning, past the windows.
+def roll_back(error: SpikeError, *, folder: RunFolder, data: WindowNumbers, limits: RollbackLimits) -> None:
+    """Record a rollback to the newest valid checkpoint, or to the start of a run that has no checkpoint.
 
-    What the bad update and those since the checkpoint have read is left out. All ranks do as the first one finds.
+    The windows that were read since that checkpoint are excluded, those of the bad update as well. The first rank
+    chooses the checkpoint for all ranks.
 
     Args:
         error: the bad update.
-        folder: the run's; no checkpoint is being written any more.
-        data: has `numbers_of_steps(first, last) -> span`.
-        guard: the `RollbackGuard`.
+        folder: the run folder. No checkpoint may be in the process of being written.
+        data: the data module, which knows the windows of each step.
+        limits: the limits of `spikes=rollback`.
 
     Raises:
-        SpikeError: the run has gone back as often as it may.
-        CheckpointError: there are checkpoints, and none can be trusted.
+        SpikeError: the run has already rolled back `spikes.max_rollbacks` times.
+        CheckpointError: the run has checkpoints, and none of them is valid.
     """
     done = read_rollbacks(folder)
-    if len(done) >= guard.max_rollbacks:
+    if len(done) >= limits.max_rollbacks:
         raise SpikeError(
             error.step,
-            f"{error.why}; spikes.max_rollbacks={guard.max_rollbacks}: the run has gone back as often as it may; lower "
+            f"{error.why}; spikes.max_rollbacks={limits.max_rollbacks}: the run has reached this limit; lower "
             "optimizer.lr in a new run, or resume with a higher spikes.max_rollbacks",
         ) from error
     step = from_first_rank(lambda: _newest(folder))
-    first, stop = data.numbers_of_steps(step, error.step + guard.past)
+    first, stop = data.numbers_of_steps(step, error.step + limits.past)
     entry = {"step": error.step + 1, "why": error.why, "to": step, "left_out": [first, stop]}
     if folder.is_writer:
-        replace_text(folder.path / FILE, json.dumps([*done, entry], indent=1) + "\n")
+        replace_json(folder.path / FILE, [*done, entry])
     folder.truncate_metrics(step)
     folder.update({"status": "running", "rollbacks": len(done) + 1})
     log.warning(
-        "%s: back to step %d, past windows %d to %d of the run; rollback %d of at most %d",
-        error, step, first, stop - 1, len(done) + 1, guard.max_rollbacks,
+        "%s: rolled back to step %d, windows %d to %d of the run are excluded; rollback %d of at most %d",
+        error, step, first, stop - 1, len(done) + 1, limits.max_rollbacks,
     )  # fmt: skip
-    from_first_rank(lambda: 0)  # no rank reads the folder before the first has written it
+    from_first_rank(lambda: 0)  # a barrier: no rank reads the folder before the first rank has written to it
 
 
 def _newest(folder: RunFolder) -> int:
-    """Return the updates of the newest checkpoint that verifies; 0 where the run has no checkpoint yet."""
+    """Return the number of updates of the newest valid checkpoint, 0 where the run has no checkpoint yet."""
     return find_last(folder.path).step if list_checkpoints(folder.checkpoints) else 0
 
 
 def from_first_rank(find: Callable[[], int]) -> int:
-    """Return what `find` gives on the first rank, on every rank; a CheckpointError there is raised on every rank."""
+    """Return on every rank the result of `find` on the first rank, or raise the first rank's CheckpointError there."""
     if not (dist.is_available() and dist.is_initialized()):
         return find()
     answer: list[Any] = [None]

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from llm.errors import CrucibleError
 from llm.run_folder.folder import RunFolder
 from llm.sweep.follow import PARENT, follow
-from llm.sweep.manifest import NOTE, Job, read_notes, signal_name
+from llm.sweep.manifest import NOTE, SweepJob, read_notes, signal_name
 from llm.sweep.prune import Behind, Pruner, Pruning
 
 CONSOLE = "console.log"
@@ -35,7 +35,7 @@ class JobError(CrucibleError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class SweepPlan:
     """What the jobs of one sweep have in common.
 
     Args:
@@ -64,7 +64,10 @@ class Plan:
 
 
 def run_job(
-    plan: Plan, overrides: tuple[str, ...], folder: Path, in_process: Callable[[Path, bool], float | None] | None = None
+    plan: SweepPlan,
+    overrides: tuple[str, ...],
+    folder: Path,
+    in_process: Callable[[Path, bool], float | None] | None = None,
 ) -> float | None:
     """Run one job unless it is done, go on with it where it has a checkpoint, and return its validation loss.
 
@@ -107,7 +110,7 @@ def run_job(
     return _value(plan, ended)
 
 
-def _value(plan: Plan, job: Job) -> float | None:
+def _value(plan: SweepPlan, job: SweepJob) -> float | None:
     """Return the loss of a job that has ended: the last one of a pruned job, so that a search learns from it as well.
 
     Raises:
@@ -120,9 +123,9 @@ def _value(plan: Plan, job: Job) -> float | None:
     return math.nan
 
 
-def _claim(plan: Plan, overrides: tuple[str, ...], folder: Path) -> Job:
+def _claim(plan: SweepPlan, overrides: tuple[str, ...], folder: Path) -> SweepJob:
     """Return the job's note of an earlier start, or a new one in a folder that is no other job's."""
-    job = Job(overrides=overrides)
+    job = SweepJob(overrides=overrides)
     notes = read_notes(plan.sweep)
     earlier = next((note for note in notes if note.key == job.key), None)
     if earlier is not None:
@@ -145,7 +148,7 @@ def _clear(path: Path) -> None:
             left.unlink()
 
 
-def _run_process(plan: Plan, job: Job, path: Path, is_resumed: bool) -> tuple[int, Behind | None]:
+def _run_process(plan: SweepPlan, job: SweepJob, path: Path, is_resumed: bool) -> tuple[int, Behind | None]:
     """Run the job as a plain run of its own process group and pass signals on; return its exit status, and what it was
     pruned for.
     """
@@ -179,7 +182,7 @@ def _prune(process: subprocess.Popen[bytes], pruner: Pruner) -> Behind | None:
     return None
 
 
-def _environment(plan: Plan, job: Job) -> dict[str, str]:
+def _environment(plan: SweepPlan, job: SweepJob) -> dict[str, str]:
     """Return what the job finds in its environment beside the sweep's own."""
     added = {PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1", **plan.environment}
     if plan.threads is not None:
@@ -193,7 +196,7 @@ def _environment(plan: Plan, job: Job) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _devices(plan: Plan) -> Iterator[dict[str, str]]:
+def _devices(plan: SweepPlan) -> Iterator[dict[str, str]]:
     """Hold a share of the GPUs while a job runs, so that jobs side by side do not meet on one."""
     if plan.side_by_side < 2 or not plan.devices:
         yield {}
@@ -234,7 +237,7 @@ def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _judge(job: Job, path: Path, status: int, behind: Behind | None, told: int) -> Job:
+def _judge(job: SweepJob, path: Path, status: int, behind: Behind | None, told: int) -> SweepJob:
     """Say what became of a job from its exit status, what it was pruned for, its summary, and what it wrote after the
     first `told` bytes.
     """
@@ -265,7 +268,7 @@ def _last_words(console: Path, since: int) -> str:
     return ""
 
 
-def _run_here(job: Job, run: Callable[[], float | None]) -> Job:
+def _run_here(job: SweepJob, run: Callable[[], float | None]) -> SweepJob:
     try:
         return replace(job, state="finished", value=run())
     except SystemExit as error:

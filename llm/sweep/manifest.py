@@ -18,7 +18,7 @@ DONE = ("finished", "pruned")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class SweepJob:
     """One job of a sweep, as its note says.
 
     Args:
@@ -75,7 +75,7 @@ class Manifest:
     command: tuple[str, ...]
     state: Literal["running", "finished", "failed", "stopped"] = "running"
     created: float = field(default_factory=time.time)
-    jobs: tuple[Job, ...] = ()
+    jobs: tuple[SweepJob, ...] = ()
     swept: tuple[str, ...] = ()
     prune: dict[str, Any] | None = None
 
@@ -89,7 +89,7 @@ class Manifest:
         write_json(sweep / MANIFEST, asdict(self))
 
 
-def read_manifest(sweep: Path) -> Manifest:
+def read_sweep(sweep: Path) -> Manifest:
     """Return a sweep's manifest, its jobs as their own notes tell.
 
     Raises:
@@ -107,7 +107,7 @@ def read_manifest(sweep: Path) -> Manifest:
     return replace(manifest, jobs=merge(jobs, read_notes(sweep)))
 
 
-def read_notes(sweep: Path) -> list[Job]:
+def read_notes(sweep: Path) -> list[SweepJob]:
     """Return the notes of all jobs that have begun."""
     notes = []
     for path in sorted(sweep.rglob(NOTE)):
@@ -118,11 +118,11 @@ def read_notes(sweep: Path) -> list[Job]:
     return notes
 
 
-def _job(fields: dict[str, Any]) -> Job:
-    return Job(**{**fields, "overrides": tuple(fields["overrides"])})
+def _job(fields: dict[str, Any]) -> SweepJob:
+    return SweepJob(**{**fields, "overrides": tuple(fields["overrides"])})
 
 
-def merge(known: Sequence[Job], notes: Sequence[Job]) -> tuple[Job, ...]:
+def merge(known: Sequence[SweepJob], notes: Sequence[SweepJob]) -> tuple[SweepJob, ...]:
     """Return the known jobs as their notes tell, then those that nobody foretold."""
     told = {note.key: note for note in notes}
     return (*(told.pop(job.key, job) for job in known), *told.values())
@@ -132,7 +132,7 @@ def find_unfinished(parent: Path, command: Sequence[str]) -> Path | None:
     """Return the newest sweep in `parent` that was started with `command` and has not finished, or None."""
     for path in sorted(parent.glob(f"*/{MANIFEST}"), key=lambda p: p.parent.name, reverse=True):
         try:
-            manifest = read_manifest(path.parent)
+            manifest = read_sweep(path.parent)
         except ConfigError:
             continue
         if manifest.command == tuple(command):

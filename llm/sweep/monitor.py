@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from llm.sweep.manifest import Job, Manifest, merge, read_notes
-from llm.sweep.progress import ProgressReader
+from llm.sweep.job_progress import ProgressReader
+from llm.sweep.manifest import Manifest, SweepJob, merge, read_notes
 from llm.tables import format_seconds
 
 TICK = 0.5
@@ -75,7 +75,7 @@ class Monitor:
         else:
             self._tell(jobs)
 
-    def _tell(self, jobs: Sequence[Job]) -> None:
+    def _tell(self, jobs: Sequence[SweepJob]) -> None:
         """Write a line for each job that changed, and for each running one that has not been heard of for a while."""
         for number, job in enumerate(jobs):
             now, state = time.monotonic(), (job.state, job.attempts)
@@ -104,7 +104,7 @@ class Monitor:
             table.add_row("", f"[dim]and {len(jobs) - len(shown)} more[/]")
         return table
 
-    def _cells(self, job: Job) -> tuple[str, str, str]:
+    def _cells(self, job: SweepJob) -> tuple[str, str, str]:
         """Return where it is, its loss, and its time: left while it runs, taken once it ended."""
         if job.state == "running":
             progress = self._progress.read(self.sweep / job.folder)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from llm.run_folder.metrics import LineReader, Record
-from llm.sweep.manifest import Job, read_notes
-from llm.sweep.progress import ProgressReader
+from llm.run_folder.metrics_file import LineReader, Record
+from llm.sweep.job_progress import ProgressReader
+from llm.sweep.manifest import SweepJob, read_notes
 from llm.tables import format_count
 
 Rule = Literal["median", "halving"]
@@ -89,7 +89,7 @@ class Pruner:
         job: the job that may be ended.
     """
 
-    def __init__(self, pruning: Pruning, sweep: Path, job: Job) -> None:
+    def __init__(self, pruning: Pruning, sweep: Path, job: SweepJob) -> None:
         self.pruning, self.sweep, self.job = pruning, sweep, job
         self._lines, self._progress = LineReader(_validations_alone), ProgressReader()
         self._seen = 0
@@ -120,7 +120,7 @@ class Pruner:
         why = self.pruning.judge(loss, [rival for rival in rivals if rival is not None])
         return why and f"val/loss {loss:.4f} at {format_count(tokens)} tokens is {why}"
 
-    def _validations(self, job: Job) -> list[Validation]:
+    def _validations(self, job: SweepJob) -> list[Validation]:
         lines = self._lines.read(self.sweep / job.folder / "metrics.jsonl")
         return [Validation(line["step"], line["tokens_seen"], _loss(line["val/loss"])) for line in lines]
 
@@ -132,7 +132,7 @@ def best_by(validations: Sequence[Validation], tokens: float) -> float | None:
     return min((found.loss for found in validations if found.tokens <= tokens), default=None)
 
 
-def seed_of(job: Job) -> str | None:
+def seed_of(job: SweepJob) -> str | None:
     """Return the seed that a job's command line sets."""
     return next((override for override in job.overrides if override.startswith("seed=")), None)
 

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from llm.errors import ConfigError
 from llm.run_folder.folder import RunFolder
-from llm.sweep.manifest import DONE, MANIFEST, Job, Manifest, find_unfinished, merge, read_manifest, read_notes
+from llm.sweep.manifest import DONE, MANIFEST, Manifest, SweepJob, find_unfinished, merge, read_notes, read_sweep
 from llm.sweep.monitor import Monitor
 from llm.sweep.prune import Pruning
 
@@ -37,7 +37,7 @@ def resolve_folder(resume: str | None, default: Path, command: Sequence[str]) ->
         folder = default if found is None or is_held(found) or (default / MANIFEST).exists() else found
     else:
         folder = Path(resume)
-    if (folder / MANIFEST).exists() and resume != str(folder) and read_manifest(folder).command != tuple(command):
+    if (folder / MANIFEST).exists() and resume != str(folder) and read_sweep(folder).command != tuple(command):
         raise ConfigError(
             f"hydra.sweep.dir={folder}: holds a sweep of another command; choose another folder, "
             f"or go on with it by -m sweep.resume={folder}"
@@ -53,7 +53,7 @@ def resumed_command(resume: str | None, given: Sequence[str]) -> list[str]:
     """
     if resume is None or resume == "auto":
         return list(given)
-    kept = list(read_manifest(Path(resume)).command)
+    kept = list(read_sweep(Path(resume)).command)
     if given and list(given) != kept:
         raise ConfigError(
             f"sweep.resume={resume}: goes on with its own command, {' '.join(kept)}; leave other arguments out, "
@@ -77,7 +77,7 @@ def is_held(folder: Path) -> bool:
 def open_sweep(
     folder: Path,
     command: Sequence[str],
-    jobs: Sequence[Job],
+    jobs: Sequence[SweepJob],
     swept: Sequence[str],
     line_every: float,
     prune: Pruning | None = None,
@@ -105,7 +105,7 @@ def open_sweep(
         raise ConfigError(f"hydra.sweep.dir={folder}: {error.strerror}; choose a folder you may write to") from error
     with lock:
         is_resumed = (folder / MANIFEST).exists()
-        manifest = read_manifest(folder) if is_resumed else Manifest(command=tuple(command))
+        manifest = read_sweep(folder) if is_resumed else Manifest(command=tuple(command))
         foretold = merge(manifest.jobs or tuple(jobs), read_notes(folder))
         manifest = replace(manifest, jobs=foretold, swept=tuple(swept), state="running", prune=prune and asdict(prune))
         manifest.write(folder)

@@ -15,8 +15,8 @@ from llm.config.sizes import accelerator, batch_plan, world_size
 from llm.errors import CheckpointError, ConfigError
 from llm.model.transformer import Transformer
 from llm.ops.precision import resolve_precision
-from llm.run_folder.averaging import last_checkpoints, mean_state
 from llm.run_folder.checkpoint import compare_state
+from llm.run_folder.checkpoint_mean import last_checkpoints, mean_state
 from llm.training.build import build_module
 from llm.training.module import LanguageModule
 

@@ -27,12 +27,13 @@ from llm.ops.products import keep_compiled_products
 from llm.run_folder.checkpoint import FoundCheckpoint, find_last
 from llm.run_folder.checkpoint_files import list_checkpoints
 from llm.run_folder.folder import RunFolder
-from llm.run_folder.rollback import go_back, read_rollbacks
+from llm.run_folder.rollback import read_rollbacks, roll_back
 from llm.scaling.batching import BatchPlan
 from llm.scaling.derivation import mismatch, rule_and_settings
 from llm.training.build import build_module, build_run_trainer
 from llm.training.module import LanguageModule
 from llm.training.plan import describe_plan
+from llm.training.spikes import RollbackGuard
 from llm.training.start import chosen_micro_batch_size, load_initial_weights, measured_scaling
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,8 @@ def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> bool:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SpikeError as error:
-        go_back(error, folder=folder, data=data, guard=module.spikes)
+        assert isinstance(module.spikes, RollbackGuard)  # no other guard raises SpikeError
+        roll_back(error, folder=folder, data=data, limits=module.spikes)
         return False
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(_what_takes_less(cfg, folder, trainer.global_step, error)) from error
@@ -120,7 +122,7 @@ def _checkpoint_to_resume(run: RunConfig, folder: RunFolder) -> FoundCheckpoint 
     if run.resume is None:
         return None
     found = find_last(folder.path)
-    for line in found.passed_over:
+    for line in found.skipped:
         log.warning("passed over %s", line)
     log.info("resuming from %s", found.path)
     folder.truncate_metrics(found.step)

@@ -57,4 +57,4 @@ def test_every_rank_stops_where_the_run_may_go_back_no_more(session):
     for rank in (0, 1):
         answer = (session.out / "too-often" / f"answer{rank}").read_text()
         assert answer.startswith("SpikeError: step 6: loss=")
-        assert "grad_norm=nan is not finite; spikes.max_rollbacks=1: the run has gone back as often as it may" in answer
+        assert "grad_norm=nan is not finite; spikes.max_rollbacks=1: the run has reached this limit" in answer

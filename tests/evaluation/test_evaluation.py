@@ -15,7 +15,7 @@ from llm.evals.base import Subject
 from llm.evals.extrapolation import Extrapolation
 from llm.evals.loss import Loss
 from llm.model.transformer import Transformer, TransformerOutput
-from llm.run_folder.averaging import mean_state
+from llm.run_folder.checkpoint_mean import mean_state
 from llm.training.rebuild import rebuild_model
 from llm.training.train import train
 

@@ -89,5 +89,5 @@ def test_a_disk_that_is_full_for_a_while_between_two_checkpoints_costs_no_line(f
     outcome = fault.run("max_steps=600", "checkpoint_every=600", "val_every=600")
     watcher.join(timeout=10)
     assert outcome.status == 0, outcome.err
-    assert "the disk or quota is full, and not all is written down" in outcome.said
+    assert "the disk or quota is full and this file is incomplete" in outcome.said
     assert sorted(outcome.losses) == list(range(1, 601))

@@ -148,7 +148,7 @@ def test_what_is_left_out_reaches_from_the_checkpoint_as_far_past_the_spike_as_a
         (entry,) = noted(run("back", "spikes.past=2"))
     assert entry["why"].startswith("loss=")
     assert (entry["step"], entry["to"], entry["left_out"]) == (5, 3, [3 * WINDOWS, (5 + 2) * WINDOWS])
-    assert "back to step 3, past windows 24 to 55 of the run; rollback 1 of at most 10" in caplog.text
+    assert "rolled back to step 3, windows 24 to 55 of the run are excluded; rollback 1 of at most 10" in caplog.text
 
 
 def test_several_returns_add_up_and_later_ones_count_what_is_already_left_out(run, monkeypatch):

@@ -2,9 +2,9 @@ import math
 
 import pytest
 
-from llm.report.build import write_report
 from llm.report.fits import best_rate, fit_all
 from llm.report.groups import group_runs, swept_keys
+from llm.report.report_folder import write_report
 from llm.report.runs import RunReader
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llm.report.build import write_report
 from llm.report.page import short_names
+from llm.report.report_folder import write_report
 from llm.report.runs import RunReader
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from llm.report.stats import holm, incomplete_beta, power_law, student_quantile, student_tail, welch
+from llm.report.significance import holm, incomplete_beta, power_law, student_quantile, student_tail, welch
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0, 2.5, 12.7, 300.0])

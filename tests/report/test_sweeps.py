@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from llm.report.build import write_report
-from llm.sweep.manifest import Job, Manifest
+from llm.report.report_folder import write_report
+from llm.sweep.manifest import Manifest, SweepJob
 from llm.sweep.sweep import LOCK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def sweep(tmp_path):
     folder = tmp_path / "sweep"
     folder.mkdir()
-    jobs = tuple(Job(overrides=(f"seed={seed}",)) for seed in (1, 2, 3))
+    jobs = tuple(SweepJob(overrides=(f"seed={seed}",)) for seed in (1, 2, 3))
     Manifest(command=("seed=1,2,3",), jobs=jobs).write(folder)
     return folder
 
@@ -30,7 +30,7 @@ def begin(make_run, sweep, seed, **options):
     checkpoint = folder / "checkpoints" / "step-1"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text(json.dumps({"step": 1}))
-    Job(overrides=(f"seed={seed}",), folder=folder.name, state="finished").write(sweep)
+    SweepJob(overrides=(f"seed={seed}",), folder=folder.name, state="finished").write(sweep)
 
 
 def test_jobs_that_have_not_begun_are_counted_and_keep_an_open_sweep_open(make_run, sweep):

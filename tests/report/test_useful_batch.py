@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from llm.report.build import write_report
 from llm.report.groups import group_runs, swept_keys
+from llm.report.report_folder import write_report
 from llm.report.runs import RunReader
 from llm.report.useful_batch import useful_batches, useful_text
 

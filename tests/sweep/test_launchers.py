@@ -10,7 +10,7 @@ from needed import needs
 
 from llm.commands.multirun import is_multirun, look_ahead
 from llm.sweep.job import share
-from llm.sweep.manifest import read_manifest
+from llm.sweep.manifest import read_sweep
 
 
 def starts(project):
@@ -53,7 +53,7 @@ def test_submitit_runs_each_job_where_it_is_sent(project, sweep):
     status, _, err = sweep("kind=good,fails", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=1")
     assert status == 1, err
     (folder,) = project.sweeps
-    found = {job.overrides[0]: (job.state, job.reason) for job in read_manifest(folder).jobs}
+    found = {job.overrides[0]: (job.state, job.reason) for job in read_sweep(folder).jobs}
     assert found == {"kind=good": ("finished", ""), "kind=fails": ("failed", "the answer is not 42")}
 
 
@@ -64,7 +64,7 @@ def test_a_study_outlives_its_failed_trials_and_is_resumed_without_repeating_one
     status, out, err = sweep(*space)
     assert all("optimizer.lr=" in line and "kind=" in line for line in out.splitlines() if "  running  " in line)
     (folder,) = project.sweeps
-    manifest = read_manifest(folder)
+    manifest = read_sweep(folder)
     states = [job.state for job in manifest.jobs]
     assert len(states) == 6
     assert set(states) == {"finished", "failed"}, err
@@ -73,7 +73,7 @@ def test_a_study_outlives_its_failed_trials_and_is_resumed_without_repeating_one
     assert best["best_value"] == min(job.value for job in manifest.jobs if job.value is not None)
     (project.path / "mended").touch()
     assert sweep(*space)[0] == 0  # its sampler's seed is fixed: it asks for the same trials again
-    again = read_manifest(folder)
+    again = read_sweep(folder)
     assert len(again.jobs) >= 6
     kept = {job.key: job.attempts for job in again.jobs}
     assert all(kept[job.key] == 1 for job in manifest.jobs if job.state == "finished")

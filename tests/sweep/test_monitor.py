@@ -4,22 +4,22 @@ import time
 import pytest
 from rich.console import Console
 
-from llm.sweep.manifest import Job, Manifest, read_manifest, read_notes
+from llm.sweep.job_progress import ProgressReader, last_line
+from llm.sweep.manifest import Manifest, SweepJob, read_notes, read_sweep
 from llm.sweep.monitor import Monitor
-from llm.sweep.progress import ProgressReader, last_line
 
 
 @pytest.fixture
 def sweep(tmp_path):
     jobs = [
-        Job(overrides=("a=1", "seed=1"), folder="0", state="finished", value=1.25, seconds=61.0),
-        Job(overrides=("a=1", "seed=2"), folder="1", state="running", attempts=1),
-        Job(overrides=("a=1", "seed=[3]"), folder="2", state="failed", reason="killed by SIGKILL", seconds=2.0),
+        SweepJob(overrides=("a=1", "seed=1"), folder="0", state="finished", value=1.25, seconds=61.0),
+        SweepJob(overrides=("a=1", "seed=2"), folder="1", state="running", attempts=1),
+        SweepJob(overrides=("a=1", "seed=[3]"), folder="2", state="failed", reason="killed by SIGKILL", seconds=2.0),
     ]
     for job in jobs:
         (tmp_path / job.folder).mkdir()
         job.write(tmp_path)
-    jobs = (*jobs, Job(overrides=("a=1", "seed=4")))
+    jobs = (*jobs, SweepJob(overrides=("a=1", "seed=4")))
     manifest = Manifest(command=("a=1", "seed=1,2,[3],4"), jobs=jobs, swept=("seed",))
     manifest.write(tmp_path)
     return tmp_path
@@ -33,7 +33,7 @@ def write_run(folder, *, steps, total=10):
 
 def test_a_terminal_shows_a_line_a_job_with_state_step_loss_and_time(sweep):
     write_run(sweep / "1", steps=3)
-    monitor = Monitor(sweep, read_manifest(sweep), line_every=1.0)
+    monitor = Monitor(sweep, read_sweep(sweep), line_every=1.0)
     monitor._table()  # the first sight of a job starts its clock
     time.sleep(0.05)
     write_run(sweep / "1", steps=4)
@@ -56,7 +56,7 @@ def test_a_terminal_shows_a_line_a_job_with_state_step_loss_and_time(sweep):
 
 def test_the_time_left_follows_from_the_speed_seen(tmp_path, monkeypatch):
     reader = ProgressReader()
-    monkeypatch.setattr("llm.sweep.progress.time.monotonic", lambda: clock)
+    monkeypatch.setattr("llm.sweep.job_progress.time.monotonic", lambda: clock)
     clock = 100.0
     assert reader.read(tmp_path) is None
     write_run(tmp_path, steps=2)
@@ -77,4 +77,4 @@ def test_notes_that_cannot_be_read_are_passed_over(sweep):
     (sweep / "3").mkdir()
     (sweep / "3" / "job.json").write_text("{")
     assert [note.folder for note in read_notes(sweep)] == ["0", "1", "2"]
-    assert [job.state for job in read_manifest(sweep).jobs] == ["finished", "running", "failed", "pending"]
+    assert [job.state for job in read_sweep(sweep).jobs] == ["finished", "running", "failed", "pending"]

@@ -11,9 +11,9 @@ import yaml
 from needed import needs
 
 from llm.errors import ConfigError
-from llm.report.build import write_report
+from llm.report.report_folder import write_report
 from llm.sweep import job as job_module
-from llm.sweep.manifest import Job, read_manifest
+from llm.sweep.manifest import SweepJob, read_sweep
 from llm.sweep.prune import Pruner, Pruning, Validation, best_by
 
 MEDIAN = Pruning(rule="median", after=0.25, factor=2, others=3)
@@ -55,7 +55,7 @@ def write_job(tmp_path):
     """Write one job of a sweep: `write_job("0", [3.0, 2.0], "seed=1")`, a validation every second step of ten."""
 
     def write(name, losses, *overrides, batch=100):
-        job = Job(overrides=(f"name={name}", *overrides), folder=name, state="running")
+        job = SweepJob(overrides=(f"name={name}", *overrides), folder=name, state="running")
         (tmp_path / name).mkdir()
         job.write(tmp_path)
         lines = []
@@ -100,7 +100,7 @@ def quick(monkeypatch):
 
 
 def states(folder):
-    return {job.overrides[0].split("=")[1]: job.state for job in read_manifest(folder).jobs}
+    return {job.overrides[0].split("=")[1]: job.state for job in read_sweep(folder).jobs}
 
 
 def test_jobs_that_fall_behind_end_early_and_do_not_make_the_sweep_fail(project, sweep, quick):
@@ -110,7 +110,7 @@ def test_jobs_that_fall_behind_end_early_and_do_not_make_the_sweep_fail(project,
     assert err == ""
     assert states(folder) == {"0.01": "finished", "0.02": "finished", "0.03": "finished", "1.0": "pruned",
                               "0.011": "finished", "10.0": "pruned"}  # fmt: skip
-    manifest = read_manifest(folder)
+    manifest = read_sweep(folder)
     assert manifest.state == "finished"
     for job in manifest.jobs:
         steps = [json.loads(line)["step"] for line in (folder / job.folder / "metrics.jsonl").read_text().splitlines()]
@@ -125,7 +125,7 @@ def test_jobs_that_fall_behind_end_early_and_do_not_make_the_sweep_fail(project,
     assert line.endswith("optimizer.lr=1.0")
     assert "6 runs: 4 finished, 2 pruned" in out
     assert sweep(f"sweep.resume={folder}")[0] == 0  # nothing is left to do
-    assert {job.attempts for job in read_manifest(folder).jobs} == {1}
+    assert {job.attempts for job in read_sweep(folder).jobs} == {1}
 
 
 def test_a_resumed_sweep_keeps_its_rule_and_a_sweep_told_to_stop_stops(project, sweep, quick):
@@ -139,11 +139,11 @@ def test_a_resumed_sweep_keeps_its_rule_and_a_sweep_told_to_stop_stops(project, 
     assert process.returncode == 143, err
     (folder,) = project.sweeps
     assert list(states(folder).values()) == ["finished", "stopped", *["pending"] * 4]
-    assert read_manifest(folder).prune == {"rule": "median", "after": 0.25, "factor": 2, "others": 2}
+    assert read_sweep(folder).prune == {"rule": "median", "after": 0.25, "factor": 2, "others": 2}
     status, _, err = sweep(f"sweep.resume={folder}")
     assert status == 0, err
     assert states(folder)["10.0"] == "pruned"
-    assert read_manifest(folder).prune["others"] == 2
+    assert read_sweep(folder).prune["others"] == 2
     with pytest.raises(ConfigError, match=r"sweep\.prune=median: ends a job's process"):
         sweep(f"sweep.resume={folder}", "sweep.isolate=false")
 
@@ -151,9 +151,9 @@ def test_a_resumed_sweep_keeps_its_rule_and_a_sweep_told_to_stop_stops(project, 
 def test_a_setting_that_lost_seeds_claims_nothing(project, sweep, quick):
     sweep("optimizer.lr=0.01,0.02,0.03,1.0", "seed=1,2", "step_seconds=0.1", "sweep.prune=halving")
     (folder,) = project.sweeps
-    jobs = [job for job in read_manifest(folder).jobs if job.state == "pruned"]
+    jobs = [job for job in read_sweep(folder).jobs if job.state == "pruned"]
     assert {job.overrides[0] for job in jobs} == {"optimizer.lr=1.0"}
-    note = folder / next(job.folder for job in read_manifest(folder).jobs if "optimizer.lr=0.02" in job.overrides)
+    note = folder / next(job.folder for job in read_sweep(folder).jobs if "optimizer.lr=0.02" in job.overrides)
     for name, key, value in (("job.json", "state", "pruned"), ("summary.json", "status", "stopped: SIGTERM")):
         (note / name).write_text(json.dumps(json.loads((note / name).read_text()) | {key: value}))
     report = write_report([folder])
@@ -169,7 +169,7 @@ def test_a_pruned_trial_counts_with_its_last_loss_and_does_not_end_the_study(pro
              "optimizer.lr=tag(log, interval(0.001, 10.0))", "sweep.prune=halving", "sweep.prune_others=2"]  # fmt: skip
     status, out, err = sweep(*space)
     (folder,) = project.sweeps
-    jobs = read_manifest(folder).jobs
+    jobs = read_sweep(folder).jobs
     assert status == 0, err
     assert len(jobs) == 7
     assert {job.state for job in jobs} == {"finished", "pruned"}, out

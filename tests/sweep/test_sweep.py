@@ -10,7 +10,7 @@ import pytest
 from hydra.errors import HydraException
 
 from llm.errors import ConfigError
-from llm.sweep.manifest import read_manifest
+from llm.sweep.manifest import read_sweep
 
 
 def starts(folder):
@@ -18,7 +18,7 @@ def starts(folder):
 
 
 def states(folder):
-    manifest = read_manifest(folder)
+    manifest = read_sweep(folder)
     return {job.brief(manifest.swept): (job.state, job.reason) for job in manifest.jobs}
 
 
@@ -41,7 +41,7 @@ def test_failed_and_killed_jobs_are_resumed_to_the_leaderboard_of_an_undisturbed
         **{f"kind=fails seed={s}": ("failed", "the answer is not 42") for s in (1, 2)},
         **{f"kind=dies seed={s}": ("failed", "killed by SIGKILL") for s in (1, 2)},
     }
-    assert read_manifest(first).state == "failed"
+    assert read_sweep(first).state == "failed"
     assert "2 of 6 jobs done, 4 failed" in err
     assert f"-m sweep.resume=multirun/{first.name}" in err
     assert err.count("the answer is not 42") == 2
@@ -52,7 +52,7 @@ def test_failed_and_killed_jobs_are_resumed_to_the_leaderboard_of_an_undisturbed
     assert status == 0, err
     assert err == ""
     assert {state for state, _ in states(first).values()} == {"finished"}
-    for job in read_manifest(first).jobs:
+    for job in read_sweep(first).jobs:
         is_first_try = "kind=good" in job.overrides
         assert job.attempts == (1 if is_first_try else 2)
         again = [start["argv"] for start in starts(first / job.folder)[1:]]
@@ -86,7 +86,7 @@ def test_a_job_without_a_checkpoint_starts_again_from_nothing(project, sweep):
     (folder,) = project.sweeps
     assert states(folder)["kind=nothing"] == ("failed", "kind=nothing: cannot be; try good")
     sweep(f"sweep.resume={folder}")
-    (job,) = [job for job in read_manifest(folder).jobs if job.state == "failed"]
+    (job,) = [job for job in read_sweep(folder).jobs if job.state == "failed"]
     assert (job.attempts, job.reason) == (2, "kind=nothing: cannot be; try good")  # told once: of this attempt alone
     assert "resume" not in " ".join(starts(folder / job.folder)[-1]["argv"])
     steps = [json.loads(line)["step"] for line in (folder / job.folder / "metrics.jsonl").read_text().splitlines()]
@@ -96,7 +96,7 @@ def test_a_job_without_a_checkpoint_starts_again_from_nothing(project, sweep):
 def test_each_job_is_a_plain_run_in_a_process_group_of_its_own(project, sweep):
     sweep("seed=1,2", "optimizer.lr=0.5")
     (folder,) = project.sweeps
-    for job in read_manifest(folder).jobs:
+    for job in read_sweep(folder).jobs:
         (start,) = starts(folder / job.folder)
         assert "-m" not in start["argv"]  # child ranks repeat it
         assert start["argv"] == [*job.overrides, f"hydra.run.dir='{folder / job.folder}'"]
@@ -121,11 +121,11 @@ def test_a_sweep_told_to_stop_saves_its_job_and_goes_on_later(project, sweep):
     assert process.returncode == 143, err
     (folder,) = project.sweeps
     assert states(folder) == {"seed=1": ("stopped", "SIGTERM"), "seed=2": ("pending", "")}
-    assert read_manifest(folder).state == "stopped"
+    assert read_sweep(folder).state == "stopped"
     assert f"0 of 2 jobs done, 0 failed; go on with -m sweep.resume=multirun/{folder.name}" in err
     status, _, err = sweep("seed=1,2", "step_seconds=0.1")
     assert status == 0, err
-    assert [starts(folder / job.folder)[-1]["argv"][0][:6] for job in read_manifest(folder).jobs] == [
+    assert [starts(folder / job.folder)[-1]["argv"][0][:6] for job in read_sweep(folder).jobs] == [
         "resume",
         "seed=2",
     ]
@@ -217,7 +217,7 @@ def test_jobs_can_share_one_process_that_a_failing_one_does_not_end(project, swe
     assert status == 1
     assert seen == [(os.getpid(), seed) for seed in (1, 2, 3)]
     (folder,) = project.sweeps
-    jobs = {job.overrides[0]: job for job in read_manifest(folder).jobs}
+    jobs = {job.overrides[0]: job for job in read_sweep(folder).jobs}
     assert (jobs["seed=1"].value, jobs["seed=3"].value) == (1.0, 3.0)
     assert (jobs["seed=2"].state, jobs["seed=2"].reason) == ("failed", "two is too much")
     assert "two is too much" in err

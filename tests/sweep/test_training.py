@@ -15,8 +15,8 @@ from catalogue import CONF
 from wandb_server import StandIn
 
 from llm.commands.multirun import run_sweep
-from llm.report.build import write_report
-from llm.sweep.manifest import read_manifest
+from llm.report.report_folder import write_report
+from llm.sweep.manifest import read_sweep
 from llm.training.train import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -72,7 +72,7 @@ def test_a_real_job_killed_halfway_goes_on_to_the_losses_of_an_undisturbed_one(t
         time.sleep(0.02)
     out = process.communicate()[0]
     assert process.returncode == 1, out
-    reasons = [job.reason for job in read_manifest(tmp_path / "disturbed").jobs]
+    reasons = [job.reason for job in read_sweep(tmp_path / "disturbed").jobs]
     assert reasons == ["killed by SIGKILL", "optimizer.lr=-1: must be above 0; 4e-3 suits adamw at tiny"]
     for again in ([sys.executable, script, "-m", f"sweep.resume={tmp_path}/disturbed"],
                   [sys.executable, script, "-m", *jobs, f"hydra.sweep.dir={tmp_path}/calm"]):  # fmt: skip
@@ -122,7 +122,7 @@ def test_jobs_of_two_ranks_are_one_job_each_and_end_early_together(tiny, tmp_pat
         seen = ranks_seen(process)
         out.seek(0)
         assert process.returncode == 0, out.read()
-    first, second = read_manifest(tmp_path / "sweep").jobs
+    first, second = read_sweep(tmp_path / "sweep").jobs
     assert (first.state, second.state) == ("finished", "pruned")
     assert second.reason.startswith("val/loss ")
     folders = [tmp_path / "sweep" / job.folder for job in (first, second)]

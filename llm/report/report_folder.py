@@ -11,7 +11,7 @@ from llm.report.fits import fit_all, fits_text
 from llm.report.groups import LR, group_runs, swept_keys
 from llm.report.page import report_data, to_html
 from llm.report.runs import RunReader, find_runs
-from llm.report.sweeps import look_ahead
+from llm.report.sweeps import pending_jobs
 from llm.report.useful_batch import useful_batches, useful_text
 
 
@@ -53,7 +53,7 @@ def write_report(
     rows, pairs, useful = leaderboard(groups, goal), verdicts(groups), useful_batches(groups)
     made = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     title = ", ".join(folder.absolute().name for folder in folders[:3]) + (" …" if len(folders) > 3 else "")
-    ahead = look_ahead(folders)
+    ahead = pending_jobs(folders)
     states = [*(run.state for run in runs), *["pending"] * ahead.pending]
     is_open = ahead.is_open or "running" in states
     fits = fit_all(groups)

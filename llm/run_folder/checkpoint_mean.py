@@ -1,4 +1,4 @@
-"""The mean of several checkpoints of a run: often better than the last, at no cost in training."""
+"""Averages the weights of several checkpoints, which is often better than the last one and costs no training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,28 +11,30 @@ from llm.run_folder.checkpoint_files import list_checkpoints
 
 
 def last_checkpoints(run_folder: Path, folder: Path, count: int) -> list[Path]:
-    """Return `folder`, a checkpoint of the run, and the count − 1 before it.
+    """Return `folder`, a checkpoint of the run, and the count − 1 checkpoints before it.
 
     Raises:
-        ConfigError: a count below 1.
-        CheckpointError: fewer were kept.
+        ConfigError: the count is below 1.
+        CheckpointError: the run kept fewer checkpoints.
     """
     if count < 1:
-        raise ConfigError(f"average={count}: must be at least 1, the checkpoint alone; try 5")
+        raise ConfigError(f"average={count}: must be at least 1, which means this checkpoint alone; try 5")
     if count == 1:
         return [folder]
     folders = [path.resolve() for _, path in list_checkpoints(run_folder / "checkpoints")]
     upto = folders[: folders.index(folder) + 1] if folder in folders else []
     if len(upto) < count:
         raise CheckpointError(
-            f"average={count}: only {len(upto)} checkpoints up to {folder.name} are in {run_folder / 'checkpoints'}; "
+            f"average={count}: {run_folder / 'checkpoints'} has only {len(upto)} checkpoints up to {folder.name}; "
             "lower it, or train with callbacks.checkpoints.keep above it"
         )
     return upto[-count:]
 
 
 def mean_state(folders: Sequence[Path]) -> dict[str, Tensor]:
-    """Return the mean of the weights of several checkpoints, taken in fp64; counters and flags are those of the last.
+    """Return the mean of the weights of several checkpoints, computed in fp64.
+
+    Counters and flags are those of the last checkpoint.
 
     Source: Kaddour, "Stop Wasting My Time! Saving Days of ImageNet and BERT Training with Latest Weight Averaging",
     arXiv:2209.14981, section 2.
@@ -51,7 +53,7 @@ def mean_state(folders: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def _tied(state: dict[str, Tensor], means: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Let names that shared one tensor share one again."""
+    """Return the means with one shared tensor for names that share one tensor in `state`."""
     first: dict[int, str] = {}
     shared: dict[str, Tensor] = {}
     for name in means:

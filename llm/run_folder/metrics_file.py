@@ -1,4 +1,4 @@
-"""metrics.jsonl: one object a line, in the file when a call returns, and whole after any kill."""
+"""Writes and reads metrics.jsonl: one JSON object per line, written before a call returns, complete after any kill."""
 
 import contextlib
 import json
@@ -7,26 +7,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llm.run_folder.files import parse_object
+
 Record = dict[str, Any]
 
 
 class MetricsFile:
-    """Appends lines by step; what a full disk does not take waits in memory and goes first when there is room.
+    """A file with one line per step. Lines that a full disk refuses wait in memory and are written first later.
 
     Args:
-        path: the file; made by the first line.
+        path: the file, which the first line creates.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._last: tuple[int, Record] | None = None  # where the newest line begins, and what it says
+        self._last: tuple[int, Record] | None = None  # offset and content of the newest line
         self._waiting: list[Record] = []
 
     def append(self, record: Record) -> None:
-        """Add a line; a record of the newest line's step joins it.
+        """Add a line, or extend the newest line where it is of the same step.
 
         Raises:
-            OSError: the disk is full or the like; the file is as it was, or lacks its newest line, which waits too.
+            OSError: the line could not be written, for example on a full disk. The file is unchanged, or lacks its
+                newest line, which then waits in memory as well.
         """
         offset = None
         if self._waiting and self._waiting[-1]["step"] == record["step"]:
@@ -43,13 +46,13 @@ class MetricsFile:
             os.close(file)
 
     def read(self) -> list[Record]:
-        """Return the lines; a last one that a kill cut off is left out."""
+        """Return the lines without an incomplete last one."""
         if not self.path.exists():
             return []
         return [record for line in self.path.read_bytes().splitlines() if (record := parse_object(line)) is not None]
 
     def forget_newest(self) -> None:
-        """Join nothing to what is there: the file has been replaced."""
+        """Start a new line at the next `append`, because the file has been replaced."""
         self._last, self._waiting = None, []
 
     def _write_waiting(self, file: int, offset: int) -> None:
@@ -62,35 +65,30 @@ class MetricsFile:
             os.ftruncate(file, offset + done)
         except OSError:
             with contextlib.suppress(OSError):
-                os.ftruncate(file, offset)  # half a line is none
+                os.ftruncate(file, offset)  # remove the partial line
             self._last = None
             raise
         self._last = (offset + len(content) - len(lines[-1]), self._waiting[-1])
         self._waiting = []
 
 
-def parse_object(line: bytes) -> Record | None:
-    """Return the object in a line of JSON, None where there is none."""
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
 class LineReader:
-    """Follows files of JSON objects while runs write them.
+    """A reader of files of JSON objects that parses only the lines which are new since its last call.
 
     Args:
-        keep: what to remember of a line that has a step; None: nothing of it.
+        keep: returns the part of a line to remember, None to discard the line. Lines without a step are discarded.
     """
 
     def __init__(self, keep: Callable[[Record], Record | None]) -> None:
         self.keep = keep
-        self._parsed: dict[Path, tuple[int, int, list[Record]]] = {}  # inode, offset, lines before it
+        self._parsed: dict[Path, tuple[int, int, list[Record]]] = {}  # inode, offset, lines before the offset
 
     def read(self, path: Path) -> list[Record]:
-        """Parse what is new. The last line may still change; a resumed run replaces the file."""
+        """Return the lines of a file that a run may be writing.
+
+        The last line is parsed again each time, since it may still be extended. A resumed run replaces the file, which
+        its inode shows.
+        """
         if not path.exists():
             return []
         with open(path, "rb") as file:
@@ -107,8 +105,5 @@ class LineReader:
         return [*lines, *settled, *([] if last is None else [last])]
 
     def _parse(self, line: bytes) -> Record | None:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            return None
-        return self.keep(record) if isinstance(record, dict) and "step" in record else None
+        record = parse_object(line)
+        return self.keep(record) if record is not None and "step" in record else None
