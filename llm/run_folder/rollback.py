@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
 
@@ -23,6 +23,7 @@ Each entry has `step` (the bad update, counted from 1), `why`, `to` (updates of 
 """
 
 
+@runtime_checkable
 class WindowNumbers(Protocol):
     """Training data that knows which windows a range of updates reads."""
 
@@ -31,6 +32,7 @@ class WindowNumbers(Protocol):
         ...
 
 
+@runtime_checkable
 class RollbackLimits(Protocol):
     """Limits of `spikes=rollback`: updates to exclude after the bad one, and rollbacks per run."""
 
