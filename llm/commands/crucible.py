@@ -1,0 +1,53 @@
+"""The console script `crucible`: one command with a subcommand for each entry point."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "train": "train a language model",
+    "eval": "evaluate a trained model",
+    "generate": "continue prompts with a trained model",
+    "export": "write a trained model in the format of another library",
+    "report": "compare run folders in a table and an HTML page",
+    "prepare": "tokenize a corpus ahead of time",
+    "replay": "compute the losses of one update's windows again",
+}
+"""What each subcommand does, in one line."""
+
+MODULES = {"generate": "talk"}
+"""Modules of `llm.commands` whose name differs from their subcommand."""
+
+
+def main() -> None:
+    """Run the subcommand that the command line names; without a known one, print the list of them."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name not in COMMANDS:
+        lines = "".join(f"  {command:<10} {text}\n" for command, text in COMMANDS.items())
+        usage = f"usage: crucible <command> [options]; `crucible <command> --help` lists the options\n\n{lines}"
+        if name in ("-h", "--help"):
+            sys.stdout.write(usage)
+            return
+        sys.stderr.write(f"error: {name}: unknown command\n{usage}")
+        sys.exit(2)
+    del sys.argv[1]
+    if name == "train":
+        _train()
+    elif name == "eval":
+        _evaluate()
+    else:
+        importlib.import_module(f"llm.commands.{MODULES.get(name, name)}").main()
+
+
+def _train() -> None:
+    from llm.commands.cli import run_command  # torch is loaded only by a command that needs it
+    from llm.config.check import check
+    from llm.training.train import train
+
+    run_command(train, config_name="train", check=check, sweeps=True)
+
+
+def _evaluate() -> None:
+    from llm.commands.cli import run_command
+    from llm.commands.evaluate import check_eval, evaluate
+
+    run_command(evaluate, config_name="eval", check=check_eval)
