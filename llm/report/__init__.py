@@ -1,1 +1,1 @@
-"""RunRecord folders in, leaderboards and plots out."""
+"""Reads run folders and writes leaderboards and plots."""

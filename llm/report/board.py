@@ -1,4 +1,4 @@
-"""The leaderboard: one row a group at its best learning rate, and which differences are more than noise."""
+"""Builds the leaderboard: one row per group at its best learning rate, and tests of the differences."""
 
 import csv
 import io
@@ -14,11 +14,12 @@ from llm.report.significance import Comparison, holm, welch
 from llm.tables import format_bytes, format_count, format_seconds, format_table
 
 ALPHA = 0.05
+"""Largest corrected p-value at which a difference is reported as one."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One group at its best rate; figures are means over its finished seeds."""
+    """One group at its best learning rate. Figures are means over its finished seeds."""
 
     rank: int | None
     group: str
@@ -35,26 +36,26 @@ class Row:
     parameters: int | None
     finished: int
     pruned: int
-    """Of all its runs, at every rate, those that were ended early because they fell behind."""
+    """Number of pruned runs at all learning rates."""
     runs: int
-    """All its runs, at every rate."""
+    """Number of runs at all learning rates."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Two groups at their best rates."""
+    """The comparison of two groups at their best learning rates."""
 
     first: str
     second: str
     comparison: Comparison
     p: float
-    """Corrected for the number of pairs; NaN for groups of one seed, or with pruned seeds."""
+    """p-value corrected for the number of pairs, NaN for groups with one seed or with pruned seeds."""
     is_selected: bool = False
-    """Whether seeds were pruned, so that those left were chosen by their losses."""
+    """Whether seeds were pruned, so that the remaining seeds were selected by their losses."""
 
     @property
     def word(self) -> str:
-        """What may be said of the first against the second."""
+        """The conclusion about the first group against the second."""
         if math.isnan(self.comparison.difference):
             return "diverged"
         if self.is_selected:
@@ -67,21 +68,24 @@ class Verdict:
 
 
 def default_target(groups: Sequence[Group]) -> float | None:
-    """Return the loss that tokens and seconds are counted to: what the middle group, or the one below it, ended at."""
+    """Return the target loss for "tokens to" and "time to": the final loss of the middle group.
+
+    Of an even number of groups it is the worse of the middle two.
+    """
     means = sorted(group.best.mean for group in groups if math.isfinite(group.best.mean))
     return means[len(means) // 2] if means else None
 
 
 def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
-    """Return the mean of curves at the tokens that all of them were measured at."""
+    """Return the mean of several curves at the token counts that all of them have."""
     by_tokens = [{point.tokens: point for point in curve} for curve in curves]
     shared = sorted(set.intersection(*map(set, by_tokens))) if by_tokens else []
     return [Point(*map(statistics.fmean, zip(*(c[tokens] for c in by_tokens), strict=True))) for tokens in shared]
 
 
 def crossing(points: Sequence[Point], target: float) -> Point | None:
-    """Return where a curve first comes down to `target`, linear between its points, or None."""
-    target += 1e-9 * abs(target)  # a mean of the same losses, taken in another order
+    """Return where a curve first reaches `target`, by linear interpolation, or None."""
+    target += 1e-9 * abs(target)  # tolerance for a mean of the same losses in another order
     if points and points[0].loss <= target:
         return points[0]
     for before, after in pairwise(points):
@@ -92,7 +96,7 @@ def crossing(points: Sequence[Point], target: float) -> Point | None:
 
 
 def leaderboard(groups: Sequence[Group], target: float | None) -> list[Row]:
-    """Return a row for each group, best first; groups without a finished run come last and have no rank."""
+    """Return one row per group, best first. Groups without a finished run come last and have no rank."""
     rows, rank = [], 0
     for group in groups:
         cell = group.best
@@ -135,7 +139,7 @@ def _finite(value: float) -> float | None:
 
 
 def verdicts(groups: Sequence[Group]) -> list[Verdict]:
-    """Compare every two groups at their best rates by Welch's test, corrected for their number by Holm's."""
+    """Compare every two groups at their best learning rates by Welch's test, with Holm's correction."""
     ranked = [group for group in groups if group.best.losses]
     pairs = []
     for first, second in combinations(ranked, 2):
@@ -152,7 +156,7 @@ def verdicts(groups: Sequence[Group]) -> list[Verdict]:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Return the rows as CSV, numbers in full; what is unknown is empty."""
+    """Return the rows as CSV with numbers in full precision. Unknown values are empty."""
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(Row.__dataclass_fields__), lineterminator="\n")
     writer.writeheader()
@@ -161,21 +165,10 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def to_text(rows: Sequence[Row], pairs: Sequence[Verdict], target: float | None) -> str:
-    """Return the leaderboard and its verdicts for a terminal."""
+    """Return the leaderboard and the comparisons for a terminal."""
     goal = "" if target is None else f" to {target:.3f}"
-    header = [
-        "",
-        "group",
-        "best lr",
-        "loss",
-        "± s.e.",
-        "seeds",
-        f"tokens{goal}",
-        f"seconds{goal}",
-        "state",
-        "MFU",
-        "done",
-    ]
+    goals = [f"tokens{goal}", f"seconds{goal}"]
+    header = ["", "group", "best lr", "loss", "± s.e.", "seeds", *goals, "optimizer state", "MFU", "done"]
     table = [
         [
             "–" if row.rank is None else str(row.rank),
@@ -200,9 +193,9 @@ def _text(value: float | None, form: Callable[[float], str]) -> str:
 
 
 def sentences(pairs: Sequence[Verdict], most: int = 6) -> list[str]:
-    """Return the comparisons in words, the best group's first; without seeds there is nothing to say about any."""
+    """Return the comparisons as sentences, those of the best group first."""
     if pairs and all(min(verdict.comparison.counts) < 2 for verdict in pairs):
-        return ["  one seed each: no claim about any difference; add seed=1,2,3"]
+        return ["  one seed per group: no claim about any difference; add seed=1,2,3"]
     lines = []
     for verdict in pairs[:most]:
         low, high, (n1, n2) = verdict.comparison.low, verdict.comparison.high, verdict.comparison.counts

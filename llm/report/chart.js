@@ -1,5 +1,5 @@
 "use strict";
-// Line charts in SVG: logarithmic axes, a legend that hides, values under the pointer, a dragged zoom.
+// Draws line charts in SVG with logarithmic axes, a legend that hides series, values at the pointer, and zoom by dragging.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -66,7 +66,7 @@ function ticks(low, high, wanted, isLog) {
   return out;
 }
 
-// The loss at x between two points of a curve, linear; null outside of it.
+// Returns the y of a curve at x by linear interpolation, null outside of the curve.
 function valueAt(points, x) {
   if (!points.length || x < points[0][0] || x > points[points.length - 1][0]) return null;
   let [low, high] = [0, points.length - 1];
@@ -84,7 +84,7 @@ function extent(values) {
 }
 
 // series: [{name, color, points: [[x, y]], band: [[x, low, high]], marks, dash, faint, silent}]; options: {height, xLabel,
-// yLabel, logX, logY, formatX, formatY, late, line: {y, text}, legend}. `late` fits the y axis to what follows the first tenth.
+// yLabel, logX, logY, formatX, formatY, late, line: {y, text}, legend}. `late` fits the y axis to the points after the first tenth of the x axis.
 function chart(host, series, options) {
   const state = { hidden: new Set(), zoom: null };
   const view = el("div", { class: "chart" });
@@ -93,7 +93,7 @@ function chart(host, series, options) {
   const draw = () => drawChart(view, series, options, state, draw);
   if (series.length > 1 && options.legend !== false)
     for (const s of series.filter((s) => !s.silent)) {
-      const button = el("button", { type: "button", title: "hide or show; double-click for it alone" },
+      const button = el("button", { type: "button", title: "click to hide or show, double-click to show only this" },
         el("span", { class: "dot", style: `background:${s.color}` }), s.name);
       const sync = () => [...legend.children].forEach((b) => b.classList.toggle("off", state.hidden.has(b.dataset.name)));
       button.dataset.name = s.name;
@@ -107,7 +107,7 @@ function chart(host, series, options) {
 
 function ranges(visible, options, state) {
   const xs = extent(visible.flatMap((s) => s.points.map((p) => p[0])));
-  const room = visible.some((s) => s.marks) ? 0.03 : 0; // a mark at the edge would be cut in half
+  const room = visible.some((s) => s.marks) ? 0.03 : 0; // keep marks at the edge inside the plot
   const wider = options.logX ? [xs[0] * (xs[0] / xs[1]) ** room, xs[1] * (xs[1] / xs[0]) ** room]
     : [xs[0] - room * (xs[1] - xs[0]), xs[1] + room * (xs[1] - xs[0])];
   const [x0, x1] = state.zoom || (xs[0] === xs[1] ? [xs[0] * 0.9, xs[1] * 1.1 || 1] : wider);
@@ -130,7 +130,7 @@ function drawChart(view, series, options, state, redraw) {
     ...s, points: s.points.filter((p) => (!options.logX || p[0] > 0) && (!options.logY || p[1] > 0)) })).filter((s) => s.points.length);
   view.replaceChildren();
   const svg = shape(view, "svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": options.yLabel + " against " + options.xLabel });
-  if (!visible.length) { shape(svg, "text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "nothing to show"); return; }
+  if (!visible.length) { shape(svg, "text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "no data"); return; }
   const { x0, x1, y0, y1 } = ranges(visible, options, state);
   const scale = (low, high, from, to, isLog) => isLog
     ? (v) => from + (Math.log(v / low) / Math.log(high / low)) * (to - from)

@@ -1,4 +1,4 @@
-"""Laws that runs obey: best rate against batch, loss against parameters and compute; with overrides to paste."""
+"""Fits power laws: best learning rate against batch, loss against parameters and FLOPs."""
 
 import math
 import statistics
@@ -27,14 +27,14 @@ class Fit:
     """A power law through some groups.
 
     Args:
-        name: what it is of, such as `best lr against batch_tokens`.
-        subject: the settings that its points share.
-        x_name: what lies on the horizontal axis.
-        y_name: what lies on the vertical axis.
-        points: (x, y).
-        law: the fit.
-        overrides: what follows from it, each a line to paste behind `python train.py`.
-        caution: what weakens it, or "".
+        name: the two quantities, such as `best lr against batch_tokens`.
+        subject: the settings that all points share.
+        x_name: name of the horizontal axis.
+        y_name: name of the vertical axis.
+        points: (x, y) of each group.
+        law: the fitted law.
+        overrides: suggested runs, each as overrides for `python train.py`.
+        caution: a limitation of the fit, or "".
     """
 
     name: str
@@ -48,9 +48,9 @@ class Fit:
 
 
 def best_rate(group: Group) -> tuple[float, bool] | None:
-    """Return a group's best learning rate, and whether it lies inside the rates tried.
+    """Return a group's best learning rate, and whether it lies between the lowest and the highest rate tried.
 
-    Inside, it is the lowest point of the parabola through the best rate and its neighbours, on logarithmic rates.
+    There it is the minimum of the parabola through the best rate and its neighbours, over the logarithm of the rate.
     """
     scored = [(math.log(c.lr), c.mean) for c in group.cells if c.lr and math.isfinite(c.mean)]
     at = next((i for i, (x, _) in enumerate(scored) if group.best.lr and x == math.log(group.best.lr)), None)
@@ -68,13 +68,13 @@ def best_rate(group: Group) -> tuple[float, bool] | None:
 
 
 def fit_all(groups: Sequence[Group]) -> list[Fit]:
-    """Return every law that at least two points support."""
+    """Return every law with at least two points."""
     return [*_rates(groups), *_losses(groups)]
 
 
 def fits_text(fits: Sequence[Fit]) -> str:
-    """Return the laws for a terminal, each with the lines to paste, or ""."""
-    lines = ["Laws"] if fits else []
+    """Return the laws and their suggested runs for a terminal, "" where there is none."""
+    lines = ["Power laws"] if fits else []
     for fit in fits:
         law = fit.law
         interval = "" if math.isnan(law.low) else f" (95 %: {law.low:.3f} to {law.high:.3f})"
@@ -88,7 +88,7 @@ def fits_text(fits: Sequence[Fit]) -> str:
 
 
 def families(groups: Sequence[Group], free: Sequence[str]) -> Iterator[tuple[dict[str, str], list[Group]]]:
-    """Yield groups that differ by the keys of `free` alone."""
+    """Yield sets of groups that differ only by the keys in `free`, with the settings that they share."""
     families: dict[tuple[tuple[str, str], ...], list[Group]] = {}
     for group in groups:
         shared = tuple((k, v) for k, v in group.settings.items() if k not in free)
@@ -99,18 +99,18 @@ def families(groups: Sequence[Group], free: Sequence[str]) -> Iterator[tuple[dic
 
 
 def lr_scale(run: RunRecord) -> float:
-    """Return what the run's scaling rule multiplied its rate by."""
+    """Return the factor by which the run's scaling rule multiplied its learning rate."""
     own = {k.removeprefix(SCALING): v for k, v in run.config.items() if k.startswith(SCALING)}
     rule = getattr(rules, str(own.pop("_target_", "")).rpartition(".")[2], None)
     settings = {key: value for key, value in own.items() if not key.startswith("_")}
     try:
         return 1.0 if rule is None else rule(int(run.config[BATCH]), **settings)
-    except (ConfigError, TypeError):  # of a version with other settings
+    except (ConfigError, TypeError):  # written by a version with other settings
         return 1.0
 
 
 def _rates(groups: Sequence[Group]) -> Iterator[Fit]:
-    """Fit the rates that acted: what is to be pasted leaves them as they are."""
+    """Fit the learning rates after scaling. Suggested runs therefore set `scaling=none`."""
     for shared, members in families(groups, [BATCH, "max_steps"]):
         scales = {float(g.runs[0].config[BATCH]): lr_scale(g.runs[0]) for g in members if BATCH in g.runs[0].config}
         found = [(float(g.runs[0].config[BATCH]), best_rate(g)) for g in members if BATCH in g.runs[0].config]
@@ -121,7 +121,7 @@ def _rates(groups: Sequence[Group]) -> Iterator[Fit]:
             continue
         edges = [f"{batch:.0f}" for batch, (_, is_inside) in rates if not is_inside]
         caution = (
-            f"best rate at the edge of those tried for batch_tokens={','.join(edges)}: try rates beyond"
+            f"the best rate is the lowest or highest one tried for batch_tokens={','.join(edges)}; try rates beyond it"
             if edges
             else ""
         )
@@ -146,7 +146,7 @@ def _losses(groups: Sequence[Group]) -> Iterator[Fit]:
             best = min(members, key=lambda group: (math.isnan(group.best.mean), group.best.mean))
             rate = [] if best.best.lr is None else [f"optimizer.lr={best.best.lr:.3g}"]
             lines = [" ".join([*_settings(best.settings), *rate])]
-            caution = "" if len(points) > 2 else "two points: no confidence"
+            caution = "" if len(points) > 2 else "two points: no confidence interval"
             yield Fit(f"loss against {x_name}", _subject(shared), x_name, "val/loss", points, law, lines, caution)
 
 

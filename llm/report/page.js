@@ -1,9 +1,9 @@
 "use strict";
-// The sections of the page, each drawn from the data below; a section without data stays empty and is not shown.
+// Draws the sections of the page from the data of the report. A section without data stays empty and is hidden.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const remembered = (() => { try { return JSON.parse(sessionStorage.getItem("crucible") || "{}"); } catch { return {}; } })();
-const remember = (key, value) => { remembered[key] = value; try { sessionStorage.setItem("crucible", JSON.stringify(remembered)); } catch { /* a private window */ } };
+const remember = (key, value) => { remembered[key] = value; try { sessionStorage.setItem("crucible", JSON.stringify(remembered)); } catch { /* private windows have no storage */ } };
 const color = (index) => `var(--c${((index % 10) + 10) % 10})`;
 const place = (id) => document.getElementById(id);
 const fixed = (value, digits) => (value === null || value === undefined ? "–" : value.toFixed(digits));
@@ -41,7 +41,7 @@ function header() {
   const wanted = new URLSearchParams(location.search).get("theme") || remembered.theme;
   root.classList.toggle("dark", wanted ? wanted === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
   place("theme").addEventListener("click", () => remember("theme", root.classList.toggle("dark") ? "dark" : "light"));
-  place("made").textContent = `Made from run folders alone by python -m llm.report, ${DATA.made}.`;
+  place("made").textContent = `Generated from run folders by python -m llm.report, ${DATA.made}.`;
   place("headline").textContent = headline();
   place("subline").textContent = subline();
 }
@@ -53,11 +53,11 @@ function headline() {
   if (!second) return `${first.group}${rate}: loss ${fixed(first.loss, 4)}.`;
   const pair = between(first.group, second.group);
   const gap = fixed(Math.abs(second.loss - first.loss), 4);
-  const words = { better: `${first.group} is best${rate}: ${gap} nats a token below ${second.group}.`,
-    "no difference seen": `${first.group}${rate} leads by ${gap}, which is not more than noise.`,
-    "one seed, no claim": `${first.group}${rate} leads by ${gap} on one seed: no claim.`,
-    "seeds pruned, no claim": `${first.group}${rate} leads by ${gap}; seeds were pruned: no claim.` };
-  return words[pair && pair.word] || `${first.group}${rate} leads by ${gap}.`;
+  const words = { better: `${first.group} is best${rate}: its loss is ${gap} nats per token below that of ${second.group}.`,
+    "no difference seen": `${first.group}${rate} is first by ${gap} nats per token, a difference that is not significant.`,
+    "one seed, no claim": `${first.group}${rate} is first by ${gap} nats per token. One seed per setting allows no claim.`,
+    "seeds pruned, no claim": `${first.group}${rate} is first by ${gap} nats per token. Seeds were pruned, which allows no claim.` };
+  return words[pair && pair.word] || `${first.group}${rate} is first by ${gap} nats per token.`;
 }
 
 function subline() {
@@ -65,7 +65,7 @@ function subline() {
   const parts = [plural(DATA.states.length, "run"), plural(DATA.rows.length, "setting"), `up to ${compact(tokens)} tokens each`];
   const [first, second] = DATA.rows.filter((row) => row.rank !== null);
   const pair = second && between(first.group, second.group);
-  if (pair && pair.p !== null) parts.push(`p = ${compact(pair.p)} against the second, by Welch's test on ${pair.counts.join(" and ")} seeds`);
+  if (pair && pair.p !== null) parts.push(`first against second: p = ${compact(pair.p)}, Welch's test on ${pair.counts.join(" and ")} seeds`);
   return parts.join(" · ");
 }
 
@@ -80,14 +80,14 @@ function xsOf(run, curve, axis) {
   return axis === "tokens" ? curve.tokens : axis === "seconds" ? curve.seconds : curve.tokens.map((t) => t * run.flops_per_token);
 }
 
-// The runs of a group's best rate: the finished ones, and as long as there is none, those on their way.
+// Returns the finished runs at a group's best learning rate, or the unfinished ones where none has finished.
 function seedsOf(index) {
   const runs = DATA.runs.filter((run) => run.group === index && run.is_best);
   const finished = runs.filter((run) => run.state === "finished");
   return finished.length ? finished : runs;
 }
 
-// One curve a group: the mean over the seeds of its best rate, where all are known, with the span between them.
+// Returns the mean curve over seeds, where all of them have a value, and the range between the lowest and the highest.
 function meanCurve(runs, kind, axis) {
   const curves = runs.filter((run) => run[kind].loss.length).map((run) => xsOf(run, run[kind], axis).map((x, i) => [x, run[kind].loss[i]]));
   if (!curves.length) return null;
@@ -105,14 +105,14 @@ function curves() {
       ? DATA.groups.map((group, index) => ({ name: group.label, color: color(index), ...meanCurve(seedsOf(index), kind, axis) })).filter((s) => s.points)
       : DATA.runs.filter((run) => run[kind].loss.length).map((run) => ({ name: run.name, color: color(run.group ?? 0), faint: !run.is_best,
           points: xsOf(run, run[kind], axis).map((x, i) => [x, run[kind].loss[i]]) }));
-    const labels = { tokens: "tokens", seconds: "seconds of training", flops: "FLOPs of training" };
-    chart(host, series, { height: 400, xLabel: labels[axis], yLabel: (kind === "val" ? "validation" : "training") + " loss, nats a token", late: true,
+    const labels = { tokens: "tokens", seconds: "seconds of training, without validation", flops: "training FLOPs" };
+    chart(host, series, { height: 400, xLabel: labels[axis], yLabel: (kind === "val" ? "validation" : "training") + " loss, nats per token", late: true,
       logX: scaleState.value.includes("x"), logY: scaleState.value.includes("y"), formatX: axis === "seconds" ? seconds : compact,
-      line: DATA.target === null ? null : { y: DATA.target, text: `loss ${DATA.target.toFixed(3)}, which the table counts to` } });
+      line: DATA.target === null ? null : { y: DATA.target, text: `target loss ${DATA.target.toFixed(3)}` } });
   };
   const [axisBox, axisState] = choice("axis", [["tokens", "tokens"], ["seconds", "seconds"], ["flops", "FLOPs"]], "tokens", () => draw());
   const [kindBox, kindState] = choice("kind", [["val", "validation"], ["train", "training"]], "val", () => draw());
-  const [whatBox, whatState] = choice("what", [["best", "best rates, mean of seeds"], ["all", "every run"]], "best", () => draw());
+  const [whatBox, whatState] = choice("what", [["best", "best lr, mean of seeds"], ["all", "all runs"]], "best", () => draw());
   const [scaleBox, scaleState] = choice("scale", [["", "linear"], ["x", "log x"], ["y", "log y"], ["xy", "log both"]], "", () => draw());
   place("curves").append(head("Loss", whatBox, kindBox, axisBox, scaleBox), host);
   draw();
@@ -129,7 +129,7 @@ function table(columns, rows, initial) {
     const sorted = key === null ? rows : [...rows].sort((a, b) => {
       const [x, y] = [key(a), key(b)];
       const [noX, noY] = [x === null || x === undefined, y === null || y === undefined];
-      if (noX || noY) return noX - noY; // what is unknown stays at the end
+      if (noX || noY) return noX - noY; // unknown values stay at the end
       return (typeof x === "string" ? x.localeCompare(y, undefined, { numeric: true }) : x - y) * (isDown ? -1 : 1);
     });
     headers.forEach((th, i) => (i === at ? th.setAttribute("aria-sort", isDown ? "descending" : "ascending") : th.removeAttribute("aria-sort")));
@@ -154,7 +154,7 @@ function board() {
   const goal = DATA.target === null ? "" : ` to ${DATA.target.toFixed(3)}`;
   const rows = DATA.rows.map((row, index) => ({ ...row, index }));
   const reached = (row, value, form) => (value === null ? (row.loss === null ? "–" : el("span", { class: "quiet" }, "not reached")) : form(value));
-  place("board").append(head("Leaderboard", el("span", { class: "quiet" }, "each at its best rate; ± standard error over seeds")), table([
+  place("board").append(head("Leaderboard", el("span", { class: "quiet" }, "each setting at its best learning rate; ± standard error over seeds")), table([
     { name: "#", value: (r) => r.rank, show: (r) => r.rank ?? "–" },
     { name: "setting", text: true, value: (r) => r.group, show: (r) => el("span", {}, el("span", { class: "dot", style: `background:${color(r.index)}` }), r.group) },
     { name: "best\u00a0lr", value: (r) => r.lr },
@@ -165,15 +165,15 @@ function board() {
     { name: "time" + goal, value: (r) => r.seconds_to_loss, show: (r) => reached(r, r.seconds_to_loss, seconds) },
     { name: "tokens/s", value: (r) => r.tokens_per_second },
     { name: "MFU", value: (r) => r.mfu, show: (r) => (r.mfu === null ? "–" : (100 * r.mfu).toFixed(1) + " %") },
-    { name: "state, bytes", value: (r) => r.optimizer_state_bytes },
+    { name: "optimizer state, bytes", value: (r) => r.optimizer_state_bytes },
     ...(new Set(DATA.rows.map((row) => row.parameters)).size > 1 ? [{ name: "parameters", value: (r) => r.parameters }] : []),
-    { name: "runs done", value: (r) => r.finished / r.runs, show: (r) => `${r.finished}/${r.runs}` + (r.pruned ? `, ${r.pruned} pruned` : "") },
+    { name: "finished runs", value: (r) => r.finished / r.runs, show: (r) => `${r.finished}/${r.runs}` + (r.pruned ? `, ${r.pruned} pruned` : "") },
   ], rows, 0));
 }
 
 function rates() {
   const pointsOf = (group) => group.rates.filter((r) => r.mean !== null && r.lr !== null).map((r) => [r.lr, r.mean]);
-  const isByRate = DATA.groups.every((group) => Object.keys(group.settings).join() === "optimizer.lr"); // one series, a group a point
+  const isByRate = DATA.groups.every((group) => Object.keys(group.settings).join() === "optimizer.lr"); // one series with one point per group
   const series = isByRate ? [{ name: "mean of seeds", color: color(0), marks: true, points: DATA.groups.flatMap(pointsOf).sort((a, b) => a[0] - b[0]) }].filter((s) => s.points.length > 1)
     : DATA.groups.map((group, index) => ({ name: group.label, color: color(index), marks: true, points: pointsOf(group) })).filter((s) => s.points.length > 1);
   if (!series.length) return;
@@ -192,13 +192,13 @@ function versus() {
     if (pair.difference === null) return el("td", { class: "quiet" }, "diverged");
     const title = pair.low === null ? `seeds ${pair.counts.join(" and ")}` : `95 % interval ${fixed(pair.low, 4)} to ${fixed(pair.high, 4)}, p = ${compact(pair.p)} (Holm), ${pair.counts.join(" and ")} seeds`;
     return el("td", { title }, el("span", { class: "chip " + pair.word }, signed(pair.difference)),
-      el("div", { class: "quiet", style: "font-size:11.5px" }, pair.p === null ? pair.word : pair.word === "no difference seen" ? `p = ${compact(pair.p)}, noise` : `p = ${compact(pair.p)}`));
+      el("div", { class: "quiet", style: "font-size:11.5px" }, pair.p === null ? pair.word : pair.word === "no difference seen" ? `p = ${compact(pair.p)}, not significant` : `p = ${compact(pair.p)}`));
   };
   const isLong = names.join("").length > 60;
-  const header = el("tr", {}, el("th", { class: "text" }, "row minus column"), ...names.slice(1).map((name, j) => el("th", { title: name }, isLong ? `#${j + 2}` : name)));
+  const header = el("tr", {}, el("th", { class: "text" }, "setting"), ...names.slice(1).map((name, j) => el("th", { title: name }, isLong ? `#${j + 2}` : name)));
   const rows = names.slice(0, -1).map((first, i) => el("tr", {}, el("td", { class: "text" }, el("span", { class: "dot", style: `background:${color(i)}` }), isLong ? `#${i + 1} ${first}` : first),
     ...names.slice(1).map((second, j) => (j < i ? el("td", {}) : cell(first, second)))));
-  place("versus").append(head("More than noise?", el("span", { class: "quiet" }, "Welch's test, corrected for the number of pairs")),
+  place("versus").append(head("Significance of differences", el("span", { class: "quiet" }, "Welch's test with Holm's correction for the number of pairs; row minus column")),
     el("div", { class: "scroll" }, el("table", {}, el("thead", {}, header), el("tbody", {}, ...rows))));
 }
 
@@ -211,8 +211,8 @@ function paste(line) {
 function fits() {
   const best = DATA.rows.findIndex((row) => row.rank === 1);
   if (best < 0 && !DATA.fits.length) return;
-  place("fits").append(head("What to run next"));
-  if (best >= 0 && DATA.groups[best].overrides) place("fits").append(el("p", { class: "quiet", style: "margin:0" }, "The best setting so far:"), paste(DATA.groups[best].overrides));
+  place("fits").append(head("Suggested runs"));
+  if (best >= 0 && DATA.groups[best].overrides) place("fits").append(el("p", { class: "quiet", style: "margin:0" }, "The best setting so far"), paste(DATA.groups[best].overrides));
   DATA.fits.forEach((fit, index) => {
     const [plot, side, law] = [el("div"), el("div"), fit.law];
     const interval = law.low === null ? "" : ` (95 %: ${fixed(law.low, 3)} to ${fixed(law.high, 3)})`;
@@ -222,14 +222,14 @@ function fits() {
     place("fits").append(el("div", { class: "fit" }, plot, side));
     const xs = extent(fit.points.map((p) => p[0]));
     const line = Array.from({ length: 24 }, (_, i) => xs[0] * (2 * xs[1] / xs[0]) ** (i / 23)).map((x) => [x, law.coefficient * x ** law.exponent]);
-    chart(plot, [{ name: "power law", color: "var(--quiet)", points: line, dash: true }, { name: "measured", color: color(index), points: fit.points, marks: "only", silent: true }],
+    chart(plot, [{ name: "fit", color: "var(--quiet)", points: line, dash: true }, { name: "measured", color: color(index), points: fit.points, marks: "only", silent: true }],
       { height: 230, logX: true, logY: true, xLabel: fit.x_name, yLabel: fit.y_name, legend: false });
   });
 }
 
 function useful() {
   if (!DATA.useful.length) return;
-  place("useful").append(head("Useful batch", el("span", { class: "quiet" }, "(S/S_min − 1)(E/E_min − 1) = 1 for the S updates and E tokens to one loss")));
+  place("useful").append(head("Useful batch", el("span", { class: "quiet" }, "(S/S_min − 1)(E/E_min − 1) = 1, S updates and E tokens to the same loss")));
   DATA.useful.forEach((found, index) => {
     const told = found.lines.map((line, i) => el("p", { class: i && line.trim() === found.caution ? "caution" : i ? "quiet" : null, style: "margin:3px 0" }, line.trim()));
     if (!found.trade) return place("useful").append(...told);
@@ -238,7 +238,7 @@ function useful() {
     const [low, high] = extent(found.batches);
     const line = Array.from({ length: 24 }, (_, i) => 2 * high * (low / high / 4) ** (i / 23))
       .map((batch) => [found.trade.min_updates * (1 + found.tokens / batch), found.trade.min_tokens * (1 + batch / found.tokens)]);
-    chart(plot, [{ name: "hyperbola", color: "var(--quiet)", points: line, dash: true }, { name: "measured", color: color(index), points: [...found.points].sort((a, b) => a[0] - b[0]), marks: "only", silent: true }],
+    chart(plot, [{ name: "fit", color: "var(--quiet)", points: line, dash: true }, { name: "measured", color: color(index), points: [...found.points].sort((a, b) => a[0] - b[0]), marks: "only", silent: true }],
       { height: 230, logX: true, logY: true, xLabel: "updates", yLabel: "tokens", legend: false });
   });
 }
@@ -253,7 +253,7 @@ function heat(layer) {
     pixels.fillRect(time, layer.load.length - 1 - expert, 1, 1);
   }));
   const last = layer.load.map((row) => row[row.length - 1]);
-  return el("figure", { style: "margin:0" }, canvas, el("figcaption", { class: "quiet" }, `${layer.layer}: at step ${layer.steps[layer.steps.length - 1]} the busiest of ${last.length} experts has ${fixed(Math.max(...last), 2)}, the idlest ${fixed(Math.min(...last), 2)}`));
+  return el("figure", { style: "margin:0" }, canvas, el("figcaption", { class: "quiet" }, `${layer.layer}: at step ${layer.steps[layer.steps.length - 1]} the loads of ${last.length} experts lie between ${fixed(Math.min(...last), 2)} and ${fixed(Math.max(...last), 2)} of an even share`));
 }
 
 function experts() {
@@ -262,7 +262,7 @@ function experts() {
   const grid = el("div", { class: "heat" });
   const select = el("select", { "aria-label": "run", onchange: () => draw() }, ...runs.map((run, i) => el("option", { value: i }, run.name)));
   const draw = () => grid.replaceChildren(...runs[select.value].expert_load.map(heat));
-  place("experts").append(head("Expert load", el("span", { class: "quiet" }, "idle", el("span", { class: "scale" }), "twice an even share"), select), grid);
+  place("experts").append(head("Expert load", el("span", { class: "quiet" }, "no tokens", el("span", { class: "scale" }), "twice an even share"), select), grid);
   draw();
 }
 
@@ -281,7 +281,7 @@ function extrapolation() {
   const runs = DATA.runs.filter((run) => run.extrapolation.length);
   if (!runs.length) return;
   const host = el("div");
-  place("extrapolation").append(head("Reading longer text"), host);
+  place("extrapolation").append(head("Loss at longer contexts"), host);
   chart(host, runs.map((run, i) => ({ name: run.name, color: color(run.group ?? i), marks: true, points: run.extrapolation })),
     { height: 280, logX: true, xLabel: "context length", yLabel: "validation loss" });
 }
@@ -290,21 +290,21 @@ function difference() {
   const runs = DATA.runs.filter((run) => run.has_config);
   if (runs.length < 2) return;
   const pick = (index) => { const s = el("select", { "aria-label": "run", onchange: () => draw() }, ...runs.map((run, i) => el("option", { value: i }, run.name))); s.value = index; return s; };
-  const leader = (place) => runs.findIndex((run) => run.is_best && run.group === place); // the two best settings, where there are two
+  const leader = (place) => runs.findIndex((run) => run.is_best && run.group === place); // initially the two best settings
   const [first, second, host] = [pick(Math.max(0, leader(0))), pick(leader(1) < 0 ? runs.length - 1 : leader(1)), el("div")];
   const draw = () => {
     const [a, b] = [runs[first.value].config, runs[second.value].config];
     const keys = [...new Set([...Object.keys(a), ...Object.keys(b)])].filter((key) => a[key] !== b[key]).sort();
     host.replaceChildren(keys.length ? table([{ name: "key", text: true, value: (k) => k, show: (k) => el("code", {}, k) },
       { name: runs[first.value].name, text: true, wrap: true, value: (k) => a[k] ?? null, show: (k) => a[k] ?? "–" },
-      { name: runs[second.value].name, text: true, wrap: true, value: (k) => b[k] ?? null, show: (k) => b[k] ?? "–" }], keys) : el("p", { class: "quiet" }, "No setting differs."));
+      { name: runs[second.value].name, text: true, wrap: true, value: (k) => b[k] ?? null, show: (k) => b[k] ?? "–" }], keys) : el("p", { class: "quiet" }, "The configurations are equal."));
   };
-  place("difference").append(head("Configuration, run against run", first, "and", second), host);
+  place("difference").append(head("Configuration differences", first, "and", second), host);
   draw();
 }
 
 function runTable() {
-  place("runs").append(head("Every run"), table([
+  place("runs").append(head("All runs"), table([
     { name: "run", text: true, value: (r) => r.name, show: (r) => el("span", { title: r.folder }, el("span", { class: "dot", style: `background:${color(r.group ?? -1)}` }), r.name) },
     { name: "state", text: true, value: (r) => r.state, show: (r) => el("span", { class: "chip " + r.state }, r.state === "running" ? `running, ${(100 * r.progress).toFixed(0)} %` : r.state) },
     { name: "lr", value: (r) => r.lr }, { name: "seed", value: (r) => r.seed, show: (r) => r.seed ?? "–" },
@@ -312,7 +312,7 @@ function runTable() {
     { name: "tokens", value: (r) => r.figures.tokens_seen ?? null }, { name: "time", value: (r) => r.figures.seconds ?? null, show: (r) => seconds(r.figures.seconds ?? null) },
     { name: "tokens/s", value: (r) => r.figures.tokens_per_second ?? null },
     { name: "peak memory, bytes", value: (r) => r.figures.peak_memory_bytes ?? null },
-    { name: "why", text: true, wrap: true, value: (r) => r.reason || null, show: (r) => r.reason || "" },
+    { name: "reason", text: true, wrap: true, value: (r) => r.reason || null, show: (r) => r.reason || "" },
   ], DATA.runs));
 }
 

@@ -1,4 +1,4 @@
-"""One HTML file with everything in it, that opens in a browser without a network."""
+"""Builds the report page: one HTML file that needs no network."""
 
 import json
 import math
@@ -8,54 +8,50 @@ from importlib.resources import files
 from itertools import groupby
 from typing import Any
 
-from llm.report.board import Row, Verdict
-from llm.report.fits import Fit
+from llm.report.findings import Findings
 from llm.report.groups import Group, text_of
 from llm.report.runs import Point, RunRecord
-from llm.report.useful_batch import UsefulBatch
+from llm.run_folder.files import json_value
 
 MOST_POINTS = 400
-"""Points a curve; longer ones are averaged down to it."""
+"""Points per curve. Longer curves are averaged down to this number, so that the page stays small."""
 MOST_TIMES = 120
-"""Columns of an expert load picture."""
+"""Columns of a plot of expert load."""
 
 
 def to_html(data: dict[str, Any], refresh_seconds: float | None = None) -> str:
-    """Return the page of `report_data`.
+    """Return the page.
 
     Args:
-        data: what it shows.
-        refresh_seconds: after how many seconds the page loads itself anew, None for never.
+        data: the result of `report_data`.
+        refresh_seconds: seconds after which the page reloads itself, None for never.
     """
     assets = files("llm.report")
-    content = json.dumps(_plain(data | {"refresh_seconds": refresh_seconds}), separators=(",", ":"), allow_nan=False)
+    content = json.dumps(
+        json_value(data | {"refresh_seconds": refresh_seconds}), separators=(",", ":"), allow_nan=False
+    )
     page = assets.joinpath("page.html").read_text()
     for name in ("page.css", "chart.js", "page.js"):
         page = page.replace(f"/*{name}*/", assets.joinpath(name).read_text())
-    return page.replace("/*data*/", content.replace("<", "\\u003c"))  # no text in it can end the script
+    return page.replace("/*data*/", content.replace("<", "\\u003c"))  # a "</script>" in the data cannot end the script
 
 
-def report_data(
-    runs: Sequence[RunRecord],
-    groups: Sequence[Group],
-    rows: Sequence[Row],
-    pairs: Sequence[Verdict],
-    fits: Sequence[Fit],
-    useful: Sequence[UsefulBatch],
-    *,
-    title: str,
-    target: float | None,
-    made: str,
-) -> dict[str, Any]:
-    """Return everything that the page shows, as plain dicts and lists."""
+def report_data(findings: Findings, *, made: str) -> dict[str, Any]:
+    """Return the contents of the page as plain dicts and lists.
+
+    Args:
+        findings: the contents of the report.
+        made: date and time of the report.
+    """
+    runs, groups = findings.runs, findings.groups
     group_of = {id(run): index for index, group in enumerate(groups) for run in group.runs}
     best = {id(run) for group in groups for run in group.best.runs}
     shared = _shared(runs)
     return {
-        "title": title,
+        "title": findings.title,
         "made": made,
-        "target": target,
-        "rows": [asdict(row) for row in rows],
+        "target": findings.target,
+        "rows": [asdict(row) for row in findings.rows],
         "groups": [_group(group) for group in groups],
         "runs": [
             _run(run, name, shared) | {"group": group_of.get(id(run)), "is_best": id(run) in best}
@@ -63,10 +59,13 @@ def report_data(
         ],
         "shared": {key: text_of(value) for key, value in shared.items()},
         "pairs": [
-            v.comparison._asdict() | {"first": v.first, "second": v.second, "p": v.p, "word": v.word} for v in pairs
+            v.comparison._asdict() | {"first": v.first, "second": v.second, "p": v.p, "word": v.word}
+            for v in findings.pairs
         ],
-        "fits": [asdict(fit) | {"law": fit.law._asdict()} for fit in fits],
-        "useful": [asdict(u) | {"trade": u.trade and u.trade._asdict(), "lines": u.lines} for u in useful],
+        "fits": [asdict(fit) | {"law": fit.law._asdict()} for fit in findings.fits],
+        "useful": [asdict(u) | {"trade": u.trade and u.trade._asdict(), "lines": u.lines} for u in findings.useful],
+        "states": findings.states,
+        "is_open": findings.is_open,
     }
 
 
@@ -80,14 +79,14 @@ def _group(group: Group) -> dict[str, Any]:
 
 
 def short_names(runs: Sequence[RunRecord]) -> list[str]:
-    """Return the folder's name of each run, with as many folders above it as tell all of them apart."""
+    """Return the folder name of each run, with as many parent folders as are needed to make the names distinct."""
     depth = max((len(run.folder.parts) for run in runs), default=1)
     tried = (["/".join(run.folder.parts[-n:]) for run in runs] for n in range(1, depth + 1))
     return next((names for names in tried if len({*names}) == len(names)), [str(run.folder) for run in runs])
 
 
 def _given(run: RunRecord, key: str) -> float | None:
-    """Return a number of the configuration, or of the job's command line where it failed before it had one."""
+    """Return a number from the configuration, or from the job's overrides where the job failed before it had one."""
     given = [
         text.partition("=")[2] for text in run.job.get("overrides") or [] if text.lstrip("+").startswith(f"{key}=")
     ]
@@ -125,7 +124,7 @@ def _run(run: RunRecord, name: str, shared: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shared(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """Return the settings that all runs have alike: stored once."""
+    """Return the settings with the same value in all runs, which the page stores once."""
     configs = [run.config for run in runs if run.config]
     if not configs:
         return {}
@@ -133,7 +132,7 @@ def _shared(runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def _columns(points: Sequence[Point]) -> dict[str, list[float]]:
-    """Return tokens, seconds and losses of a curve, neighbours averaged where there are too many."""
+    """Return tokens, seconds and losses of a curve. Neighbours are averaged where there are too many points."""
     stride = math.ceil(len(points) / MOST_POINTS) or 1
     parts = [points[i : i + stride] for i in range(0, len(points), stride)]
     return {
@@ -148,7 +147,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _expert_load(run: RunRecord) -> list[dict[str, Any]]:
-    """Return each layer's load over an even share, averaged down to few times: a row an expert."""
+    """Return each layer's expert load relative to an even share, one row per expert, averaged to few columns."""
     layers = []
     for name in _names(run, "/expert_load_global"):
         lines = [line for line in run.lines if isinstance(line.get(name), list)]
@@ -162,7 +161,7 @@ def _expert_load(run: RunRecord) -> list[dict[str, Any]]:
 
 
 def _codebook(run: RunRecord) -> list[dict[str, Any]]:
-    """Return each layer's share of codes in use over tokens."""
+    """Return each layer's share of codes in use at each number of tokens."""
     curves = []
     for name in _names(run, "/codebook_usage"):
         lines = [line for line in run.lines if isinstance(line.get(name), int | float) and "tokens_seen" in line]
@@ -181,12 +180,3 @@ def _names(run: RunRecord, ending: str) -> list[str]:
 
 def _digits(name: str) -> list[tuple[bool, str]]:
     return [(digit, "".join(part)) for digit, part in groupby(name, str.isdigit)]
-
-
-def _plain(value: Any) -> Any:
-    """Replace what JSON has no word for (NaN, infinity) by null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

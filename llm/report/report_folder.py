@@ -1,28 +1,27 @@
-"""From folders to a report folder: `leaderboard.csv`, `index.html`, and the text for a terminal."""
+"""Writes a report folder with `leaderboard.csv` and `index.html`, and returns the text for a terminal."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from llm.report.board import default_target, leaderboard, to_csv, to_text, verdicts
-from llm.report.fits import fit_all, fits_text
-from llm.report.groups import LR, group_runs, swept_keys
+from llm.report.board import to_csv, to_text
+from llm.report.findings import Findings, analyze
+from llm.report.fits import fits_text
 from llm.report.page import report_data, to_html
-from llm.report.runs import RunReader, find_runs
-from llm.report.sweeps import pending_jobs
-from llm.report.useful_batch import useful_batches, useful_text
+from llm.report.runs import RunReader
+from llm.report.useful_batch import useful_text
+from llm.run_folder.files import replace_text
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came of one look at the folders."""
+    """The result of reading the folders once."""
 
     text: str
     page: Path
     is_open: bool
-    """Whether something still runs."""
+    """Whether a run or a sweep is still running."""
 
 
 def write_report(
@@ -36,41 +35,31 @@ def write_report(
     """Write the report of all runs in `folders`, finished or not.
 
     Args:
-        folders: run folders, or folders that hold some.
-        out: where it goes; None: `report/` in the first folder.
-        target: loss in nats a token that tokens and seconds are counted to; None: what the middle group ended at.
-        reader: one that has read these folders before, to be quick.
-        refresh_seconds: after how many seconds the page loads itself anew, None for never.
+        folders: run folders, or folders that contain run folders.
+        out: the report folder. None means `report/` in the first folder.
+        target: loss in nats per token for "tokens to" and "time to". None means the final loss of the middle group.
+        reader: a reader that has read these folders before, which then parses only new lines.
+        refresh_seconds: seconds after which the page reloads itself, None for never.
 
     Raises:
-        ConfigError: a folder that is missing or holds no run.
+        ConfigError: a folder is missing or contains no run.
     """
-    paths = find_runs(folders)
-    reader = reader or RunReader()
-    runs = [reader.read(path) for path in paths]
-    groups = group_runs(runs, swept_keys(runs) or [LR])  # where nothing else differs, rates are what is compared
-    goal = default_target(groups) if target is None else target
-    rows, pairs, useful = leaderboard(groups, goal), verdicts(groups), useful_batches(groups)
+    findings = analyze(folders, reader or RunReader(), target)
     made = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-    title = ", ".join(folder.absolute().name for folder in folders[:3]) + (" …" if len(folders) > 3 else "")
-    ahead = pending_jobs(folders)
-    states = [*(run.state for run in runs), *["pending"] * ahead.pending]
-    is_open = ahead.is_open or "running" in states
-    fits = fit_all(groups)
-    data = report_data(runs, groups, rows, pairs, fits, useful, title=title, target=goal, made=made)
-    data |= {"states": states, "is_open": is_open}
     out = out or folders[0] / "report"
     out.mkdir(parents=True, exist_ok=True)
-    _replace(out / "leaderboard.csv", to_csv(rows))
-    _replace(out / "index.html", to_html(data, refresh_seconds))
-    told = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
-    counted = f"{len(states)} run{'s' * (len(states) != 1)}: {told}" if states else "no run yet"
-    parts = [counted, to_text(rows, pairs, goal), fits_text(fits), useful_text(useful)]
-    return Report("\n\n".join(part for part in parts if part), out / "index.html", is_open)
+    replace_text(out / "leaderboard.csv", to_csv(findings.rows))
+    replace_text(out / "index.html", to_html(report_data(findings, made=made), refresh_seconds))
+    return Report(_text(findings), out / "index.html", findings.is_open)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write in one step: a browser may be looking."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def _text(findings: Findings) -> str:
+    states = findings.states
+    counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
+    parts = [
+        f"{len(states)} run{'s' * (len(states) != 1)}: {counts}" if states else "no run yet",
+        to_text(findings.rows, findings.pairs, findings.target),
+        fits_text(findings.fits),
+        useful_text(findings.useful),
+    ]
+    return "\n\n".join(part for part in parts if part)

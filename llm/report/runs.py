@@ -1,4 +1,4 @@
-"""RunRecord folders as they stand, finished or not: configuration, figures, curves, state."""
+"""Reads run folders, finished or not: configuration, figures, curves and state."""
 
 import json
 import math
@@ -16,11 +16,11 @@ from llm.run_folder.folder import RunFolder
 from llm.run_folder.metrics_file import LineReader, Record
 
 PRUNED = "pruned"
-"""The state of a run that its sweep stopped because it fell behind."""
+"""The state of a run that its sweep stopped because its loss was too high compared with the other jobs."""
 KEPT = ("step", "tokens_seen", "train/loss", "val/loss", "training_seconds", "tokens_per_second")
 KEPT_ENDINGS = ("/expert_load_global", "/codebook_usage", "/codebook_perplexity")
-FLOPS_A_PARAMETER = 6
-"""FLOPs a token and active parameter in training, for runs that do not state their own; attention is left out."""
+FLOPS_PER_PARAMETER = 6
+"""Training FLOPs per token and active parameter, for runs whose summary has no figure. Attention is excluded."""
 
 
 class Point(NamedTuple):
@@ -34,17 +34,17 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run folder.
+    """The contents of one run folder.
 
     Args:
-        folder: where it is.
-        config: its configuration, flat: `{"optimizer.lr": 0.001, …}`.
-        choices: the option of each configuration group, where Hydra noted them.
+        folder: its path.
+        config: its configuration with dotted keys, `{"optimizer.lr": 0.001, …}`.
+        choices: the option of each configuration group, where Hydra recorded it.
         overrides: the keys that its command line set.
-        summary: summary.json.
-        lines: metrics.jsonl, the metrics that reports show.
-        job: job.json of a sweep, else empty.
-        is_live: a process is writing to it.
+        summary: contents of summary.json.
+        lines: the metrics in metrics.jsonl that a report uses.
+        job: contents of job.json for a job of a sweep, else empty.
+        is_live: whether a process is writing to the folder.
         extrapolation: loss by context length, where it was evaluated.
     """
 
@@ -74,13 +74,13 @@ class RunRecord:
 
     @property
     def reason(self) -> str:
-        """Why it failed or stopped, or ""."""
-        told = "" if self.state == PRUNED else str(self.summary.get("status") or "").partition(": ")[2]
-        return told or str(self.job.get("reason") or "")
+        """Why the run failed or stopped, or ""."""
+        status = "" if self.state == PRUNED else str(self.summary.get("status") or "").partition(": ")[2]
+        return status or str(self.job.get("reason") or "")
 
     @property
     def loss(self) -> float | None:
-        """The final validation loss, None until there is one; infinite where training diverged."""
+        """The final validation loss, infinite where training diverged, None for a run that has not finished."""
         loss = self.summary.get("val/loss")
         if self.state == "finished":
             return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else math.inf
@@ -88,32 +88,32 @@ class RunRecord:
 
     @property
     def latest_loss(self) -> float | None:
-        """The newest validation loss."""
+        """The latest validation loss."""
         points = self.curve("val/loss")
         return points[-1].loss if points else None
 
     @property
     def total_steps(self) -> int:
-        """Optimizer updates that the run is to make."""
+        """Planned number of optimizer updates."""
         if self.config.get("max_steps") is not None:
             return int(self.config["max_steps"])
         return max(1, int(self.config.get("max_tokens") or 0) // max(1, int(self.config.get("batch_tokens") or 1)))
 
     @property
     def progress(self) -> float:
-        """Share of the updates made, 0 to 1."""
+        """Share of the planned updates that are done, from 0 to 1."""
         step = self.lines[-1]["step"] if self.lines else 0
         return 1.0 if self.state == "finished" else min(1.0, step / self.total_steps)
 
     @property
     def flops_per_token(self) -> float:
-        """Training FLOPs a token; 6 an active parameter where the run does not state it."""
+        """Training FLOPs per token, estimated as 6 per active parameter where the summary has no figure."""
         stated = self.summary.get("flops_per_token")
-        return float(stated or FLOPS_A_PARAMETER * (self.summary.get("active_parameters") or math.nan))
+        return float(stated or FLOPS_PER_PARAMETER * (self.summary.get("active_parameters") or math.nan))
 
     @cached_property
     def seconds(self) -> list[float]:
-        """Training seconds at each line, from the line itself or from the throughput up to it."""
+        """Training seconds at each line, from the line itself or from the throughput before it."""
         elapsed, tokens, out = 0.0, 0.0, []
         for line in self.lines:
             speed = line.get("tokens_per_second")
@@ -126,7 +126,7 @@ class RunRecord:
         return out
 
     def curve(self, metric: str) -> list[Point]:
-        """Return a loss over tokens, seconds and FLOPs; values that are not finite are left out."""
+        """Return a loss over tokens, seconds and FLOPs, without values that are not finite."""
         return [
             Point(line["tokens_seen"], seconds, line["tokens_seen"] * self.flops_per_token, float(line[metric]))
             for line, seconds in zip(self.lines, self.seconds, strict=True)
@@ -135,24 +135,24 @@ class RunRecord:
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """Return the run folders among and under `folders`, in order.
+    """Return the run folders in and under `folders`, in natural order of their names.
 
     Raises:
-        ConfigError: a folder that is missing, or in which there is neither a run nor a sweep that has just begun.
+        ConfigError: a folder is missing, or contains neither a run nor a sweep.
     """
     found: dict[Path, None] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise ConfigError(f"{folder}: no such folder; name a run folder, or a folder that holds some")
+            raise ConfigError(f"{folder}: no such folder; name a run folder, or a folder that contains run folders")
         under = sorted((p.parent for p in _marked(folder)), key=_natural)
         if not under and not holds_sweep(folder):
-            raise ConfigError(f"{folder}: holds no run; name a run folder (runs/…), or a sweep's (multirun/…)")
+            raise ConfigError(f"{folder}: contains no run; name a run folder (runs/…) or a sweep's folder (multirun/…)")
         found |= dict.fromkeys(under)
     return list(found)
 
 
 def _marked(folder: Path) -> Iterator[Path]:
-    """Yield one mark of each run: its configuration, or a sweep's note of a job that never came so far."""
+    """Yield one file per run: its configuration, or job.json of a job that failed before it had a configuration."""
     for path in folder.rglob("config.yaml"):
         if path.parent.name != ".hydra" and ".git" not in path.parts:
             yield path
@@ -167,13 +167,13 @@ def _natural(path: Path) -> tuple[Any, ...]:
 
 
 class RunReader:
-    """Reads run folders, again and again without parsing what it has parsed."""
+    """A reader of run folders that parses each line of metrics only once."""
 
     def __init__(self) -> None:
         self._lines = LineReader(_kept)
 
     def read(self, folder: Path) -> RunRecord:
-        """Return the run as it stands now."""
+        """Return the current contents of a run folder."""
         hydra = folder / ".hydra"
         choices = _yaml(hydra / "hydra.yaml").get("hydra", {}).get("runtime", {}).get("choices", {})
         overrides = _yaml(hydra / "overrides.yaml", list)
@@ -196,7 +196,7 @@ def _kept(line: Record) -> Record:
 
 
 def flatten(node: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Return a nested mapping with dotted keys; lists stay as they are."""
+    """Return a nested mapping as a flat one with dotted keys. Lists are values."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
         where = f"{path}.{key}" if path else str(key)
@@ -221,7 +221,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _extrapolation(results: Mapping[str, Any]) -> dict[int, float]:
-    """Return loss by context length; a length's entry is the loss, or a list that it leads, or holds `val/loss`."""
+    """Return the loss by context length from eval/extrapolation.json.
+
+    The entry of a length is the loss, a list that starts with the loss, or a mapping with `val/loss`.
+    """
     points = {}
     for length, value in dict(results.get("by_context") or results).items():
         loss = value[0] if isinstance(value, list) and value else value

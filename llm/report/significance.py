@@ -1,23 +1,26 @@
-"""Statistics of few runs: Welch's test, Holm's correction, power laws with their confidence."""
+"""Statistics for few runs: Welch's test with Holm's correction, and power laws with confidence intervals."""
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from scipy.special import stdtr, stdtrit
+
 CONFIDENCE = 0.95
+"""Probability that an interval contains the true value."""
 
 
 class Comparison(NamedTuple):
-    """Two groups of losses held against each other."""
+    """The difference between the mean losses of two groups."""
 
     difference: float
-    """Mean of the first minus mean of the second."""
+    """Mean of the first group minus mean of the second."""
     low: float
     high: float
-    """Ends of the difference's 95 % confidence interval; NaN where a group has one member."""
+    """Ends of the difference's 95 % confidence interval, NaN where a group has one member."""
     p: float
-    """Chance of so large a difference if there were none; NaN where a group has one member."""
+    """Probability of a difference at least this large between equal groups, NaN where a group has one member."""
     counts: tuple[int, int]
 
 
@@ -28,7 +31,7 @@ class PowerLaw(NamedTuple):
     exponent: float
     low: float
     high: float
-    """Ends of the exponent's 95 % confidence interval; NaN for fewer than three distinct x."""
+    """Ends of the exponent's 95 % confidence interval, NaN for fewer than three distinct x."""
     points: int
 
     def at(self, x: float) -> float:
@@ -37,16 +40,16 @@ class PowerLaw(NamedTuple):
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of the mean; NaN for one value."""
+    """Return the standard error of the mean, NaN for one value."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def welch(first: Sequence[float], second: Sequence[float]) -> Comparison:
-    """Compare two means whose spreads may differ.
+    """Compare the means of two groups whose variances may differ.
 
         t = (m1 - m2) / sqrt(v1/n1 + v2/n2),   dof = (v1/n1 + v2/n2)² / ((v1/n1)²/(n1-1) + (v2/n2)²/(n2-1))
 
-    Two groups without any spread are equal (p = 1) or not (p = 0). Groups of one make no claim: p is NaN.
+    Where both variances are 0, p is 1 for equal means and 0 otherwise. Where a group has one member, p is NaN.
 
     Source: Welch, "The generalization of Student's problem when several different population variances are involved",
     Biometrika 34 (1947), with Satterthwaite's degrees of freedom.
@@ -66,9 +69,10 @@ def welch(first: Sequence[float], second: Sequence[float]) -> Comparison:
 
 
 def holm(chances: Sequence[float]) -> list[float]:
-    """Return p-values corrected for being many: the smallest times their number, and so on, never decreasing.
+    """Return p-values corrected for the number of comparisons. NaN stays NaN and is not counted.
 
-    NaN stays NaN and does not count.
+    The smallest p-value is multiplied by the number of comparisons, the next by one less, and so on. A corrected value
+    is never below the one before it.
 
     Source: Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6 (1979).
     """
@@ -81,7 +85,7 @@ def holm(chances: Sequence[float]) -> list[float]:
 
 
 def power_law(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
-    """Fit y = coefficient * x ** exponent through positive points; None for fewer than two distinct x."""
+    """Fit y = coefficient * x ** exponent to positive points. Return None for fewer than two distinct x."""
     if len(set(xs)) < 2:
         return None
     logs = [(math.log(x), math.log(y)) for x, y in zip(xs, ys, strict=True)]
@@ -98,43 +102,10 @@ def power_law(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
 
 
 def student_tail(t: float, dof: float) -> float:
-    """Return the chance that Student's t exceeds `t` >= 0: half the incomplete beta at dof / (dof + t²)."""
-    return 0.5 * incomplete_beta(dof / (dof + t * t), dof / 2, 0.5)
+    """Return the probability that Student's t exceeds `t`."""
+    return float(stdtr(dof, -t))
 
 
 def student_quantile(chance: float, dof: float) -> float:
-    """Return the t that is exceeded with probability 1 - `chance`, for chance in (0.5, 1) and t below 1e4."""
-    return _root(lambda t: 1 - chance - student_tail(t, dof), 0.0, 1e4)
-
-
-def _root(rising: Callable[[float], float], low: float, high: float) -> float:
-    """Return where a rising function passes zero, by halving."""
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
-    return (low + high) / 2
-
-
-def incomplete_beta(x: float, a: float, b: float) -> float:
-    """Return the regularised incomplete beta function I_x(a, b), to about 1e-14.
-
-    Source: the continued fraction of DLMF 8.17.22, evaluated by Lentz's method.
-    """
-    if x <= 0.0 or x >= 1.0:
-        return min(max(x, 0.0), 1.0)
-    if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly, the mirrored one is quick
-        return 1.0 - incomplete_beta(1 - x, b, a)
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    tiny = 1e-300  # stands for a zero that would be divided by
-    upper, lower = 1.0, 1.0 / (1 - (a + b) * x / (a + 1) or tiny)
-    fraction = lower
-    for m in range(1, 1000):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for step in (even, odd):
-            lower = 1.0 / (1 + step * lower or tiny)
-            upper = 1 + step / upper or tiny
-            fraction *= lower * upper
-        if abs(lower * upper - 1) < 1e-15:
-            break
-    return math.exp(log_front) * fraction / a
+    """Return the value that Student's t stays below with probability `chance`."""
+    return float(stdtrit(dof, chance))

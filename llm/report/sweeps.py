@@ -1,4 +1,4 @@
-"""What sweeps still have before them."""
+"""Finds the jobs of sweeps that have not started yet."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,31 +10,31 @@ from llm.sweep.sweep import is_held
 
 
 class PendingJobs(NamedTuple):
-    """What is still to come in some folders."""
+    """The remaining work of the sweeps in some folders."""
 
     pending: int
-    """Jobs that have not begun."""
+    """Jobs that have not started."""
     is_open: bool
     """Whether a process runs one of the sweeps."""
 
 
 def pending_jobs(folders: Iterable[Path]) -> PendingJobs:
-    """Return what the sweeps among and under `folders` have before them."""
+    """Return the remaining work of the sweeps in and under `folders`."""
     found = {path: manifest for folder in folders for path, manifest in _sweeps(folder)}
     pending = sum(job.state == "pending" for manifest in found.values() for job in manifest.jobs)
     return PendingJobs(pending, any(map(is_held, found)))
 
 
 def holds_sweep(folder: Path) -> bool:
-    """Tell whether there is a sweep in or under a folder, though none of its jobs may have begun."""
+    """Return whether there is a sweep in or under a folder, even if none of its jobs has started."""
     return next(_sweeps(folder), None) is not None
 
 
 def _sweeps(folder: Path) -> Iterator[tuple[Path, Manifest]]:
     for path in folder.rglob(MANIFEST):
-        if "checkpoints" in path.parts:  # they have manifests of their own
+        if "checkpoints" in path.parts:  # a checkpoint's manifest has the same name
             continue
         try:
             yield path.parent, read_sweep(path.parent)
         except ConfigError:
-            continue  # being written by someone else, or something else
+            continue  # not a sweep's manifest

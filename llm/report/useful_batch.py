@@ -1,4 +1,4 @@
-"""How far past the useful batch a run or a sweep is: by its noise scale, and by the updates and tokens that it took."""
+"""Estimates the useful batch from noise scales and from sweeps over the batch, and compares runs with it."""
 
 import math
 import statistics
@@ -20,16 +20,16 @@ RAMP = "batch_schedule._target_"
 
 @dataclass(frozen=True)
 class UsefulBatch:
-    """A batch at which updates and tokens are both twice their least, and where those of some runs lie beside it.
+    """The batch at which updates and tokens are both twice their minimum, and the batches of some runs.
 
     Args:
-        subject: the settings it holds for.
-        source: where it is from.
-        tokens: the useful batch in tokens; None where the runs do not show it.
+        subject: the settings that the estimate is for.
+        source: how it was estimated.
+        tokens: the useful batch in tokens, None where the runs do not determine it.
         batches: tokens per update of the runs.
-        points: updates and tokens that each batch took to one loss, in a sweep.
-        trade: the fewest updates, and the fewest tokens, fitted to the points.
-        caution: why there is none, or what weakens it, or "".
+        points: updates and tokens that each batch of a sweep needed for the same loss.
+        trade: the minimum of updates and of tokens, fitted to the points.
+        caution: why there is no estimate, or a limitation of it, or "".
     """
 
     subject: str
@@ -42,7 +42,7 @@ class UsefulBatch:
 
     @property
     def lines(self) -> list[str]:
-        """It in words: one line, and one for each batch."""
+        """The estimate as text: one line, and one line per batch."""
         if self.tokens is None:
             return [f"{self.subject}: no useful batch from the {self.source}: {self.caution}"]
         least = ""
@@ -51,23 +51,23 @@ class UsefulBatch:
             least = f"; at least {updates:,.0f} updates, at least {thousands(tokens)} tokens"
         head = f"{self.subject}: useful batch {thousands(self.tokens)} tokens, by the {self.source}{least}"
         words = [past_useful_batch(batch_tokens=batch, noise_scale=self.tokens) for batch in self.batches]
-        told = [f"  {BATCH}={batch}: {word}" for batch, word in zip(self.batches, words, strict=True)]
-        return [head, *told, *([f"  {self.caution}"] if self.caution else [])]
+        compared = [f"  {BATCH}={batch}: {word}" for batch, word in zip(self.batches, words, strict=True)]
+        return [head, *compared, *([f"  {self.caution}"] if self.caution else [])]
 
 
 def useful_batches(groups: Sequence[Group]) -> list[UsefulBatch]:
-    """Return what noise scales and sweeps over the batch say of the useful batch; nothing where there are neither."""
+    """Return the estimates from noise scales and from sweeps over the batch."""
     return [*_from_noise(groups), *_from_sweeps(groups)]
 
 
 def useful_text(found: Sequence[UsefulBatch]) -> str:
-    """Return it for a terminal, "" where there is nothing to say."""
+    """Return the estimates for a terminal, "" where there is none."""
     lines = [f"  {line}" for useful in found for line in useful.lines]
     return "\n".join(["Useful batch: (S/S_min - 1)(E/E_min - 1) = 1", *lines]) if lines else ""
 
 
 def _from_noise(groups: Sequence[Group]) -> Iterator[UsefulBatch]:
-    """One for each group at its best rate: the noise scale measured while training, else that of its scaling rule."""
+    """Yield one estimate per group: the noise scale measured in training, else that of the scaling rule."""
     for group in groups:
         runs = [run for run in group.best.runs if run.state == "finished"]
         for read, source in (
@@ -86,7 +86,7 @@ def _is_positive(scale: object) -> bool:
 
 
 def _from_sweeps(groups: Sequence[Group]) -> Iterator[UsefulBatch]:
-    """One for each set of groups that differ by batch and length alone, at the loss that the worst of them ended at."""
+    """Yield one estimate per set of groups that differ only by batch and length, at the worst of their final losses."""
     steady = [group for group in groups if not any(_is_ramped(run) for run in group.runs)]
     for shared, members in families(steady, [BATCH, *LENGTHS]):
         ended = [group for group in members if math.isfinite(group.best.mean) and group.runs[0].config.get(BATCH)]
@@ -102,7 +102,7 @@ def _is_ramped(run: RunRecord) -> bool:
 
 
 def _fitted(subject: str, target: float, groups: Sequence[Group]) -> UsefulBatch:
-    """Fit the hyperbola to what each batch took to reach `target`."""
+    """Fit the hyperbola to the updates and tokens that each batch needed to reach `target`."""
     reached, late = {}, []
     for group in groups:
         batch = int(group.runs[0].config[BATCH])
@@ -113,12 +113,12 @@ def _fitted(subject: str, target: float, groups: Sequence[Group]) -> UsefulBatch
         else:
             reached[batch] = point.tokens
     source = f"sweep, to loss {target:.3f}"
-    caution = f"{BATCH}={','.join(late)}: no validation before that loss; set val_every lower" if late else ""
+    caution = f"{BATCH}={','.join(late)}: no validation before that loss; lower val_every" if late else ""
     points = [(tokens / batch, tokens) for batch, tokens in reached.items()]
     try:
         trade = fit_trade([updates for updates, _ in points], [tokens for _, tokens in points])
     except ConfigError as error:
         reason = caution or str(error).partition(": ")[2]
         return UsefulBatch(subject, source, None, list(reached), points, None, reason)
-    caution = caution or ("two batches: no measure of how well it fits" if len(points) < 3 else "")
+    caution = caution or ("two batches: the quality of the fit is unknown" if len(points) < 3 else "")
     return UsefulBatch(subject, source, trade.critical_batch_tokens, list(reached), points, trade, caution)

@@ -68,7 +68,7 @@ def test_runs_that_show_no_useful_batch_say_why(make_run):
     (seldom,) = found_in([make_run(f"s{b}", steps=2, max_steps=2, batch_tokens=b) for b in (100, 200)])
     assert seldom.lines == [
         "all runs: no useful batch from the sweep, to loss 2.000: batch_tokens=100,200: no validation before that "
-        "loss; set val_every lower"
+        "loss; lower val_every"
     ]
     (flat,) = found_in([make_run(f"f{b}", steps=20, max_steps=20, batch_tokens=b) for b in (100, 200)])
     assert "lie on no hyperbola" in flat.caution  # as many updates whatever the batch
