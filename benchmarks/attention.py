@@ -27,6 +27,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
 
+from llm.contracts import AttentionGeometry
 from llm.ops.allocator import keep_freed_memory
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -58,10 +59,9 @@ def our_side(overrides: list[str], device: torch.device) -> Side:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         model = compose("train", overrides=["name=benchmark", *overrides]).model
     position = instantiate(model.position, _convert_="all")(head_dim=HEAD_DIM)
-    layer = instantiate(model.attention, _convert_="all")(
-        d_model=HEADS * HEAD_DIM, num_heads=HEADS, num_kv_heads=HEADS, head_dim=HEAD_DIM, position=position,
-        layer_index=0,
-    ).to(device)  # fmt: skip
+    geometry = AttentionGeometry(d_model=HEADS * HEAD_DIM, num_heads=HEADS, num_kv_heads=HEADS, head_dim=HEAD_DIM)
+    layer = instantiate(model.attention, _convert_="all")(geometry=geometry, position=position, layer_index=0)
+    layer.to(device)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         positions = torch.arange(q.shape[1], device=device)[None]

@@ -6,9 +6,10 @@ from catalogue import CONF, options
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from llm.contracts import AttentionGeometry
 from llm.errors import ConfigError
 
-GEOMETRY = {"d_model": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+GEOMETRY = AttentionGeometry(d_model=48, num_heads=4, num_kv_heads=2, head_dim=16)
 SMALL = {
     "attention/vq": {"block_size": 20},
     "attention/linear": {"chunk_size": 16},
@@ -30,8 +31,8 @@ def build_small(option: str, settings: dict[str, Any], **supplied: Any) -> Any:
 
 def build_pair(attention: str, position: str, **settings: Any) -> Any:
     """Build an attention over a position; settings are the attention's."""
-    built = build_small(f"position/{position}", {}, head_dim=GEOMETRY["head_dim"])
-    return build_small(f"attention/{attention}", settings, position=built, layer_index=0, **GEOMETRY)
+    built = build_small(f"position/{position}", {}, head_dim=GEOMETRY.head_dim)
+    return build_small(f"attention/{attention}", settings, position=built, layer_index=0, geometry=GEOMETRY)
 
 
 def reason_against(attention: str, position: str) -> str | None:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llm.contracts import LayerCache
+from llm.contracts import AttentionGeometry, LayerCache
 from llm.errors import ConfigError
 from llm.model.block import Block
 from llm.ops.products import is_read_only, read_only_product
@@ -86,14 +86,9 @@ class Transformer(nn.Module):
         self.vocab_size, self.d_model, self.recompute_every = vocab_size, d_model, int(activation_checkpointing)
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position = position(head_dim=head_dim)
-        build_attention = partial(
-            attention,
-            d_model=d_model,
-            num_heads=num_heads,
-            num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
-            head_dim=head_dim,
-            position=self.position,
-        )
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        geometry = AttentionGeometry(d_model=d_model, num_heads=num_heads, num_kv_heads=kv_heads, head_dim=head_dim)
+        build_attention = partial(attention, geometry=geometry, position=self.position)
         build_norm = partial(norm, dim=d_model)
         ffns = choose_ffns(ffn, first_ffn, first_ffn_layers=first_ffn_layers, num_layers=num_layers)
         self.layers = nn.ModuleList(

@@ -97,7 +97,7 @@ def test_the_cache_is_as_large_at_any_length():
     layer = build_pair("linear", "rope")
     cache = layer.new_cache(batch=1, max_length=10, device=torch.device("cpu"), dtype=torch.float32)
     before = cache.nbytes()
-    x, positions = torch.randn(1, 300, GEOMETRY["d_model"]), torch.arange(300)[None]
+    x, positions = torch.randn(1, 300, GEOMETRY.d_model), torch.arange(300)[None]
     layer(x, positions=positions, document_ids=None, cache=cache)
     assert cache.nbytes() == before
     assert cache.length == 300

@@ -1,6 +1,7 @@
-"""What every attention shares: projections, query/key norm, positions, and the cache for decoding."""
+"""Defines the base class of every attention: projections, query/key norm, positions, and the cache for decoding."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llm.contracts import LayerCache, SublayerOutput
+from llm.contracts import AttentionGeometry, LayerCache, SublayerOutput
 from llm.errors import ConfigError
 from llm.model.attention.cache import KeyValueCache
 from llm.model.norm import RMSNorm
@@ -16,33 +17,28 @@ from llm.model.position.base import Position
 from llm.ops.linear import Linear
 
 QK_NORM_EPS = 1e-6
+"""Added to the mean square of a query or key before its root is taken; the value that Qwen3 and OLMo 2 use."""
 
 
 class Attention(nn.Module, ABC):
-    """Projects to heads, hands queries, keys and values to `attend`, and projects back.
+    """An attention layer that projects to heads, mixes values in `attend`, and projects back.
 
     Args:
-        d_model: width of the residual stream.
-        num_heads: query heads.
-        num_kv_heads: key/value heads; divides num_heads (grouped queries, arXiv:2305.13245).
-        head_dim: size of a head.
+        geometry: dimensions of the layer.
         position: module called as `(q, k, positions) -> tuple[PositionView, ...]`, shared by all layers.
         layer_index: index of the layer, from 0.
-        qk_norm: normalise queries and keys by head (RMSNorm with gain, arXiv:2302.05442), before positions.
+        qk_norm: normalize queries and keys per head (RMSNorm with gain, arXiv:2302.05442), before positions.
         key_norm: score by q·k/‖k‖, without a gain and without head_dim^−1/2 (kexue.fm/archives/9859).
 
     Raises:
-        ConfigError: num_kv_heads that does not divide num_heads, a position that this attention cannot use, or both
-            norms at once.
+        ConfigError: num_kv_heads does not divide num_heads, this attention cannot use the position, or both norms
+            are on.
     """
 
     def __init__(
         self,
         *,
-        d_model: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        geometry: AttentionGeometry,
         position: Position,
         layer_index: int,
         qk_norm: bool,
@@ -53,26 +49,37 @@ class Attention(nn.Module, ABC):
             raise ConfigError(
                 "model.attention.key_norm=true: model.attention.qk_norm already sets the keys' length; choose one"
             )
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
-            legal = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+        heads, kv_heads, head_dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
+        if kv_heads < 1 or heads % kv_heads:
+            divisors = [n for n in range(1, heads + 1) if heads % n == 0]
             raise ConfigError(
-                f"model.num_kv_heads={num_kv_heads}: must divide model.num_heads={num_heads}; try one of {legal}"
+                f"model.num_kv_heads={kv_heads}: must divide model.num_heads={heads}; try one of {divisors}"
             )
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.check_position(position)
         self.position, self.layer_index = position, layer_index
-        self.q_proj = Linear(d_model, num_heads * head_dim, bias=False)
-        self.k_proj = Linear(d_model, num_kv_heads * head_dim, bias=False)
-        self.v_proj = Linear(d_model, num_kv_heads * head_dim, bias=False)
-        self.o_proj = Linear(num_heads * head_dim, d_model, bias=False)
+        self.q_proj = Linear(geometry.d_model, heads * head_dim, bias=False)
+        self.k_proj = Linear(geometry.d_model, kv_heads * head_dim, bias=False)
+        self.v_proj = Linear(geometry.d_model, kv_heads * head_dim, bias=False)
+        self.o_proj = Linear(heads * head_dim, geometry.d_model, bias=False)
         self.q_norm = RMSNorm(dim=head_dim, eps=QK_NORM_EPS) if qk_norm else None
         self.k_norm = RMSNorm(dim=head_dim, eps=QK_NORM_EPS) if qk_norm else None
         self.key_norm = key_norm
         self.scale = 1.0 if key_norm else head_dim**-0.5
 
+    @property
+    def parameter_heads(self) -> Mapping[str, int]:
+        """Heads per projection, negative where they are stacked along the input columns; see `HeadStack`."""
+        return {
+            "q_proj.weight": self.num_heads,
+            "k_proj.weight": self.num_kv_heads,
+            "v_proj.weight": self.num_kv_heads,
+            "o_proj.weight": -self.num_heads,
+        }
+
     @abstractmethod
     def check_position(self, position: Position) -> None:
-        """Raise ConfigError, with the reason, for a position that has no meaning under this attention."""
+        """Raise ConfigError, with the reason, for a position that this attention cannot use."""
 
     def forward(
         self,
@@ -82,7 +89,7 @@ class Attention(nn.Module, ABC):
         document_ids: Int[Tensor, "batch time"] | None,
         cache: LayerCache | None = None,
     ) -> SublayerOutput:
-        """Attend. `document_ids=None` says that every row is one document."""
+        """Attend; `document_ids=None` means that every row is one document."""
         q, k, v = self.project(x)
         mixed, losses, metrics = self.attend(q, k, v, positions=positions, document_ids=document_ids, cache=cache)
         return SublayerOutput(hidden=self.o_proj(mixed.flatten(2)), losses=losses, metrics=metrics)
@@ -109,7 +116,7 @@ class Attention(nn.Module, ABC):
         document_ids: Int[Tensor, "batch time"] | None,
         cache: Any,
     ) -> tuple[Float[Tensor, "batch time heads head_dim"], dict[str, Tensor], dict[str, Tensor]]:
-        """Place queries and keys with `self.position` and mix the values; return them, losses and metrics."""
+        """Apply `self.position` to queries and keys and mix the values; return mixed values, losses and metrics."""
 
     @abstractmethod
     def pair_weights(
@@ -120,7 +127,7 @@ class Attention(nn.Module, ABC):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
     ) -> Float[Tensor, "batch heads time time"]:
-        """The weight of every value for every token, all in memory: the definition of what `attend` mixes by."""
+        """Return the weight of every value for every token: the slow definition of what `attend` mixes with."""
 
     def reference_attend(
         self,
@@ -131,20 +138,20 @@ class Attention(nn.Module, ABC):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
     ) -> Float[Tensor, "batch time heads head_dim"]:
-        """The definition of what `attend` mixes, with time x time memory; tests compare the two."""
+        """Mix values by `pair_weights`, in time x time memory; tests compare `attend` with it."""
         weights = self.pair_weights(q, k, positions=positions, document_ids=document_ids)
         values = v.to(weights.dtype).repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
         return torch.einsum("bhij,bjhd->bihd", weights, values).to(v.dtype)
 
     @abstractmethod
     def mixing_flops_per_token(self, context_length: int) -> float:
-        """Forward FLOPs a token of the mixing itself, averaged over a window of context_length tokens."""
+        """Return the forward FLOPs per token of mixing alone, averaged over a window of context_length tokens."""
 
     def new_cache(self, *, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
-        """Return an empty cache for decoding up to max_length tokens; kinds with a running state override this."""
+        """Return an empty cache for decoding up to max_length tokens; attentions with a running state override this."""
         return KeyValueCache(batch=batch, max_length=max_length, device=device, dtype=dtype)
 
     def flops_per_token(self, context_length: int) -> float:
-        """Forward FLOPs a token: projections, two for each weight, and the mixing."""
+        """Return the forward FLOPs per token: two per weight of the projections, and the mixing."""
         projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         return 2.0 * sum(p.weight.numel() for p in projections) + self.mixing_flops_per_token(context_length)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llm.contracts import LayerCache
+from llm.contracts import AttentionGeometry, LayerCache
 from llm.errors import ConfigError
 from llm.model.attention.base import QK_NORM_EPS
 from llm.model.attention.kernels.reference import visible_keys
@@ -41,7 +41,7 @@ class LinearAttention(RecurrentAttention):
     A rotary position turns φ(q) and φ(k) in the numerator alone: the sum of weights must stay positive.
 
     Args:
-        d_model, num_heads, num_kv_heads, head_dim, position, layer_index, qk_norm, key_norm: see `Attention`.
+        geometry, position, layer_index, qk_norm, key_norm: see `Attention`.
         feature_map: φ: elu (elu(x) + 1) | softmax | relu | identity.
         decay: γ of each key/value head: none (1), fixed (1 − 2^(−5−h), h from 0 to 3 over the heads), or learned, which
             starts there.
@@ -62,10 +62,7 @@ class LinearAttention(RecurrentAttention):
     def __init__(
         self,
         *,
-        d_model: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        geometry: AttentionGeometry,
         position: Position,
         layer_index: int,
         qk_norm: bool,
@@ -76,14 +73,7 @@ class LinearAttention(RecurrentAttention):
         chunk_size: int,
     ) -> None:
         super().__init__(
-            d_model=d_model,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            position=position,
-            layer_index=layer_index,
-            qk_norm=qk_norm,
-            key_norm=key_norm,
+            geometry=geometry, position=position, layer_index=layer_index, qk_norm=qk_norm, key_norm=key_norm
         )
         if not output_norm and feature_map not in POSITIVE_MAPS:
             raise ConfigError(
@@ -94,8 +84,8 @@ class LinearAttention(RecurrentAttention):
             raise ConfigError(f"model.attention.chunk_size={chunk_size}: must be at least 1; 64 is fast")
         self.feature_map: FeatureMap = feature_map
         self.chunk_size = chunk_size
-        self.out_norm = RMSNorm(dim=head_dim, eps=QK_NORM_EPS) if output_norm else None
-        logits = decay_logits(num_kv_heads)
+        self.out_norm = RMSNorm(dim=geometry.head_dim, eps=QK_NORM_EPS) if output_norm else None
+        logits = decay_logits(geometry.num_kv_heads)
         self.decay_logit = nn.Parameter(logits) if decay == "learned" else None
         self.register_buffer("fixed_decay_logit", logits if decay == "fixed" else None, persistent=False)
 

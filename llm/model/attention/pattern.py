@@ -1,23 +1,30 @@
 """A pattern of attention kinds over the layers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
+from llm.contracts import AttentionGeometry
 from llm.errors import ConfigError, did_you_mean
+from llm.model.position.base import Position
 
 
 def attention_of_layer(
-    *, pattern: Sequence[str], kinds: Mapping[str, Callable[..., nn.Module]], layer_index: int, **dimensions: Any
+    *,
+    pattern: Sequence[str],
+    kinds: Mapping[str, Callable[..., nn.Module]],
+    geometry: AttentionGeometry,
+    position: Position,
+    layer_index: int,
 ) -> nn.Module:
     """Build the attention of one layer of a hybrid: layer i gets kind pattern[i mod len(pattern)].
 
     Args:
         pattern: names of kinds, repeated over the layers.
         kinds: factories by name, each called as attentions are.
+        geometry: dimensions of the layer.
+        position: module shared by all layers.
         layer_index: index of the layer, from 0.
-        dimensions: what every attention is given.
 
     Raises:
         ConfigError: an empty pattern, or a name that is no kind.
@@ -30,4 +37,4 @@ def attention_of_layer(
                 f"model.attention.pattern={list(pattern)}: {name} is no kind of model.attention.kinds"
                 f"{did_you_mean(name, kinds)}; choose from {', '.join(kinds)}"
             )
-    return kinds[pattern[layer_index % len(pattern)]](layer_index=layer_index, **dimensions)
+    return kinds[pattern[layer_index % len(pattern)]](geometry=geometry, position=position, layer_index=layer_index)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.contracts import LayerCache
+from llm.contracts import AttentionGeometry, LayerCache
 from llm.errors import ConfigError
 from llm.model.attention.kernels.reference import visible_keys
 from llm.model.attention.performer_chunks import EMPTY, chunked_performer
@@ -24,7 +24,7 @@ class PerformerAttention(RecurrentAttention):
     (its relative error grows like exp(‖q + k‖²/2)); qk_norm with its learned gains, or key_norm, keeps them so.
 
     Args:
-        d_model, num_heads, num_kv_heads, head_dim, position, layer_index, qk_norm, key_norm: see `Attention`.
+        geometry, position, layer_index, qk_norm, key_norm: see `Attention`.
         num_features: random directions ω, orthogonal in groups of head_dim; the error falls as num_features^(−1/2).
         feature_seed: of the draw; each layer has its own. The directions are kept with the weights.
         chunk_size: tokens that are computed as one product in training; the result does not depend on it.
@@ -43,10 +43,7 @@ class PerformerAttention(RecurrentAttention):
     def __init__(
         self,
         *,
-        d_model: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        geometry: AttentionGeometry,
         position: Position,
         layer_index: int,
         qk_norm: bool,
@@ -56,21 +53,16 @@ class PerformerAttention(RecurrentAttention):
         chunk_size: int,
     ) -> None:
         super().__init__(
-            d_model=d_model,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            position=position,
-            layer_index=layer_index,
-            qk_norm=qk_norm,
-            key_norm=key_norm,
+            geometry=geometry, position=position, layer_index=layer_index, qk_norm=qk_norm, key_norm=key_norm
         )
         for key, value in (("num_features", num_features), ("chunk_size", chunk_size)):
             if value < 1:
                 raise ConfigError(f"model.attention.{key}={value}: must be at least 1; try 64")
         self.num_features, self.chunk_size = num_features, chunk_size
         generator = torch.Generator().manual_seed(feature_seed * 100_003 + layer_index)
-        self.register_buffer("directions", orthogonal_directions(count=num_features, dim=head_dim, generator=generator))
+        self.register_buffer(
+            "directions", orthogonal_directions(count=num_features, dim=geometry.head_dim, generator=generator)
+        )
 
     def log_features(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return ω·q and ω·k − ‖k‖²/2 of placed and scaled queries and keys, in fp32 (fp64 for fp64)."""

@@ -5,6 +5,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llm.contracts import AttentionGeometry
 from llm.errors import ConfigError
 from llm.model.attention.base import Attention
 from llm.model.attention.kernels.reference import visible_keys
@@ -20,7 +21,7 @@ class SoftmaxAttention(Attention):
 
     Args:
         window: keys that a query sees, itself included, at least 1; None for all before it.
-        d_model, num_heads, num_kv_heads, head_dim, position, layer_index, qk_norm, key_norm: see `Attention`.
+        geometry, position, layer_index, qk_norm, key_norm: see `Attention`.
 
     Raises:
         ConfigError: a window below 1, or one that hides the far view of the position.
@@ -31,10 +32,7 @@ class SoftmaxAttention(Attention):
     def __init__(
         self,
         *,
-        d_model: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        geometry: AttentionGeometry,
         position: Position,
         layer_index: int,
         qk_norm: bool,
@@ -43,14 +41,7 @@ class SoftmaxAttention(Attention):
     ) -> None:
         self.window = window
         super().__init__(
-            d_model=d_model,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            position=position,
-            layer_index=layer_index,
-            qk_norm=qk_norm,
-            key_norm=key_norm,
+            geometry=geometry, position=position, layer_index=layer_index, qk_norm=qk_norm, key_norm=key_norm
         )
 
     def check_position(self, position: Position) -> None:

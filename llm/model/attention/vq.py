@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.contracts import LayerCache
+from llm.contracts import AttentionGeometry, LayerCache
 from llm.errors import ConfigError
 from llm.model.attention.base import Attention
 from llm.model.attention.codebook import Codebook
@@ -28,7 +28,7 @@ class VQAttention(Attention):
     that of counting them by a softmax over their distances to the codes.
 
     Args:
-        d_model, num_heads, num_kv_heads, head_dim, position, layer_index, qk_norm, key_norm: see `Attention`.
+        geometry, position, layer_index, qk_norm, key_norm: see `Attention`.
         block_size: tokens a block.
         soft_gradient: temperature, above 0, of the softmax that gives far keys their gradient; None for no gradient.
         codebook: factory, called with num_heads (of keys), head_dim and seed.
@@ -47,10 +47,7 @@ class VQAttention(Attention):
     def __init__(
         self,
         *,
-        d_model: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        geometry: AttentionGeometry,
         position: Position,
         layer_index: int,
         qk_norm: bool,
@@ -67,16 +64,9 @@ class VQAttention(Attention):
             )
         self.block_size, self.soft_gradient = block_size, soft_gradient
         super().__init__(
-            d_model=d_model,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            position=position,
-            layer_index=layer_index,
-            qk_norm=qk_norm,
-            key_norm=key_norm,
+            geometry=geometry, position=position, layer_index=layer_index, qk_norm=qk_norm, key_norm=key_norm
         )
-        self.codebook = codebook(num_heads=num_kv_heads, head_dim=head_dim, seed=layer_index)
+        self.codebook = codebook(num_heads=geometry.num_kv_heads, head_dim=geometry.head_dim, seed=layer_index)
 
     def check_position(self, position: Position) -> None:
         """Keys beyond the previous block must score the same whatever their position."""
