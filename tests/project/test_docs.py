@@ -9,7 +9,7 @@ ROOT = CONF.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 HISTORY = {"CHANGELOG.md"}
 """Pages that also name files of earlier versions."""
-EXAMPLES = {f"{folder}/model/position/{name}" for folder in ("llm", "conf") for name in ("mine.py", "mine.yaml")}
+EXAMPLES = {"llm/model/position/p_rope.py", "conf/model/position/p_rope.yaml"}
 """Files that a worked example creates."""
 NAMED_FILE = re.compile(
     r"(?<![\w/.-])((?:llm|data|conf|tests|benchmarks|docs)/[\w./-]*\w\.(?:py|yaml|sh|md|png|json))\b"
