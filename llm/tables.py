@@ -1,10 +1,10 @@
-"""Plain text for people: tables, byte counts, durations."""
+"""Formats tables, byte counts, large numbers and durations as plain text."""
 
 from collections.abc import Sequence
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an aligned table with a rule under its header; the first column is text, numbers go right."""
+    """Return an aligned table with a line under its header. Columns with numbers are right-aligned, except the first."""
     table = [list(map(str, header)), *[list(map(str, row)) for row in rows]]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     numbers = {i for i in range(1, len(header)) if any(_is_number(row[i]) for row in table[1:])}

@@ -21,9 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm.config.resume import merge_resumed
 from llm.report.report_folder import write_report
-from llm.sweep.job import SweepPlan, plain_command, run_job
+from llm.sweep.job import run_job
 from llm.sweep.manifest import MANIFEST, SweepJob, read_notes, read_sweep
 from llm.sweep.options import SweepOptions, split_options
+from llm.sweep.plan import SweepPlan, plain_command
 from llm.sweep.sweep import exit_status, open_sweep, resolve_folder, resumed_command
 
 MULTIRUN = ("-m", "--multirun")

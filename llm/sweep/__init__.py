@@ -1,1 +1,1 @@
-"""Many runs as one: jobs in processes of their own, a manifest of what became of them, and their resumption."""
+"""Runs many jobs as one sweep: each job is a plain run, and a manifest records the outcome of each."""

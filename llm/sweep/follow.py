@@ -1,4 +1,4 @@
-"""A process that ends with the one that started it, however that one ends."""
+"""Ends a process when the process that started it ends, however that happens."""
 
 import contextlib
 import ctypes
@@ -7,25 +7,25 @@ import signal
 import sys
 
 PARENT = "CRUCIBLE_PARENT"
-"""Environment variable that names the process to follow."""
+"""Environment variable with the number of the parent process to follow."""
 _PR_SET_PDEATHSIG = 1
 
 
 def follow_parent() -> None:
-    """Ask for SIGTERM when the process named by CRUCIBLE_PARENT dies; without that variable nothing happens.
+    """Ask for SIGTERM when the process named by CRUCIBLE_PARENT ends. Do nothing without that variable.
 
-    Processes that this one starts do not inherit the request: each follows its own parent.
+    Child processes do not inherit the request. Each of them follows its own parent.
     """
     named = os.environ.pop(PARENT, None)
     if named is None:
         return
-    if os.getppid() != int(named):  # it died before this line was reached
+    if os.getppid() != int(named):  # the parent ended before this line ran
         sys.exit(128 + signal.SIGTERM)
     follow(int(named))
 
 
 def follow(parent: int) -> None:
-    """Ask the kernel for SIGTERM when `parent` dies, if it is this process's parent; Linux only, elsewhere nothing."""
+    """Ask the kernel for SIGTERM when `parent` ends, if it is this process's parent. Only Linux supports this."""
     if os.getppid() != parent or not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):

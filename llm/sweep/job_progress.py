@@ -1,4 +1,4 @@
-"""How far a job is, read from the end of its metrics.jsonl while it runs."""
+"""Reads the progress of a running job from the end of its metrics.jsonl."""
 
 import json
 import time
@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import yaml
 
 _TAIL_BYTES = 16_384
+"""Bytes read from the end of metrics.jsonl, enough for several lines of a model with many layers."""
 
 
 class Progress(NamedTuple):
-    """Where a running job stands."""
+    """The progress of a running job."""
 
     step: int
     total_steps: int | None
@@ -20,14 +21,14 @@ class Progress(NamedTuple):
 
 
 class ProgressReader:
-    """Follows jobs from outside, at the cost of a few reads; their first sight starts the clock for the time left."""
+    """A reader of the progress of jobs. It estimates the remaining time from the speed since it first saw a job."""
 
     def __init__(self) -> None:
         self._totals: dict[Path, int] = {}
         self._first: dict[Path, tuple[int, float]] = {}
 
     def read(self, folder: Path) -> Progress | None:
-        """Return how far the run in `folder` is; None before its first update."""
+        """Return the progress of the run in `folder`, None before its first update."""
         line = last_line(folder / "metrics.jsonl")
         if line is None:
             return None
@@ -40,7 +41,7 @@ class ProgressReader:
         return Progress(step, total, line.get("train/loss"), left)
 
     def total_steps(self, folder: Path) -> int | None:
-        """Return how many updates the run in `folder` is to make; None while it has not said so."""
+        """Return the planned updates of the run in `folder`, None until it has a configuration."""
         if folder not in self._totals:
             try:
                 config = yaml.load((folder / "config.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -51,7 +52,7 @@ class ProgressReader:
 
 
 def last_line(path: Path) -> dict[str, Any] | None:
-    """Return the last whole line of a file of JSON objects, or None."""
+    """Return the last complete line with a step of a file of JSON objects, or None."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))

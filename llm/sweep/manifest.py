@@ -1,8 +1,6 @@
-"""What a sweep consists of and what became of it: one manifest in its folder, one note in each job's."""
+"""Records the jobs of a sweep and their outcomes: a manifest in the sweep's folder, and a note in each job's folder."""
 
 import json
-import os
-import signal
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -10,28 +8,32 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm.errors import ConfigError
+from llm.run_folder.files import replace_json
 
-MANIFEST, NOTE = "manifest.json", "job.json"
+MANIFEST = "manifest.json"
+"""File of a sweep's folder that lists its command and jobs."""
+NOTE = "job.json"
+"""File of a job's folder that records the job."""
 State = Literal["pending", "running", "finished", "pruned", "failed", "stopped"]
 DONE = ("finished", "pruned")
-"""States of jobs for which nothing is left to do."""
+"""States of jobs that need no further run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepJob:
-    """One job of a sweep, as its note says.
+    """One job of a sweep, as its note records it.
 
     Args:
-        overrides: what its command line sets; they identify it.
-        folder: its run folder, relative to the sweep's.
-        state: what it is doing; a job whose process was killed is `failed`, one told to stop is `stopped`, one that
-            the sweep ended early is `pruned`.
+        overrides: its command line, which identifies it.
+        folder: its run folder, relative to the sweep's folder.
+        state: its progress or outcome. A job whose process was killed is `failed`, a job that received a stopping
+            signal is `stopped`, and a job that the sweep ended early is `pruned`.
         reason: why it failed, stopped or was pruned, or "".
-        value: its validation loss once it has finished, the last one if it was pruned.
-        attempts: how often it was started.
-        began: when it was last started, seconds since 1970.
-        seconds: how long the last start took, until it ended.
-        exit_status: of its process, negative for a signal.
+        value: its final validation loss, or the last one of a pruned job.
+        attempts: number of starts.
+        began: time of the last start, in seconds since 1970.
+        seconds: duration of the last start.
+        exit_status: exit status of its process, negative for a signal.
     """
 
     overrides: tuple[str, ...]
@@ -46,15 +48,15 @@ class SweepJob:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What makes two jobs the same, in whatever order their overrides stand."""
+        """Identifies the job independently of the order of its overrides."""
         return tuple(sorted(self.overrides))
 
     def write(self, sweep: Path) -> None:
-        """Write the note into the job's folder, in one step."""
-        write_json(sweep / self.folder / NOTE, asdict(self))
+        """Write the note into the job's folder in one step."""
+        replace_json(sweep / self.folder / NOTE, asdict(self))
 
     def brief(self, keys: Iterable[str]) -> str:
-        """Return what it sets of these keys, for a line on a terminal."""
+        """Return the job's overrides of these keys, for one line on a terminal."""
         own = [override for override in self.overrides if override.split("=")[0].lstrip("+~") in keys]
         return " ".join(own) or self.folder or "the job"
 
@@ -64,12 +66,12 @@ class Manifest:
     """A sweep's command and its jobs.
 
     Args:
-        command: the arguments it was started with, without `-m` and `sweep.…`; they identify it.
-        state: running until every job has ended or the sweep was told to stop.
-        created: when it began, seconds since 1970.
-        jobs: all that are known, those that have not begun too.
-        swept: keys that differ between jobs, which tell one from the others.
-        prune: the rule by which jobs end early, as its settings; None: none.
+        command: its arguments without `-m` and `sweep.…`, which identify it.
+        state: `running` until every job has ended or a signal stops the sweep.
+        created: time of the first start, in seconds since 1970.
+        jobs: all known jobs, including those that have not started.
+        swept: keys that differ between jobs.
+        prune: settings of the rule that ends jobs early, None for no rule.
     """
 
     command: tuple[str, ...]
@@ -81,19 +83,19 @@ class Manifest:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether every job has finished or was pruned."""
         return bool(self.jobs) and all(job.state in DONE for job in self.jobs)
 
     def write(self, sweep: Path) -> None:
-        """Write it into the sweep's folder, in one step."""
-        write_json(sweep / MANIFEST, asdict(self))
+        """Write the manifest into the sweep's folder in one step."""
+        replace_json(sweep / MANIFEST, asdict(self))
 
 
 def read_sweep(sweep: Path) -> Manifest:
-    """Return a sweep's manifest, its jobs as their own notes tell.
+    """Return a sweep's manifest, with each job as its own note records it.
 
     Raises:
-        ConfigError: the folder holds no sweep, or a manifest that is broken.
+        ConfigError: the folder has no manifest, or a corrupt one.
     """
     try:
         fields = json.loads((sweep / MANIFEST).read_text())
@@ -101,20 +103,24 @@ def read_sweep(sweep: Path) -> Manifest:
         lists = {key: tuple(fields[key]) for key in ("command", "swept") if key in fields}
         manifest = Manifest(**{**fields, **lists}, jobs=jobs)
     except FileNotFoundError:
-        raise ConfigError(f"sweep.resume={sweep}: holds no {MANIFEST}; name a sweep's folder, multirun/…") from None
+        raise ConfigError(
+            f"sweep.resume={sweep}: has no {MANIFEST}; name a sweep's folder, such as multirun/<folder>"
+        ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"sweep.resume={sweep}: its {MANIFEST} cannot be read ({error}); start anew") from error
+        raise ConfigError(
+            f"sweep.resume={sweep}: its {MANIFEST} is not that of a sweep ({error}); choose another folder"
+        ) from error
     return replace(manifest, jobs=merge(jobs, read_notes(sweep)))
 
 
 def read_notes(sweep: Path) -> list[SweepJob]:
-    """Return the notes of all jobs that have begun."""
+    """Return the notes of all jobs that were started."""
     notes = []
     for path in sorted(sweep.rglob(NOTE)):
         try:
             notes.append(replace(_job(json.loads(path.read_text())), folder=str(path.parent.relative_to(sweep))))
         except (OSError, ValueError, TypeError):
-            continue  # written by someone else, or going away
+            continue  # not a job's note, or removed meanwhile
     return notes
 
 
@@ -123,13 +129,13 @@ def _job(fields: dict[str, Any]) -> SweepJob:
 
 
 def merge(known: Sequence[SweepJob], notes: Sequence[SweepJob]) -> tuple[SweepJob, ...]:
-    """Return the known jobs as their notes tell, then those that nobody foretold."""
-    told = {note.key: note for note in notes}
-    return (*(told.pop(job.key, job) for job in known), *told.values())
+    """Return the known jobs as their notes record them, then the jobs that only a note names."""
+    recorded = {note.key: note for note in notes}
+    return (*(recorded.pop(job.key, job) for job in known), *recorded.values())
 
 
 def find_unfinished(parent: Path, command: Sequence[str]) -> Path | None:
-    """Return the newest sweep in `parent` that was started with `command` and has not finished, or None."""
+    """Return the newest sweep in `parent` with this command if it is unfinished, else None."""
     for path in sorted(parent.glob(f"*/{MANIFEST}"), key=lambda p: p.parent.name, reverse=True):
         try:
             manifest = read_sweep(path.parent)
@@ -138,18 +144,3 @@ def find_unfinished(parent: Path, command: Sequence[str]) -> Path | None:
         if manifest.command == tuple(command):
             return None if manifest.is_complete else path.parent
     return None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file in one step: a reader sees the old or the new one."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def signal_name(number: int) -> str:
-    """Return the name of a signal: SIGKILL."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: one line a job, with its state, loss and time left; and the manifest kept true."""
+"""Shows the state, loss and remaining time of each job while a sweep runs, and keeps the manifest up to date."""
 
 import sys
 import threading
@@ -16,7 +16,7 @@ from llm.sweep.manifest import Manifest, SweepJob, merge, read_notes
 from llm.tables import format_seconds
 
 TICK = 0.5
-"""Seconds between looks at the jobs."""
+"""Seconds between two updates."""
 COLOURS = {
     "running": "cyan",
     "finished": "green",
@@ -28,21 +28,22 @@ COLOURS = {
 
 
 class Monitor:
-    """Watches a sweep's folder from a thread beside whatever launcher runs the jobs, here or on other machines.
+    """A thread that watches a sweep's folder, whatever launcher runs the jobs and on whatever machine.
 
-    On a terminal it shows a table that redraws; elsewhere a line at each change, and one a running job now and then.
+    On a terminal it shows a table. Elsewhere it prints a line at each change of a job, and one per running job from
+    time to time.
 
     Args:
         sweep: the sweep's folder.
-        manifest: as it stands at the start.
+        manifest: the manifest at the start.
         line_every: seconds between lines about a running job, where there is no terminal.
     """
 
     def __init__(self, sweep: Path, manifest: Manifest, *, line_every: float) -> None:
         self.sweep, self.manifest, self.line_every = sweep, manifest, line_every
         self._progress = ProgressReader()
-        self._told: dict[tuple[str, ...], tuple[str, int]] = {}
-        self._told_at: dict[tuple[str, ...], float] = {}
+        self._printed: dict[tuple[str, ...], tuple[str, int]] = {}
+        self._printed_at: dict[tuple[str, ...], float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="sweep-monitor", daemon=True)
         self._live: Live | None = None
@@ -73,16 +74,16 @@ class Monitor:
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
         else:
-            self._tell(jobs)
+            self._print(jobs)
 
-    def _tell(self, jobs: Sequence[SweepJob]) -> None:
-        """Write a line for each job that changed, and for each running one that has not been heard of for a while."""
+    def _print(self, jobs: Sequence[SweepJob]) -> None:
+        """Print a line per job that changed, and per running job without a line for `line_every` seconds."""
         for number, job in enumerate(jobs):
             now, state = time.monotonic(), (job.state, job.attempts)
-            is_new = self._told.get(job.key) != state and job.state != "pending"
-            is_due = job.state == "running" and now - self._told_at.get(job.key, now) >= self.line_every
+            is_new = self._printed.get(job.key) != state and job.state != "pending"
+            is_due = job.state == "running" and now - self._printed_at.get(job.key, now) >= self.line_every
             if is_new or is_due:
-                self._told[job.key], self._told_at[job.key] = state, now
+                self._printed[job.key], self._printed_at[job.key] = state, now
                 cells = [job.state, *(cell for cell in self._cells(job) if cell), job.brief(self.manifest.swept)]
                 sys.stdout.write(f"{number + 1:>3}/{len(jobs)}  {'  '.join(cells)}\n")
                 sys.stdout.flush()
@@ -94,7 +95,7 @@ class Monitor:
             table.add_column(name, no_wrap=name != "job")
         shown = [*enumerate(jobs)]
         room = max(4, Console().height - 6)
-        if len(shown) > room:  # what moves is what one looks for
+        if len(shown) > room:  # show running jobs first
             order = ("running", "failed", "stopped", "pruned", "finished", "pending")
             shown = sorted(sorted(shown, key=lambda item: order.index(item[1].state))[:room])
         for number, job in shown:
@@ -105,7 +106,7 @@ class Monitor:
         return table
 
     def _cells(self, job: SweepJob) -> tuple[str, str, str]:
-        """Return where it is, its loss, and its time: left while it runs, taken once it ended."""
+        """Return the step, the loss, and the remaining time of a running job or the duration of an ended one."""
         if job.state == "running":
             progress = self._progress.read(self.sweep / job.folder)
             if progress is None:

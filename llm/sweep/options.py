@@ -1,4 +1,4 @@
-"""The settings of a sweep: `sweep.KEY=VALUE` on the command line, over conf/sweep.yaml."""
+"""Reads the settings of a sweep: `sweep.KEY=VALUE` on the command line, with defaults from conf/sweep.yaml."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ from llm.errors import ConfigError, did_you_mean
 from llm.sweep.prune import Pruning
 
 PREFIX = "sweep."
+"""Prefix of a sweep's settings on the command line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions:
-    """The keys of conf/sweep.yaml, which says what each does, and which of them were `given`."""
+    """The keys of conf/sweep.yaml, which documents them, and the set of keys that were `given`."""
 
     resume: str | None
     isolate: bool
@@ -29,10 +30,10 @@ class SweepOptions:
     given: frozenset[str]
 
     def pruning(self, kept: Mapping[str, Any] | None) -> Pruning | None:
-        """Return the rule by which jobs end early: the one given, else the one that a resumed sweep `kept`.
+        """Return the rule that ends jobs early: the one given, else the one that a resumed sweep `kept`.
 
         Raises:
-            ConfigError: jobs share a process, so that none can end by itself.
+            ConfigError: all jobs share one process, so that a single job cannot be ended.
         """
         rule = Pruning(**kept) if kept else None
         if any(key.startswith("prune") for key in self.given):
@@ -40,17 +41,17 @@ class SweepOptions:
             rule = None if self.prune is None else Pruning(rule=self.prune, **settings)
         if rule is not None and not self.isolate:
             raise ConfigError(
-                f"{PREFIX}prune={rule.rule}: ends a job's process, and with sweep.isolate=false all share one; leave "
-                "isolate out, or set sweep.prune=null"
+                f"{PREFIX}prune={rule.rule}: ends a job's process, and with sweep.isolate=false all jobs share one; "
+                "remove sweep.isolate=false, or set sweep.prune=null"
             )
         return rule
 
 
 def split_options(arguments: Sequence[str], defaults: Path) -> tuple[SweepOptions, list[str]]:
-    """Return the sweep's settings, and the arguments without them.
+    """Return the sweep's settings and the other arguments.
 
     Raises:
-        ConfigError: an unknown key or a value of another type, all of them together.
+        ConfigError: a key is unknown or a value invalid. The error lists all of them.
     """
     values: dict[str, Any] = yaml.safe_load(defaults.read_text())
     hints = get_type_hints(SweepOptions)
@@ -86,4 +87,4 @@ def _out_of_range(values: Mapping[str, Any], given: set[str]) -> Iterator[str]:
     own = {None: set(), "median": {"prune_after", "prune_others"}}.get(values["prune"], given)
     for key in sorted(key for key in given - own if key.startswith("prune_")):
         rules = "halving" if key == "prune_factor" else "median or sweep.prune=halving"
-        yield f"{key}={values[key]}: acts with sweep.prune={rules} alone; add that, or leave this out"
+        yield f"{key}={values[key]}: acts only with sweep.prune={rules}; add that, or remove this"

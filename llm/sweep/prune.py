@@ -1,4 +1,4 @@
-"""Jobs that fall behind the others of their sweep end early: when, and by which rule, from run folders alone."""
+"""Decides which jobs of a sweep end early because their loss is too high, from run folders alone."""
 
 import math
 import statistics
@@ -16,7 +16,7 @@ Rule = Literal["median", "halving"]
 
 
 class Validation(NamedTuple):
-    """One validation of a run; a loss that is not finite is infinite."""
+    """One validation of a run. A loss that is not finite counts as infinite."""
 
     step: int
     tokens: float
@@ -25,23 +25,23 @@ class Validation(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning:
-    """When a sweep ends a job early.
+    """A rule that ends jobs early.
 
-    Jobs of one seed are compared, each by its lowest validation loss up to the same number of tokens, whatever has
-    become of them since: the luck of a seed ends none.
+    Jobs with the same seed are compared by their lowest validation loss up to the same number of tokens, so that an
+    unlucky seed does not end a job. Jobs that have ended are included in the comparison.
 
     Source: `median` is the median stopping rule of Golovin et al. 2017 (Google Vizier, section 3.2.2); `halving` is
     asynchronous successive halving, Li et al. 2018 (arXiv 1810.05934, Algorithm 2).
-    Differs: the median is that of the others' losses, not of their running averages, which lag behind a falling loss,
-    and running jobs count like finished ones. Halving judges a job as it arrives at a rung and never brings back one
-    that it ended, where Algorithm 2 pauses jobs and promotes them later. Both wait for `others`.
+    Differs: the median is taken over the losses of the other jobs, not over running averages, which lag behind a
+    falling loss, and running jobs are included. Halving judges a job when it reaches a rung and never resumes a job
+    that it ended, where Algorithm 2 pauses jobs and promotes them later. Both rules wait for `others` jobs.
 
     Args:
-        rule: `median`: worse than the median of the others, at any validation; `halving`: not among the best 1 of
-            `factor`, at the first validation on or after each rung.
-        after: share of a job's updates, in (0, 1), before which it is left alone; the first rung.
-        factor: how far rungs lie apart, and how many compete for one place; at least 2.
-        others: how many other jobs must have come as far, at least 1.
+        rule: `median` ends a job whose loss is above the median of the others at any validation. `halving` ends a job
+            that is not in the best 1 / `factor` at the first validation at or after each rung.
+        after: share of a job's updates, in (0, 1), before which no job ends. It is also the first rung.
+        factor: ratio between two rungs, and number of jobs that compete for one place, at least 2.
+        others: other jobs that must have reached the same number of tokens, at least 1.
     """
 
     rule: Rule
@@ -50,7 +50,7 @@ class Pruning:
     others: int
 
     def judge(self, loss: float, others: Sequence[float]) -> str:
-        """Return what is wrong with a loss beside those of the others, or ""."""
+        """Return why a job with this loss should end, or ""."""
         if len(others) < self.others:
             return ""
         if self.rule == "median":
@@ -58,35 +58,40 @@ class Pruning:
             return f"above {median:.4f}, the median of {len(others)} others" if loss > median else ""
         rank, count = 1 + sum(other < loss for other in others), 1 + len(others)
         places = max(1, count // self.factor)
-        return f"number {rank} of {count}, of which {places} may go on" if rank > places else ""
+        return f"number {rank} of {count}, of which {places} continue" if rank > places else ""
 
     def asks(self, before: float, now: float) -> bool:
-        """Tell whether to judge at a validation after this share of the updates; `before`: at the one before it."""
+        """Return whether to judge a job at a validation.
+
+        Args:
+            before: share of its updates at the validation before.
+            now: share of its updates at this validation.
+        """
         if not self.after <= now < 1:
             return False
         return self.rule == "median" or self._rung(before) < self._rung(now)
 
     def _rung(self, share: float) -> int:
-        """Return the number of the last rung reached, -1 before the first."""
+        """Return the index of the last rung reached, -1 before the first."""
         if share < self.after:
             return -1
-        return math.floor(math.log(share / self.after, self.factor) + 1e-9)  # a rung itself is reached
+        return math.floor(math.log(share / self.after, self.factor) + 1e-9)  # tolerance for a share exactly at a rung
 
 
 class Behind(NamedTuple):
-    """A job that fell behind: its loss, and beside what."""
+    """A job that should end early: its loss and the reason."""
 
     loss: float
     why: str
 
 
 class Pruner:
-    """Watches one running job.
+    """Applies a rule to one running job.
 
     Args:
         pruning: the rule.
         sweep: the sweep's folder.
-        job: the job that may be ended.
+        job: the running job.
     """
 
     def __init__(self, pruning: Pruning, sweep: Path, job: SweepJob) -> None:
@@ -95,7 +100,7 @@ class Pruner:
         self._seen = 0
 
     def look(self) -> Behind | None:
-        """Judge the validations that are new since the last look; return what shows that the job should end."""
+        """Judge the validations that are new since the last call. Return why the job should end, or None."""
         own = self._validations(self.job)
         if len(own) <= self._seen:
             return None
@@ -126,14 +131,14 @@ class Pruner:
 
 
 def best_by(validations: Sequence[Validation], tokens: float) -> float | None:
-    """Return the lowest loss up to so many tokens; None for a run that was not validated before, or not as far."""
+    """Return the lowest loss up to so many tokens, None for a run without a validation at or after them."""
     if not validations or validations[-1].tokens < tokens:
         return None
     return min((found.loss for found in validations if found.tokens <= tokens), default=None)
 
 
 def seed_of(job: SweepJob) -> str | None:
-    """Return the seed that a job's command line sets."""
+    """Return the override of a job's seed, None where there is none."""
     return next((override for override in job.overrides if override.startswith("seed=")), None)
 
 

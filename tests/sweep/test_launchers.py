@@ -9,7 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from needed import needs
 
 from llm.commands.multirun import is_multirun, look_ahead
-from llm.sweep.job import share
+from llm.sweep.job_process import share
 from llm.sweep.manifest import read_sweep
 
 
@@ -83,7 +83,7 @@ def test_a_study_outlives_its_failed_trials_and_is_resumed_without_repeating_one
 def test_a_study_whose_every_trial_fails_ends_like_any_sweep(project, sweep):
     status, _, err = sweep("hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "kind=choice(fails,nothing)")
     assert status == 1
-    assert err.endswith(f"0 of 2 jobs done, 2 failed; go on with -m sweep.resume=multirun/{project.sweeps[0].name}\n")
+    assert err.endswith(f"0 of 2 jobs done, 2 failed; resume with -m sweep.resume=multirun/{project.sweeps[0].name}\n")
     assert "Traceback" not in err
 
 

@@ -12,7 +12,7 @@ from needed import needs
 
 from llm.errors import ConfigError
 from llm.report.report_folder import write_report
-from llm.sweep import job as job_module
+from llm.sweep import job_process
 from llm.sweep.manifest import SweepJob, read_sweep
 from llm.sweep.prune import Pruner, Pruning, Validation, best_by
 
@@ -96,7 +96,7 @@ RATES = ("optimizer.lr=0.01,0.02,0.03,1.0,0.011,10.0", "step_seconds=0.1", "swee
 @pytest.fixture
 def quick(monkeypatch):
     """Look more often, for jobs that take half a second."""
-    monkeypatch.setattr(job_module, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(job_process, "LOOK_EVERY", 0.02)
 
 
 def states(folder):
@@ -184,9 +184,9 @@ def test_a_pruned_trial_counts_with_its_last_loss_and_does_not_end_the_study(pro
         (["sweep.prune=median", "sweep.prune_after=1.5"], "must be between 0 and 1"),
         (["sweep.prune=halving", "sweep.prune_factor=1"], "must be at least 2"),
         (["sweep.prune=halving", "sweep.prune_others=0"], "must be at least 1"),
-        (["sweep.prune_after=0.5"], r"acts with sweep\.prune=median or sweep\.prune=halving alone"),
-        (["sweep.prune=median", "sweep.prune_factor=4"], r"prune_factor=4: acts with sweep\.prune=halving alone"),
-        (["sweep.prune=median", "sweep.isolate=false"], "all share one"),
+        (["sweep.prune_after=0.5"], r"acts only with sweep\.prune=median or sweep\.prune=halving"),
+        (["sweep.prune=median", "sweep.prune_factor=4"], r"prune_factor=4: acts only with sweep\.prune=halving"),
+        (["sweep.prune=median", "sweep.isolate=false"], "all jobs share one"),
     ],
 )
 def test_mistakes_are_told_before_any_job_begins(project, sweep, arguments, answer):

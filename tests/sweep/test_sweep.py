@@ -122,7 +122,7 @@ def test_a_sweep_told_to_stop_saves_its_job_and_goes_on_later(project, sweep):
     (folder,) = project.sweeps
     assert states(folder) == {"seed=1": ("stopped", "SIGTERM"), "seed=2": ("pending", "")}
     assert read_sweep(folder).state == "stopped"
-    assert f"0 of 2 jobs done, 0 failed; go on with -m sweep.resume=multirun/{folder.name}" in err
+    assert f"0 of 2 jobs done, 0 failed; resume with -m sweep.resume=multirun/{folder.name}" in err
     status, _, err = sweep("seed=1,2", "step_seconds=0.1")
     assert status == 0, err
     assert [starts(folder / job.folder)[-1]["argv"][0][:6] for job in read_sweep(folder).jobs] == [
@@ -161,7 +161,7 @@ def test_a_sweep_that_runs_is_not_taken_over(project, sweep):
         (["sweep.resme=x"], r"sweep\.resme=x: unknown key; did you mean resume\?"),
         (["sweep.isolate=7"], r"sweep\.isolate=7: must be bool"),
         (["sweep.line_every=0"], "must be above 0"),
-        (["sweep.resume=nowhere"], r"holds no manifest\.json"),
+        (["sweep.resume=nowhere"], r"has no manifest\.json"),
     ],
 )
 def test_mistakes_in_a_sweeps_settings_are_told(project, sweep, arguments, answer):
@@ -191,15 +191,15 @@ def test_a_mistake_in_any_option_of_a_sweep_is_told_before_a_job_begins(project,
 def test_a_named_sweep_goes_on_with_its_own_command_alone(project, sweep):
     sweep("seed=1,2")
     (folder,) = project.sweeps
-    with pytest.raises(ConfigError, match="goes on with its own command, seed=1,2"):
+    with pytest.raises(ConfigError, match="resumes its own command, seed=1,2"):
         sweep(f"sweep.resume={folder}", "seed=3")
-    with pytest.raises(ConfigError, match="holds a sweep of another command"):
+    with pytest.raises(ConfigError, match="has a sweep of another command"):
         sweep("seed=3", f"hydra.sweep.dir={folder}")
 
 
 def test_a_folder_that_cannot_be_made_is_told(project, sweep):
     (project.path / "file").touch()
-    with pytest.raises(ConfigError, match="choose a folder you may write to"):
+    with pytest.raises(ConfigError, match="choose a folder with write permission"):
         sweep("seed=1", f"hydra.sweep.dir={project.path}/file/x")
 
 
