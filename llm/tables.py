@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an aligned table with a line under its header. Columns with numbers are right-aligned, except the first."""
+    """Return an aligned table with a line under its header. Numbers are right-aligned, except in the first column."""
     table = [list(map(str, header)), *[list(map(str, row)) for row in rows]]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     numbers = {i for i in range(1, len(header)) if any(_is_number(row[i]) for row in table[1:])}
