@@ -1,4 +1,4 @@
-"""The table of legal pairs in docs/attention.md says what the pieces answer. Rewrite it with WRITE_DOCS=1."""
+"""The table of valid pairs in docs/attention.md equals what the pieces answer; WRITE_DOCS=1 rewrites it."""
 
 import os
 import re
@@ -13,7 +13,7 @@ PAGE = CONF.parent / "docs" / "attention.md"
 
 
 def takes_log_n(attention, position):
-    """Whether the pair stands when its position also scales queries."""
+    """Return whether the pair is also valid with a position that scales queries."""
     pair = build_pair(attention, position)
     pair.position.log_n = LogN(mode="full", train_length=64)
     try:
