@@ -138,5 +138,5 @@ def draw_expert_load(lines: list[dict[str, Any]], path: Path) -> None:
         axes.set_title(name.split("/")[1], loc="left", fontsize=11)
         axes.set_ylabel("expert")
     panels[-1].set_xlabel("step")
-    figure.colorbar(image, ax=list(panels), label="load over an even share")  # pyright: ignore[reportPossiblyUnbound]
+    figure.colorbar(image, ax=list(panels), label="load over an even share")  # pyright: ignore[reportPossiblyUnboundVariable]
     figure.savefig(path, dpi=110)

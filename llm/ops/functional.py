@@ -20,7 +20,7 @@ WORTHWHILE = 1 << 16
 """Elements below which the plain form is as fast."""
 
 
-def pays(x: Tensor) -> bool:
+def runs_fused(x: Tensor) -> bool:
     """Whether the fused form serves a tensor: on a CPU, large, not under the compiler or a function transform."""
     transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
     is_eager = not torch.compiler.is_compiling() and not transform
@@ -34,7 +34,7 @@ def rms_norm(x: Float[Tensor, "*shape dim"], weight: Float[Tensor, " dim"], eps:
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if not pays(x):
+    if not runs_fused(x):
         return plain_rms_norm(x, weight, eps, dtype)
     return FusedRMSNorm.apply(x, weight, eps, dtype)
 
@@ -54,7 +54,7 @@ def rotate(
 
     The gradient is the turn backwards. The fused result lies head by head in memory, as attention reads it.
     """
-    if not pays(x):
+    if not runs_fused(x):
         return plain_rotate(x, cos, sin)
     return FusedRotation.apply(x, cos, sin)
 
@@ -68,7 +68,7 @@ def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def swiglu(gate: Float[Tensor, "*shape d_ff"], up: Float[Tensor, "*shape d_ff"]) -> Float[Tensor, "*shape d_ff"]:
     """Return silu(gate) ⊙ up; the backward pass keeps gate and up alone and computes silu again."""
-    if not pays(gate):
+    if not runs_fused(gate):
         return plain_swiglu(gate, up)
     return FusedSwiGLU.apply(gate, up)
 

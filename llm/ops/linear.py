@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llm.ops.products import is_read_only, pays, product_nn, product_nt, product_tn, read_only_product
+from llm.ops.products import is_read_only, product_nn, product_nt, product_tn, read_only_product, uses_onednn
 
 
 class Linear(nn.Linear):
@@ -25,7 +25,7 @@ def linear(x: Float[Tensor, "*shape d_in"], weight: Float[Tensor, "d_out d_in"])
     multiplications = x.numel() * weight.shape[0]
     if is_read_only(x, weight, multiplications):
         return read_only_product(x, weight)
-    if pays(x, weight, multiplications=multiplications):
+    if uses_onednn(x, weight, multiplications=multiplications):
         return onednn_linear(x, weight)
     return F.linear(x, weight)
 

@@ -32,7 +32,7 @@ def keep_compiled_products() -> None:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(COMPILED_PRODUCTS))
 
 
-def pays(*tensors: Tensor, multiplications: int) -> bool:
+def uses_onednn(*tensors: Tensor, multiplications: int) -> bool:
     """Whether a product of these tensors goes through oneDNN."""
     is_fp32 = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
     return _ONEDNN and is_fp32 and multiplications >= WORTHWHILE
@@ -55,14 +55,14 @@ def read_only_product(
 
 def product_nt(a: Float[Tensor, "rows inner"], b: Float[Tensor, "columns inner"]) -> Float[Tensor, "rows columns"]:
     """Return a bᵀ."""
-    if pays(a, b, multiplications=a.numel() * b.shape[0]):
+    if uses_onednn(a, b, multiplications=a.numel() * b.shape[0]):
         return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return a @ b.t()
 
 
 def product_nn(a: Float[Tensor, "rows inner"], b: Float[Tensor, "inner columns"]) -> Float[Tensor, "rows columns"]:
     """Return a b."""
-    if pays(a, b, multiplications=a.numel() * b.shape[1]):
+    if uses_onednn(a, b, multiplications=a.numel() * b.shape[1]):
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return a @ b
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm.errors import ConfigError, did_you_mean
+from llm.ops.precision import cpu_multiplies_bf16
 
 
 class Iteration(NamedTuple):
@@ -234,8 +235,4 @@ def mirror(out: Tensor, start: int, end: int) -> None:
 @cache
 def fast_dtype(device_type: str) -> torch.dtype:
     """bfloat16 where the device multiplies it natively: a GPU, or a CPU with AVX512-BF16 or AMX (4 x fp32 there)."""
-    if device_type != "cpu":
-        return torch.bfloat16
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = any(getattr(torch.cpu, name)() for name in checks if hasattr(torch.cpu, name))
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if device_type != "cpu" or cpu_multiplies_bf16() else torch.float32

@@ -30,13 +30,13 @@ class Span(NamedTuple):
     """Part of a slice that is a run of whole blocks, or a piece of one."""
 
     block: int
-    count: int
+    num_blocks: int
     offset: int
     length: int
 
     def of(self, flat: Tensor) -> Tensor:
         """View these elements of a tensor that is laid out as the shard, a row for each block."""
-        return flat.narrow(0, self.offset, self.length).view(self.count, -1)
+        return flat.narrow(0, self.offset, self.length).view(self.num_blocks, -1)
 
 
 class ShardLayout:
@@ -89,7 +89,7 @@ class ShardLayout:
         for piece in self.slices:
             if piece.name in counts:
                 for span in spans(piece, sizes[piece.name]):
-                    part = parts[piece.name].narrow(0, span.block, span.count)
+                    part = parts[piece.name].narrow(0, span.block, span.num_blocks)
                     part.copy_(measure(span.of(values)))
         total = self.all_reduce(total.float() if op == dist.ReduceOp.MAX else total, op)
         return dict(zip(counts, total.split(list(counts.values())), strict=True))
@@ -105,7 +105,7 @@ class ShardLayout:
         for piece in self.slices:
             if piece.name in flags:
                 for span in spans(piece, sizes[piece.name]):
-                    of_span = flags[piece.name].narrow(0, span.block, span.count) != 0
+                    of_span = flags[piece.name].narrow(0, span.block, span.num_blocks) != 0
                     span.of(mask).copy_(of_span[:, None])
         return mask
 

@@ -88,15 +88,15 @@ def _step(weight: Tensor, momentum: Tensor, eta: Tensor, decay: float) -> None:
 
 def _pieces(span: Span, rates: Tensor) -> Any:
     """Cut a span into pieces that fit the cache, each with the η of its blocks as a column."""
-    width = span.length // span.count
-    if span.count == 1:
+    width = span.length // span.num_blocks
+    if span.num_blocks == 1:
         for start in range(0, span.length, CHUNK):
             length = min(CHUNK, span.length - start)
             yield Span(span.block, 1, span.offset + start, length), rates[span.block]
         return
     rows = max(1, CHUNK // width)
-    for first in range(0, span.count, rows):
-        count = min(rows, span.count - first)
+    for first in range(0, span.num_blocks, rows):
+        count = min(rows, span.num_blocks - first)
         block = span.block + first
         piece = Span(block, count, span.offset + first * width, count * width)
         yield piece, rates[block : block + count, None]

@@ -42,7 +42,7 @@ def make(shape, dtype=torch.float64, seed=0):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_lse_and_gradients_equal_the_reference(shape, short_row, monkeypatch):
     monkeypatch.setattr(
-        "llm.model.attention.kernels.plan.SHORT_ROW", short_row
+        "llm.model.attention.kernels.query_blocks.SHORT_ROW", short_row
     )  # whether differing rows share products
     inputs, options = make(shape)
     out, lse = causal_attention(*inputs, **options, return_lse=True)
@@ -70,11 +70,11 @@ def test_gradients_of_the_output_alone_equal_the_reference(shape):
 
 
 @pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[4], SHAPES[6]], ids=str)
-def test_cutting_rows_and_heads_into_slabs_changes_nothing(shape, monkeypatch):
+def test_cutting_rows_and_heads_into_tiles_changes_nothing(shape, monkeypatch):
     inputs, options = make(shape)
     whole = causal_attention(*inputs, **options)
     grads = torch.autograd.grad(whole.sum(), inputs)
-    monkeypatch.setattr("llm.model.attention.kernels.slabs.SCORE_ELEMENTS", 1)
+    monkeypatch.setattr("llm.model.attention.kernels.tiles.SCORE_ELEMENTS", 1)
     cut = causal_attention(*inputs, **options)
     torch.testing.assert_close(cut, whole, rtol=1e-12, atol=1e-13)  # fp64; equal products of equal blocks
     for grad, wanted in zip(torch.autograd.grad(cut.sum(), inputs), grads, strict=True):
@@ -150,7 +150,7 @@ def test_the_operator_keeps_its_promises_to_the_compiler(shape):
 
 
 def test_the_step_never_holds_time_by_time(monkeypatch):
-    monkeypatch.setattr("llm.model.attention.kernels.slabs.SCORE_ELEMENTS", 1)
+    monkeypatch.setattr("llm.model.attention.kernels.tiles.SCORE_ELEMENTS", 1)
     largest = []
     baddbmm = torch.Tensor.baddbmm_
     monkeypatch.setattr(torch.Tensor, "baddbmm_", lambda x, *a, **o: largest.append(x.numel()) or baddbmm(x, *a, **o))

@@ -20,8 +20,8 @@ def test_layers_take_turns_through_the_pattern(composed):
     kinds = [type(layer.attention) for layer in model.layers]
     assert kinds == [VQAttention, SoftmaxAttention, SoftmaxAttention, VQAttention, SoftmaxAttention]
     assert [layer.attention.layer_index for layer in model.layers] == [0, 1, 2, 3, 4]
-    windows = [getattr(layer.attention, "window", "none") for layer in model.layers]
-    assert windows == ["none", None, 96, "none", None]
+    windows = [layer.attention.window for layer in model.layers]
+    assert windows == [None, None, 96, None, None]
 
 
 def test_layers_of_one_kind_share_no_weights(composed):

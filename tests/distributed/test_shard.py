@@ -152,8 +152,8 @@ def test_spans_cover_a_slice_once_and_never_cross_a_block(start, numel):
     for span in spans(piece, 4):
         first = span.offset - 100 + start
         assert first // 4 == span.block
-        assert span.count == 1 or span.length == 4 * span.count
-        assert (first + span.length - 1) // 4 == span.block + span.count - 1
+        assert span.num_blocks == 1 or span.length == 4 * span.num_blocks
+        assert (first + span.length - 1) // 4 == span.block + span.num_blocks - 1
         covered += range(span.offset, span.offset + span.length)
     assert covered == list(range(100, 100 + numel))
 

@@ -35,6 +35,9 @@ class Attention(nn.Module, ABC):
             are on.
     """
 
+    window: int | None = None
+    """Number of keys that a query sees, itself included; None for all."""
+
     def __init__(
         self,
         *,

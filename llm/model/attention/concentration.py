@@ -67,8 +67,8 @@ def _measure(
     (x,), ids = inputs, options["document_ids"]
     q, k, _ = attention.project(x)
     weights = attention.pair_weights(q, k, positions=options["positions"], document_ids=ids)
-    time, window = x.shape[1], getattr(attention, "window", None)
-    visible = visible_keys(time=time, time_k=time, device=x.device, document_ids=ids, window=window)
+    time = x.shape[1]
+    visible = visible_keys(time=time, time_k=time, device=x.device, document_ids=ids, window=attention.window)
     chosen = (visible.sum(-1) >= first_key).expand(x.shape[0], -1)
     measures = concentration(weights, visible)
     found.append({name: float(value.mean(1)[chosen].mean()) for name, value in measures.items()})

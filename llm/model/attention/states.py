@@ -68,8 +68,8 @@ class _CarryStates(torch.autograd.Function):
 
 
 def carry_states(
-    keep: Float[Tensor, "chunks *#shape"], updates: Float[Tensor, "chunks *shape"], initial: Float[Tensor, "*shape"]
-) -> Float[Tensor, "chunks+1 *shape"]:
+    keep: Float[Tensor, " chunks *#shape"], updates: Float[Tensor, " chunks *shape"], initial: Float[Tensor, "*shape"]
+) -> Float[Tensor, " chunks+1 *shape"]:
     """Return the state before each chunk and after the last: S_{n+1} = keep_n S_n + update_n.
 
     Args:

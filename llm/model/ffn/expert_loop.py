@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm.ops.products import pays, product_nn, product_nt
+from llm.ops.products import product_nn, product_nt, uses_onednn
 
 ROW_MULTIPLE = 32
 """Rows of an expert are filled up to a multiple of it: oneDNN compiles a product for each new shape, at more than the
@@ -146,7 +146,7 @@ class RowLayout:
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Write a bᵀ over `out`, without a copy where the product can."""
-    if pays(a, b, multiplications=a.numel() * b.shape[0]):
+    if uses_onednn(a, b, multiplications=a.numel() * b.shape[0]):
         out.copy_(product_nt(a, b))
     else:
         torch.mm(a, b.t(), out=out)

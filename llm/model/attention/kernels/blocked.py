@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.model.attention.kernels.plan import QueryBlock
+from llm.model.attention.kernels.query_blocks import QueryBlock
 from llm.model.attention.kernels.reference import visible_keys
-from llm.model.attention.kernels.slabs import Slab, slabs, take
+from llm.model.attention.kernels.tiles import Tile, take, tiles
 
 aten = torch.ops.aten
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? document_ids, float scale, int? window"
@@ -35,15 +35,15 @@ def blocked_attention(
     """Return the mixed values and, if asked, the log-sum-exp of each query's scores (else an empty tensor)."""
     out, lse = _empty_results(q, k, v, document_ids, scale, window, return_lse)
     with torch.autocast(q.device.type, enabled=False):
-        for slab in slabs(q, k, document_ids, window):
-            queries, keys, values = slab.queries(q), slab.keys(k), slab.keys(v)
-            buffer = q.new_empty(slab.num_scores)
-            for block in slab.blocks:
-                scores = _scores(take(queries, block), keys, slab, block, buffer, scale)
+        for tile in tiles(q, k, document_ids, window):
+            queries, keys, values = tile.queries(q), tile.keys(k), tile.keys(v)
+            buffer = q.new_empty(tile.num_scores)
+            for block in tile.blocks:
+                scores = _scores(take(queries, block), keys, tile, block, buffer, scale)
                 if return_lse:
-                    slab.write_queries(lse[..., None], block, scores.to(lse.dtype).logsumexp(-1, keepdim=True))
+                    tile.write_queries(lse[..., None], block, scores.to(lse.dtype).logsumexp(-1, keepdim=True))
                 weights = aten._softmax.out(scores, -1, False, out=scores)
-                slab.write_queries(out, block, torch.bmm(weights, values[:, block.key_start : block.key_stop]))
+                tile.write_queries(out, block, torch.bmm(weights, values[:, block.key_start : block.key_stop]))
     return out, lse
 
 
@@ -77,8 +77,8 @@ def blocked_attention_grad(
     """
     dq, dk, dv = _empty_grads(grad_out, grad_lse, q, k, v, document_ids, scale, window)
     with torch.autocast(q.device.type, enabled=False):
-        for slab in slabs(q, k, document_ids, window):
-            _slab_grad(slab, (dq, dk, dv), grad_out, grad_lse, q, k, v, scale)
+        for tile in tiles(q, k, document_ids, window):
+            _tile_grad(tile, (dq, dk, dv), grad_out, grad_lse, q, k, v, scale)
     return dq, dk, dv
 
 
@@ -87,8 +87,8 @@ def _empty_grads(grad_out, grad_lse, q, k, v, document_ids, scale, window) -> tu
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _slab_grad(
-    slab: Slab,
+def _tile_grad(
+    tile: Tile,
     results: tuple[Tensor, Tensor, Tensor],
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -97,15 +97,15 @@ def _slab_grad(
     v: Tensor,
     scale: float,
 ) -> None:
-    """Write one slab's part of dq, dk and dv; sums over blocks are kept in at least fp32."""
+    """Write one tile's part of dq, dk and dv; sums over blocks are kept in at least fp32."""
     dq, dk, dv = results
-    queries, grads, keys, values = slab.queries(q), slab.queries(grad_out), slab.keys(k), slab.keys(v)
-    slopes = None if grad_lse is None else slab.queries(grad_lse[..., None])
+    queries, grads, keys, values = tile.queries(q), tile.queries(grad_out), tile.keys(k), tile.keys(v)
+    slopes = None if grad_lse is None else tile.queries(grad_lse[..., None])
     key_sum, value_sum = (x.new_zeros(x.shape, dtype=_precise(x)) for x in (keys, values))
-    buffer, grad_buffer = q.new_empty(slab.num_scores), q.new_empty(slab.num_scores)
-    for block in slab.blocks:
+    buffer, grad_buffer = q.new_empty(tile.num_scores), q.new_empty(tile.num_scores)
+    for block in tile.blocks:
         span, query, grad = slice(block.key_start, block.key_stop), take(queries, block), take(grads, block)
-        scores = _scores(query, keys, slab, block, buffer, scale)
+        scores = _scores(query, keys, tile, block, buffer, scale)
         weights = aten._softmax.out(scores, -1, False, out=scores)
         slope = grad_buffer[: weights.numel()].view(weights.shape)
         torch.bmm(grad, values[:, span].transpose(1, 2), out=slope)
@@ -113,15 +113,15 @@ def _slab_grad(
         aten._softmax_backward_data.out(slope, weights, -1, weights.dtype, grad_input=slope)
         if slopes is not None:
             slope.addcmul_(weights, take(slopes, block).to(weights.dtype))
-        slab.write_queries(dq, block, torch.bmm(slope, keys[:, span]).mul_(scale))
+        tile.write_queries(dq, block, torch.bmm(slope, keys[:, span]).mul_(scale))
         _add_product(key_sum[:, span], slope.transpose(1, 2), query, scale)
-    slab.write_keys(dk, key_sum)
-    slab.write_keys(dv, value_sum)
+    tile.write_keys(dk, key_sum)
+    tile.write_keys(dv, value_sum)
 
 
 def _scores(
-    query: Tensor, keys: Tensor, slab: Slab, block: QueryBlock, buffer: Tensor, scale: float
-) -> Float[Tensor, "slab_heads rows keys"]:
+    query: Tensor, keys: Tensor, tile: Tile, block: QueryBlock, buffer: Tensor, scale: float
+) -> Float[Tensor, "tile_heads rows keys"]:
     """Return scale · q·k of one block in the buffer, -inf where a query does not see a key.
 
     The product is added to a bias of 0 and -inf: torch fills a broadcast mask at a tenth of the speed of a copy.
@@ -129,13 +129,13 @@ def _scores(
     span, num_queries = slice(block.key_start, block.key_stop), block.stop - block.start
     shape = (*query.shape[:2], block.key_stop - block.key_start)
     scores = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-    ids = slab.document_ids if block.is_masked else None
+    ids = tile.document_ids if block.is_masked else None
     visible = visible_keys(
         time=num_queries,
         time_k=shape[2],
         device=scores.device,
         document_ids=None if ids is None else ids[:, span],
-        window=slab.window if block.is_masked else None,
+        window=tile.window if block.is_masked else None,
     )
     bias = scores.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
     scores.view(len(bias), -1, num_queries, shape[2]).copy_(bias[:, None])

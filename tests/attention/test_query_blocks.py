@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.model.attention.kernels.plan import plan_batch, plan_row
+from llm.model.attention.kernels.query_blocks import plan_batch, plan_row
 from llm.model.attention.kernels.reference import visible_keys
 
 
@@ -44,7 +44,7 @@ def test_rows_with_documents_at_the_same_tokens_are_computed_together_and_short_
     sizes = {"batch": 4, "time": 4, "time_k": 4, "window": None, "block": 2}
     (plan,) = plan_batch(ids, **sizes)
     assert (plan.rows, plan.is_uniform, [b.is_masked for b in plan.blocks]) == ([0, 1, 2, 3], False, [False, True])
-    monkeypatch.setattr("llm.model.attention.kernels.plan.SHORT_ROW", 0)
+    monkeypatch.setattr("llm.model.attention.kernels.query_blocks.SHORT_ROW", 0)
     plans = plan_batch(ids, **sizes)
     assert sorted(plan.rows for plan in plans) == [[0, 2], [1, 3]]
     assert all(plan.is_uniform and not any(b.is_masked for b in plan.blocks) for plan in plans)

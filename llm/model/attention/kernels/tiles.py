@@ -1,4 +1,4 @@
-"""How the blocked kernel cuts its work: slabs of rows and heads that are multiplied together, in head-major order."""
+"""How the blocked kernel cuts its work: tiles of rows and heads that are multiplied together, in head-major order."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -6,16 +6,16 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.model.attention.kernels.plan import QueryBlock, plan_batch
+from llm.model.attention.kernels.query_blocks import QueryBlock, plan_batch
 
 QUERY_BLOCK = 128
 """Queries in a block: shorter blocks waste fewer products above the diagonal, longer ones multiply faster."""
 
 SCORE_ELEMENTS = 1 << 20
-"""Scores held at a time, over the rows and heads of a slab: about what a core's own cache holds."""
+"""Scores held at a time, over the rows and heads of a tile: about what a core's own cache holds."""
 
 
-class Slab(NamedTuple):
+class Tile(NamedTuple):
     """Consecutive rows and heads, with all that the kernel must know to compute them on their own."""
 
     rows: slice
@@ -33,37 +33,37 @@ class Slab(NamedTuple):
         """Query heads that share a key/value head."""
         return (self.heads.stop - self.heads.start) // (self.kv_heads.stop - self.kv_heads.start)
 
-    def queries(self, x: Float[Tensor, "batch time heads dim"]) -> Float[Tensor, "slab_heads group time dim"]:
-        """Return the slab's part of a tensor that has query heads, head by head."""
+    def queries(self, x: Float[Tensor, "batch time heads dim"]) -> Float[Tensor, "tile_heads group time dim"]:
+        """Return the tile's part of a tensor that has query heads, head by head."""
         return x[self.rows, :, self.heads].transpose(1, 2).contiguous().unflatten(1, (-1, self.group)).flatten(0, 1)
 
-    def keys(self, x: Float[Tensor, "batch time_k kv_heads dim"]) -> Float[Tensor, "slab_heads time_k dim"]:
-        """Return the slab's part of a tensor that has key/value heads, head by head."""
+    def keys(self, x: Float[Tensor, "batch time_k kv_heads dim"]) -> Float[Tensor, "tile_heads time_k dim"]:
+        """Return the tile's part of a tensor that has key/value heads, head by head."""
         return x[self.rows, :, self.kv_heads].transpose(1, 2).contiguous().flatten(0, 1)
 
-    def write_queries(self, target: Tensor, block: QueryBlock, value: Float[Tensor, "slab_heads rows dim"]) -> None:
-        """Store a block's result, [slab_heads, group · queries, dim], in a tensor that has query heads."""
+    def write_queries(self, target: Tensor, block: QueryBlock, value: Float[Tensor, "tile_heads rows dim"]) -> None:
+        """Store a block's result, [tile_heads, group · queries, dim], in a tensor that has query heads."""
         part = target[self.rows, block.start : block.stop, self.heads].transpose(1, 2)
         part.copy_(value.view(part.shape))
 
-    def write_keys(self, target: Tensor, value: Float[Tensor, "slab_heads time_k dim"]) -> None:
+    def write_keys(self, target: Tensor, value: Float[Tensor, "tile_heads time_k dim"]) -> None:
         """Store a result for all keys in a tensor that has key/value heads."""
         part = target[self.rows, :, self.kv_heads].transpose(1, 2)
         part.copy_(value.view(part.shape))
 
 
-def take(x: Float[Tensor, "slab_heads group time dim"], block: QueryBlock) -> Float[Tensor, "slab_heads rows dim"]:
+def take(x: Float[Tensor, "tile_heads group time dim"], block: QueryBlock) -> Float[Tensor, "tile_heads rows dim"]:
     """Return a block's queries, those of a group one after another."""
     return x[:, :, block.start : block.stop].flatten(1, 2)
 
 
-def slabs(
+def tiles(
     q: Float[Tensor, "batch time heads head_dim"],
     k: Float[Tensor, "batch time_k kv_heads head_dim"],
     document_ids: Int[Tensor, "batch time_k"] | None,
     window: int | None,
-) -> Iterator[Slab]:
-    """Cut the work into slabs of at most SCORE_ELEMENTS scores, or one row and one key/value head."""
+) -> Iterator[Tile]:
+    """Cut the work into tiles of at most SCORE_ELEMENTS scores, or one row and one key/value head."""
     (batch, time, heads, _), (time_k, kv_heads) = q.shape, k.shape[1:3]
     group = heads // kv_heads
     plans = plan_batch(
@@ -78,7 +78,7 @@ def slabs(
             for head in range(0, kv_heads, heads_at_once):
                 stop = min(head + heads_at_once, kv_heads)
                 size = largest * (run.stop - run.start) * (stop - head)
-                yield Slab(run, slice(head * group, stop * group), slice(head, stop), blocks, ids, window, size)
+                yield Tile(run, slice(head * group, stop * group), slice(head, stop), blocks, ids, window, size)
 
 
 def _runs(rows: list[int], longest: int) -> Iterator[slice]:
