@@ -12,7 +12,7 @@ from llm.run_folder.checkpoint import find_last, load_model
 from llm.run_folder.checkpoint_files import step_folder
 
 
-def test_tasks_run_in_order_and_waiting_sees_them_all_done():
+def test_tasks_run_in_order_and_wait_returns_after_the_last():
     done, writer = [], BackgroundWriter()
     for n in range(20):
         writer.submit(lambda n=n: done.append(n))
@@ -21,7 +21,7 @@ def test_tasks_run_in_order_and_waiting_sees_them_all_done():
     pickle.loads(pickle.dumps(writer)).wait()
 
 
-def test_a_failure_is_raised_once_and_what_was_queued_behind_it_never_runs():
+def test_a_failure_is_raised_once_and_tasks_behind_it_never_run():
     done, writer, go = [], BackgroundWriter(), threading.Event()
 
     def fail():
@@ -40,11 +40,11 @@ def test_a_failure_is_raised_once_and_what_was_queued_behind_it_never_runs():
     assert done == [2]
 
 
-def test_a_process_that_leaves_at_once_waits_for_nothing():
+def test_wait_returns_at_once_after_abandon():
     writer, go = BackgroundWriter(), threading.Event()
     writer.submit(go.wait)
     writer.abandon()
-    writer.wait()  # would otherwise hang
+    writer.wait()  # would hang otherwise
     assert not go.is_set()
     go.set()
 
@@ -53,7 +53,7 @@ def checkpoint(step, value):
     return {"state_dict": {"w": value}, "global_step": step, "optimizer_states": [{"m": value, "step": 3}]}
 
 
-def test_what_is_saved_is_the_state_of_the_moment_and_not_of_when_it_is_written(tmp_path, monkeypatch):
+def test_a_checkpoint_has_the_state_of_the_moment_of_saving(tmp_path, monkeypatch):
     checkpoint_io, weights, real = FolderCheckpointIO(manifest={}), torch.ones(3), checkpoint_module.write_contents
     gate = threading.Event()
     monkeypatch.setattr(checkpoint_module, "write_contents", lambda *a, **k: (gate.wait(), real(*a, **k)))

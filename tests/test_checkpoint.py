@@ -27,7 +27,7 @@ root = Path(sys.argv[1])
 checkpoints = root / "checkpoints"
 torch.set_num_threads(1)
 
-def save_for_ever(step):
+def save_until_killed(step):
     while True:
         step += 1
         weights = {f"w{i}": torch.full((500, 500), float(step)) for i in range(4)}
@@ -41,7 +41,7 @@ chance, step, advanced = random.Random(0), 1, 0
 for _ in range(20):
     child = os.fork()
     if child == 0:
-        save_for_ever(step)
+        save_until_killed(step)
     time.sleep(chance.uniform(0.01, 0.25))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -73,7 +73,7 @@ def flip_a_byte(path):
     path.write_bytes(bytes(data))
 
 
-def test_what_is_saved_is_loaded_again(tmp_path):
+def test_a_loaded_checkpoint_equals_the_saved_state(tmp_path):
     folder = save(tmp_path, 7)
     assert verify(folder) == []
     state = load_model(folder)
@@ -85,7 +85,7 @@ def test_what_is_saved_is_loaded_again(tmp_path):
     assert set(manifest["files"]) == {"model.safetensors", "training.pt"}
 
 
-def test_tied_weights_are_stored_once_and_come_back_as_one(tmp_path):
+def test_tied_weights_are_stored_once_and_loaded_as_one_tensor(tmp_path):
     embedding = torch.randn(100, 8)
     state = {"embedding": embedding, "head": embedding, "row": embedding[3], "transposed": embedding.T}
     folder = step_folder(tmp_path, 1)
@@ -96,7 +96,7 @@ def test_tied_weights_are_stored_once_and_come_back_as_one(tmp_path):
     assert loaded["row"].data_ptr() != loaded["embedding"][3].data_ptr()
 
 
-def test_every_dtype_and_shape_survives(tmp_path):
+def test_every_dtype_and_shape_is_stored_exactly(tmp_path):
     kinds = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
     state = {str(kind): torch.randint(0, 2, (3, 1)).to(kind) for kind in kinds}
     state |= {"scalar": torch.tensor(2.0), "empty": torch.zeros(0, 4)}
@@ -110,7 +110,7 @@ def test_every_dtype_and_shape_survives(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "manifest.json"])
 @pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "removed", "web page"])
-def test_a_damaged_file_is_found_and_the_remedy_is_safe(tmp_path, name, damage):
+def test_a_corrupt_file_is_found_and_the_advice_is_safe(tmp_path, name, damage):
     folder = save(tmp_path, 1)
     path = folder / name
     match damage:
@@ -163,7 +163,7 @@ def test_a_manifest_cannot_reach_outside_its_folder(tmp_path):
     assert "cannot be part of a checkpoint" in verify(folder)[0]
 
 
-def test_weights_that_are_not_numbers_are_refused(tmp_path):
+def test_weights_with_nan_are_refused_when_loaded(tmp_path):
     folder = step_folder(tmp_path, 1)
     state = {"good": torch.ones(2), "bad": torch.tensor([1.0, float("nan")])}
     save_checkpoint(folder, model_state=state, training_state={}, manifest={"step": 1})
@@ -171,7 +171,7 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path):
         load_model(folder)
 
 
-def test_the_newest_whole_checkpoint_is_found_and_newer_ones_are_explained(tmp_path):
+def test_the_newest_valid_checkpoint_is_found_and_newer_ones_are_reported_with_the_reason(tmp_path):
     for step in (10, 20, 30, 40):
         save(tmp_path, step)
     flip_a_byte(step_folder(tmp_path / "checkpoints", 40) / "model.safetensors")
@@ -184,7 +184,7 @@ def test_the_newest_whole_checkpoint_is_found_and_newer_ones_are_explained(tmp_p
     ]
 
 
-def test_a_folder_without_checkpoints_or_with_only_damaged_ones_says_so(tmp_path):
+def test_a_folder_without_a_valid_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         find_last(tmp_path)
     flip_a_byte(save(tmp_path, 5) / "model.safetensors")
@@ -192,7 +192,7 @@ def test_a_folder_without_checkpoints_or_with_only_damaged_ones_says_so(tmp_path
         find_last(tmp_path)
 
 
-def test_another_architecture_is_refused_with_its_keys_and_shapes():
+def test_weights_of_another_architecture_are_refused_with_names_and_shapes():
     model = {"a": torch.zeros(4, 4), "b": torch.zeros(2), "c": torch.zeros(1)}
     compare_state(model, {name: tensor.clone() for name, tensor in model.items()}, source="x")
     other = {"a": torch.zeros(4, 8), "b": torch.zeros(2), "d": torch.zeros(3)}
@@ -205,7 +205,7 @@ def test_another_architecture_is_refused_with_its_keys_and_shapes():
     assert "run/checkpoints/last" in message
 
 
-def test_numpy_numbers_and_enums_become_plain_and_objects_are_refused_by_place():
+def test_numpy_numbers_and_enums_become_plain_data_and_objects_are_refused_by_path():
     state = plain({"a": np.float64(2.5), "b": (signal.SIGTERM, True), "c": [torch.Size([2])]})
     assert type(state["a"]) is float
     assert type(state["b"][0]) is int
@@ -215,7 +215,7 @@ def test_numpy_numbers_and_enums_become_plain_and_objects_are_refused_by_place()
 
 
 @pytest.mark.parametrize("stage", ["save_file", "torch.save", "_write_manifest", "_swap_in", "rename", "_fsync"])
-def test_a_failure_at_any_stage_keeps_the_checkpoints_before_it(tmp_path, monkeypatch, stage):
+def test_a_failure_at_any_stage_of_saving_keeps_earlier_checkpoints(tmp_path, monkeypatch, stage):
     save(tmp_path, 1)
 
     def fail(*args, **kwargs):
@@ -236,14 +236,14 @@ def test_a_failure_at_any_stage_keeps_the_checkpoints_before_it(tmp_path, monkey
     assert find_last(tmp_path).step == 1
 
 
-def test_saving_a_step_again_replaces_it(tmp_path):
+def test_saving_a_step_again_replaces_its_checkpoint(tmp_path):
     save(tmp_path, 3, value=1.0)
     folder = save(tmp_path, 3, value=2.0)
     assert load_model(folder)["a.weight"][0, 0] == 2.0
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
-def test_too_little_room_is_known_before_writing(tmp_path, monkeypatch):
+def test_too_little_space_is_reported_before_writing(tmp_path, monkeypatch):
     save(tmp_path, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 990, 10))
     with pytest.raises(CheckpointError, match=r"step-00000002: .* bytes needed and 10 free"):
@@ -251,7 +251,7 @@ def test_too_little_room_is_known_before_writing(tmp_path, monkeypatch):
     assert find_last(tmp_path).step == 1
 
 
-def test_a_disk_that_fills_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+def test_a_disk_that_fills_while_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
     def fill(value, file):
@@ -279,7 +279,7 @@ def test_a_file_size_limit_is_reported_like_a_full_disk_by_each_writer(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_link_never_points_nowhere_while_it_is_replaced(tmp_path, monkeypatch):
+def test_a_link_is_valid_at_every_moment_while_it_is_replaced(tmp_path, monkeypatch):
     checkpoints = save(tmp_path, 1).parent
     save(tmp_path, 2)
     point(checkpoints / "last", step_folder(checkpoints, 1))
@@ -296,7 +296,7 @@ def test_a_link_never_points_nowhere_while_it_is_replaced(tmp_path, monkeypatch)
     assert verify(checkpoints / "last") == []
 
 
-def test_removing_renames_first(tmp_path, monkeypatch):
+def test_a_removed_checkpoint_loses_its_name_first(tmp_path, monkeypatch):
     folder = save(tmp_path, 1)
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
     remove_checkpoint(folder)
@@ -304,14 +304,14 @@ def test_removing_renames_first(tmp_path, monkeypatch):
         find_last(tmp_path)
 
 
-def test_a_kill_at_a_random_moment_always_leaves_a_whole_checkpoint(tmp_path):
+def test_a_kill_at_a_random_moment_always_leaves_a_valid_checkpoint(tmp_path):
     save(tmp_path, 1)
     result = subprocess.run([sys.executable, "-c", KILL_WHILE_SAVING, str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) > 5, "too few rounds saved anything: nothing was put to the test"
+    assert int(result.stdout) > 5, "too few rounds saved a checkpoint, so the test is void"
 
 
-def test_lightnings_dictionary_survives_the_folder(tmp_path):
+def test_a_dictionary_from_lightning_is_stored_and_loaded_unchanged(tmp_path):
     weight = torch.randn(4, 3)
     dictionary = {
         "state_dict": {"model.embedding": weight, "model.head": weight, "model._extra_state": {"version": 2}},

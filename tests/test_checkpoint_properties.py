@@ -1,4 +1,4 @@
-"""What holds of every checkpoint, whatever is in it and whatever happens to it."""
+"""Property tests of checkpoints with random contents and random corruption."""
 
 import tempfile
 from pathlib import Path
@@ -38,7 +38,7 @@ def saved(folder, training=None):
 
 @FEW
 @given(TREES)
-def test_plain_data_comes_back_as_it_was(tree):
+def test_plain_data_is_loaded_as_it_was_saved(tree):
     with tempfile.TemporaryDirectory() as name:
         state = saved(Path(name) / "c", tree)
         assert verify(Path(name) / "c") == []
@@ -56,7 +56,7 @@ def test_copies_of_plain_data_are_equal_and_share_no_tensor(tree):
 
 @FEW
 @given(st.data())
-def test_a_changed_a_missing_or_an_added_byte_of_a_file_is_noticed(data):
+def test_a_changed_missing_or_added_byte_is_detected(data):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "c"
         saved(folder, [1.5])
@@ -77,7 +77,7 @@ def test_a_changed_a_missing_or_an_added_byte_of_a_file_is_noticed(data):
 
 @FEW
 @given(st.binary(max_size=200))
-def test_a_manifest_of_any_bytes_is_refused_without_an_error(content):
+def test_a_manifest_of_random_bytes_is_reported_and_raises_nothing(content):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "c"
         saved(folder)

@@ -17,7 +17,7 @@ from llm.run_folder.folder import SUMMARY_KEYS, RunFolder
 from llm.run_folder.metrics_file import MetricsFile
 from llm.run_folder.provenance import config_hash, git_commit, versions
 
-APPEND_FOR_EVER = """
+APPEND_UNTIL_KILLED = """
 import sys
 from llm.run_folder.folder import RunFolder
 folder = RunFolder(sys.argv[1])
@@ -29,15 +29,15 @@ while True:
     folder.append_metrics(step, {"val/loss": 2.0 / step})
     folder.update({"status": "running", "steps": step})
     if step == 20:
-        print("going", flush=True)
+        print("running", flush=True)
 """
 
 
-def test_a_claimed_folder_is_refused_while_its_process_lives(tmp_path):
-    command = [sys.executable, "-c", APPEND_FOR_EVER, str(tmp_path)]
+def test_a_folder_is_refused_while_another_process_writes_to_it(tmp_path):
+    command = [sys.executable, "-c", APPEND_UNTIL_KILLED, str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        assert process.stdout.readline() == "going\n"
+        assert process.stdout.readline() == "running\n"
         with pytest.raises(ConfigError, match=f"process {process.pid} on"):
             RunFolder(tmp_path).claim(resume=True)
     finally:
@@ -46,7 +46,7 @@ def test_a_claimed_folder_is_refused_while_its_process_lives(tmp_path):
     RunFolder(tmp_path).claim(resume=True)
 
 
-def test_a_lock_whose_process_number_was_given_to_another_process_is_stale(tmp_path):
+def test_a_lock_is_stale_when_its_process_number_belongs_to_another_process(tmp_path):
     folder = RunFolder(tmp_path)
     folder.claim()
     lock = json.loads((tmp_path / "run.lock").read_text())
@@ -55,7 +55,7 @@ def test_a_lock_whose_process_number_was_given_to_another_process_is_stale(tmp_p
     assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
 
 
-def test_a_lock_of_another_host_holds_until_it_has_been_silent_for_long(tmp_path):
+def test_a_lock_of_another_host_is_valid_until_it_was_not_updated_for_long(tmp_path):
     RunFolder(tmp_path).claim()
     lock = tmp_path / "run.lock"
     lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": 0.0}))
@@ -66,7 +66,7 @@ def test_a_lock_of_another_host_holds_until_it_has_been_silent_for_long(tmp_path
     RunFolder(tmp_path).claim(resume=True)
 
 
-def test_a_folder_that_holds_a_run_is_refused_unless_resuming(tmp_path):
+def test_a_folder_with_a_run_is_refused_unless_it_is_resumed(tmp_path):
     folder = RunFolder(tmp_path)
     folder.claim()
     folder.write_summary({"status": "finished"})
@@ -76,27 +76,27 @@ def test_a_folder_that_holds_a_run_is_refused_unless_resuming(tmp_path):
     RunFolder(tmp_path).claim(resume=True)
 
 
-def test_a_folder_with_only_a_checkpoint_holds_a_run(tmp_path):
+def test_a_folder_with_only_a_checkpoint_counts_as_a_run(tmp_path):
     (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
     with pytest.raises(ConfigError, match="it has step-00000010"):
         RunFolder(tmp_path).claim()
 
 
-def test_an_unwritable_folder_is_refused_with_its_name(tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused_with_its_name(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     with pytest.raises(ConfigError, match=r"run\.dir=.*file/run: cannot be written"):
         RunFolder(blocked / "run").claim()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_refused(tmp_path):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write to any folder")
+def test_a_folder_without_write_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ConfigError, match="cannot be written"):
         RunFolder(tmp_path).claim()
 
 
-def test_claiming_removes_what_a_killed_run_left_half_written(tmp_path):
+def test_claiming_a_folder_removes_incomplete_files_of_a_killed_run(tmp_path):
     checkpoints = tmp_path / "checkpoints"
     (checkpoints / ".tmp-step-00000010-99").mkdir(parents=True)
     (checkpoints / ".tmp-step-00000010-99" / "model.safetensors").write_bytes(b"half")
@@ -106,7 +106,7 @@ def test_claiming_removes_what_a_killed_run_left_half_written(tmp_path):
     assert not (tmp_path / ".tmp-summary.json-99").exists()
 
 
-def test_the_summary_always_has_every_key_and_updates_keep_the_others(tmp_path):
+def test_the_summary_always_has_every_key_and_an_update_keeps_the_other_values(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_summary({"status": "running", "parameters": 10})
     folder.update({"val/loss": torch.tensor(2.5), "mfu": float("nan")})
@@ -115,7 +115,7 @@ def test_the_summary_always_has_every_key_and_updates_keep_the_others(tmp_path):
     assert (summary["status"], summary["parameters"], summary["val/loss"], summary["mfu"]) == ("running", 10, 2.5, None)
 
 
-def test_two_writes_for_one_step_share_a_line(tmp_path):
+def test_two_writes_of_one_step_share_a_line(tmp_path):
     folder = RunFolder(tmp_path)
     folder.append_metrics(1, {"train/loss": 4.0})
     folder.append_metrics(2, {"train/loss": 3.0, "lr/matrix": 0.1})
@@ -132,7 +132,7 @@ def test_a_number_that_is_not_finite_is_written_as_null(tmp_path):
     assert folder.read_metrics() == [{"step": 1, "train/loss": None, "grad_norm": None}]
 
 
-def test_resuming_keeps_the_lines_at_or_before_its_step(tmp_path):
+def test_a_resumed_run_keeps_the_lines_up_to_its_step(tmp_path):
     folder = RunFolder(tmp_path)
     for step in range(1, 6):
         folder.append_metrics(step, {"train/loss": float(step)})
@@ -144,10 +144,10 @@ def test_resuming_keeps_the_lines_at_or_before_its_step(tmp_path):
     assert [line["train/loss"] for line in again.read_metrics()] == [1.0, 2.0, 3.0, 40.0]
 
 
-def test_after_a_kill_every_line_is_whole_and_the_summary_is_readable(tmp_path):
+def test_after_a_kill_every_line_is_complete_and_the_summary_is_readable(tmp_path):
     for attempt in range(3):
         folder = tmp_path / str(attempt)
-        process = subprocess.Popen([sys.executable, "-c", APPEND_FOR_EVER, str(folder)], stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-c", APPEND_UNTIL_KILLED, str(folder)], stdout=subprocess.PIPE)
         process.stdout.readline()
         time.sleep(0.05 * attempt)
         process.kill()
@@ -169,7 +169,7 @@ def test_a_rank_that_is_not_the_writer_writes_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_texts_are_replaced_or_appended(tmp_path):
+def test_text_files_are_replaced_or_extended(tmp_path):
     folder = RunFolder(tmp_path)
     folder.save_text("optimizer.txt", "first")
     folder.save_text("optimizer.txt", "second")
@@ -179,7 +179,7 @@ def test_texts_are_replaced_or_appended(tmp_path):
     assert (tmp_path / "samples.txt").read_text() == "ab"
 
 
-def test_versions_name_what_decides_a_result():
+def test_versions_include_the_packages_that_determine_a_result():
     found = versions()
     assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
     assert {"python", "lightning", "hydra", "numpy"} <= set(found)
@@ -198,7 +198,7 @@ def test_git_commit_is_a_hash_inside_a_checkout_and_none_outside(tmp_path):
     assert git_commit(tmp_path).endswith("-dirty")
 
 
-def test_secrets_are_redacted_and_token_counts_are_not():
+def test_secrets_are_redacted_and_token_counts_are_kept():
     settings = {
         "batch_tokens": 4096,
         "tokenizer": "bytes",
@@ -217,13 +217,13 @@ def test_secrets_are_redacted_and_token_counts_are_not():
     assert (clean["batch_tokens"], clean["tokenizer"]) == (4096, "bytes")
 
 
-def test_the_config_hash_follows_settings_and_not_their_order():
+def test_the_config_hash_depends_on_settings_and_not_on_their_order():
     assert config_hash({"a": 1, "b": {"c": [2]}}) == config_hash({"b": {"c": [2]}, "a": 1})
     assert config_hash({"a": 1}) != config_hash({"a": 2})
 
 
 def full_after(count):
-    """Stand for os.pwrite on a disk with room for so many bytes."""
+    """Return a replacement of os.pwrite for a disk with space for `count` bytes."""
     write = os.pwrite
 
     def pwrite(file, content, offset):
@@ -234,7 +234,7 @@ def full_after(count):
 
 
 @pytest.mark.parametrize("count", [0, 1, 9])
-def test_lines_that_a_full_disk_does_not_take_wait_and_none_is_ever_cut(tmp_path, monkeypatch, caplog, count):
+def test_lines_that_a_full_disk_refuses_are_written_later_and_none_is_partial(tmp_path, monkeypatch, caplog, count):
     folder = RunFolder(tmp_path)
     folder.append_metrics(1, {"train/loss": 1.0})
     with monkeypatch.context() as disk:
@@ -252,7 +252,7 @@ def test_lines_that_a_full_disk_does_not_take_wait_and_none_is_ever_cut(tmp_path
     assert caplog.text.count("the disk or quota is full") == 1
 
 
-def test_no_note_ends_a_run_on_a_full_disk_and_other_failures_do(tmp_path, monkeypatch):
+def test_a_full_disk_does_not_end_a_run_and_other_failures_do(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     folder.update({"status": "running"})
 
@@ -273,15 +273,15 @@ def test_no_note_ends_a_run_on_a_full_disk_and_other_failures_do(tmp_path, monke
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=12))
-def test_whatever_the_disk_takes_and_when_the_lines_are_those_of_a_disk_with_room(tmp_path_factory, writes):
-    """Each write goes some steps on, or joins the newest line, with room or without; in the end there is room."""
+def test_metrics_on_a_disk_that_is_full_at_any_moments_equal_those_on_a_disk_with_space(tmp_path_factory, writes):
+    """Each write starts a new line or extends the newest one, with space or without. At the end there is space."""
     path = tmp_path_factory.mktemp("metrics")
     there, expected, step = MetricsFile(path / "there"), MetricsFile(path / "expected"), 0
-    for number, (ahead, has_room) in enumerate([*writes, (1, True)]):
+    for number, (ahead, has_space) in enumerate([*writes, (1, True)]):
         step += ahead
         expected.append({"step": step, f"{number}": number})
         with pytest.MonkeyPatch.context() as disk:
-            if not has_room:
+            if not has_space:
                 disk.setattr(os, "pwrite", full_after(3))
             with contextlib.suppress(OSError):
                 there.append({"step": step, f"{number}": number})

@@ -17,7 +17,7 @@ CONFIG = {
 
 
 def nested(flat):
-    """Return CONFIG with dotted keys set."""
+    """Return CONFIG with these dotted keys set."""
     config = json.loads(json.dumps(CONFIG))
     for key, value in flat.items():
         node = config
@@ -30,7 +30,7 @@ def nested(flat):
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Write a run folder, `make_run("name", loss=2.0, **{"optimizer.lr": 0.1})`; its loss falls in a straight line."""
+    """Return a function that writes a run folder, `make_run("name", loss=2.0, seed=1)`. Its loss falls linearly."""
 
     def make(name, *, loss=2.0, status="finished", steps=10, summary=None, extra=None, start=6.0, **flat):
         folder = tmp_path / name

@@ -33,14 +33,14 @@ def test_the_leaderboard_ranks_by_mean_with_its_standard_error(make_run):
     assert (second.rank, second.tokens_to_loss, second.optimizer_state_bytes) == (2, None, 8000)
 
 
-def test_every_ranked_group_reaches_the_loss_that_it_ended_at(make_run):
+def test_the_default_target_is_reached_by_every_group_of_two(make_run):
     groups = groups_of(*several(make_run, "adamw", [2.0, 2.3, 2.1]), *several(make_run, "lion", [1.0, 1.2], **LION))
     target = default_target(groups)
-    assert target == pytest.approx((2.0 + 2.3 + 2.1) / 3)  # of two groups, the worse
+    assert target == pytest.approx((2.0 + 2.3 + 2.1) / 3)  # the worse of two groups
     assert [row.tokens_to_loss is not None for row in leaderboard(groups, target)] == [True, True]
 
 
-def test_the_same_thing_under_two_names_is_no_difference_and_a_clear_gap_is_one(make_run):
+def test_equal_losses_show_no_difference_and_a_large_gap_is_significant(make_run):
     losses = [2.01, 2.05, 1.98]
     groups = groups_of(
         *several(make_run, "adamw", [3.0, 3.05, 2.97]),
@@ -52,7 +52,7 @@ def test_the_same_thing_under_two_names_is_no_difference_and_a_clear_gap_is_one(
     assert "lion against tiger: no difference seen" in to_text(leaderboard(groups, None), verdicts(groups), None)
 
 
-def test_one_seed_makes_no_claim(make_run):
+def test_a_group_with_one_seed_makes_no_claim(make_run):
     groups = groups_of(make_run("a", loss=2.0), make_run("b", loss=3.0, **LION))
     (verdict,) = verdicts(groups)
     assert verdict.word == "one seed, no claim"
@@ -61,7 +61,7 @@ def test_one_seed_makes_no_claim(make_run):
     assert verdicts(mixed)[0].word == "one seed, no claim"
 
 
-def test_unfinished_and_diverged_groups_have_no_rank_and_stop_nothing(make_run):
+def test_unfinished_and_diverged_groups_are_listed_without_a_rank(make_run):
     groups = groups_of(
         make_run("a", loss=2.0),
         make_run("b", status="running", steps=4, **LION),
@@ -73,7 +73,7 @@ def test_unfinished_and_diverged_groups_have_no_rank_and_stop_nothing(make_run):
     assert {v.word for v in verdicts(groups)} == {"diverged"}
 
 
-def test_the_csv_holds_every_row_in_full(make_run):
+def test_the_csv_has_every_row_in_full_precision(make_run):
     rows = leaderboard(groups_of(make_run("a", loss=1 / 3)), None)
     (line,) = csv.DictReader(io.StringIO(to_csv(rows)))
     assert float(line["loss"]) == 1 / 3

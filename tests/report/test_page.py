@@ -1,4 +1,4 @@
-"""The page in a browser; needs `chromium` on the path."""
+"""Tests of the report page. Those in a browser need `chromium` on the path."""
 
 import json
 import re
@@ -39,7 +39,7 @@ CATCH = '<script>window.errors = []; addEventListener("error", (e) => errors.pus
 
 @pytest.fixture
 def sweep(make_run, tmp_path):
-    """Runs with everything that a report can show, one of them with a name that tries to be code."""
+    """Write runs with everything that a report can show. One has a name that contains HTML."""
     load = {"train/layer0/expert_load_global": [0.5, 0.25, 0.25], "train/layer0/codebook_usage": 0.5}
     for seed in range(3):
         make_run(f"sweep/{seed}_adamw", loss=2.0 + 0.01 * seed, seed=seed, extra=lambda step: load)
@@ -51,13 +51,13 @@ def sweep(make_run, tmp_path):
     (folder / "eval" / "extrapolation.json").write_text(
         json.dumps({"by_context": {"10": {"loss": 2.0}, "20": {"loss": 2.5}}})
     )
-    (tmp_path / "sweep/10_adamw").mkdir()  # it failed before it had a configuration
+    (tmp_path / "sweep/10_adamw").mkdir()  # this job failed before it had a configuration
     job = {"overrides": ["optimizer.lr=-1", "seed=4"], "state": "failed", "reason": "optimizer.lr=-1: must be above 0"}
     (tmp_path / "sweep/10_adamw/job.json").write_text(json.dumps(job))
     return tmp_path / "sweep"
 
 
-def test_the_page_holds_all_it_needs_and_no_text_can_break_out_of_it(sweep):
+def test_the_page_needs_no_other_file_and_escapes_text_from_runs(sweep):
     report = write_report([sweep])
     page = report.page.read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
@@ -70,11 +70,11 @@ def test_the_page_holds_all_it_needs_and_no_text_can_break_out_of_it(sweep):
     for (first, second), (word, p) in shown.items():
         line = next(line for line in text.splitlines() if f"{first} against {second}" in line)
         assert word in line
-        assert p is None or f"p = {p:.2g}" in line  # the same correction in both
+        assert p is None or f"p = {p:.2g}" in line  # page and text show the same corrected p-value
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on the path")
-def test_in_a_browser_the_table_sorts_the_plots_are_there_and_nothing_complains(sweep):
+def test_in_a_browser_tables_sort_and_plots_are_drawn_without_errors(sweep):
     page = write_report([sweep]).page
     html = page.read_text().replace("<head>", "<head>" + CATCH, 1).replace("</body>", PROBE + "</body>")
     (page.parent / "probe.html").write_text(html)
@@ -90,9 +90,9 @@ def test_in_a_browser_the_table_sorts_the_plots_are_there_and_nothing_complains(
     assert set(found["sections"]) >= {"curves", "board", "rates", "versus", "fits", "useful", "experts", "codebooks",
                                       "extrapolation", "difference", "runs"}  # fmt: skip
     assert "adamw" in found["tip"]
-    assert found["compared"] == ["0_adamw", "7_more"]  # the two best settings
+    assert found["compared"] == ["0_adamw", "7_more"]  # initially the two best settings
     assert "batch_tokens" in found["difference"]
-    assert found["choices"] == 10  # all but the one without a configuration
+    assert found["choices"] == 10  # all runs with a configuration
     (failed,) = [row.split() for row in found["runs"] if row.startswith("10_adamw")]
     assert failed == ["10_adamw", "failed", "-1", "4", *"–––––", "optimizer.lr=-1:", "must", "be", "above", "0"]
 
@@ -128,7 +128,7 @@ def test_watching_writes_anew_until_every_run_has_ended(make_run, tmp_path):
     assert '"refresh_seconds":60.0' in (tmp_path / "sweep/report/index.html").read_text()
 
 
-def test_runs_of_one_name_in_several_folders_are_told_apart(make_run, tmp_path):
+def test_runs_of_the_same_name_in_several_folders_get_distinct_names(make_run, tmp_path):
     first, second = make_run("a/0_run"), make_run("b/0_run", seed=1)
     runs = [RunReader().read(folder) for folder in (first, second)]
     assert short_names(runs) == ["a/0_run", "b/0_run"]

@@ -28,33 +28,35 @@ def test_runs_are_found_below_a_folder_in_the_order_of_their_jobs(make_run, tmp_
         ("finished", "finished", ""),
         ("failed: loss=nan: not finite", "failed", "loss=nan: not finite"),
         ("stopped: SIGTERM", "stopped", "SIGTERM"),
-        ("running", "died", ""),  # no process writes to it
+        ("running", "died", ""),  # no process writes to the folder
         (None, "pending", ""),
     ],
 )
-def test_the_state_of_a_run_is_told(make_run, status, state, reason):
+def test_the_state_of_a_run_is_read_from_its_status(make_run, status, state, reason):
     run = RunReader().read(make_run("run", status=status, steps=4))
     assert (run.state, run.reason) == (state, reason)
     assert run.loss == (2.0 if state == "finished" else None)
     assert run.progress == (1.0 if state == "finished" else 0.4)
 
 
-def test_a_run_that_a_process_writes_to_is_running(make_run):
+def test_a_run_is_running_while_another_process_writes_to_it(make_run):
     folder = make_run("run", status="running")
     owner = {"pid": os.getppid(), "host": os.uname().nodename, "started": None}
     RunFolder(folder).claim(resume=True)
     lock = json.loads((folder / "run.lock").read_text())
-    assert RunReader().read(folder).state == "died"  # ours: whoever asks from inside is not told of itself
+    assert RunReader().read(folder).state == "died"  # the process itself does not count as another process
     (folder / "run.lock").write_text(json.dumps(lock | owner | {"started": psutil.Process(os.getppid()).create_time()}))
     assert RunReader().read(folder).state == "running"
 
 
-def test_reading_again_takes_up_what_was_added_joined_and_rewritten(make_run):
+def test_reading_again_finds_added_extended_and_rewritten_lines(make_run):
     folder = make_run("run", steps=3)
     path, reader = folder / "metrics.jsonl", RunReader()
     assert [line["step"] for line in reader.read(folder).lines] == [1, 2, 3]
     with open(path, "a") as file:
-        file.write('{"step": 4, "tokens_seen": 400, "train/loss": 1.0}\n{"step": 5, "tok')  # a kill cut the last one
+        file.write(
+            '{"step": 4, "tokens_seen": 400, "train/loss": 1.0}\n{"step": 5, "tok'
+        )  # the last line is incomplete
     assert [line["step"] for line in reader.read(folder).lines] == [1, 2, 3, 4]
     writer = RunFolder(folder)
     writer.truncate_metrics(2)
@@ -69,15 +71,15 @@ def test_reading_again_takes_up_what_was_added_joined_and_rewritten(make_run):
 
 def test_seconds_and_flops_come_from_the_lines_or_from_the_throughput(make_run):
     run = RunReader().read(make_run("old"))
-    # 100 tokens an update at 50 tokens a second; 6 FLOPs a token for each of 1000 parameters
+    # 100 tokens per update at 50 tokens per second; 6 FLOPs per token and parameter with 1000 parameters
     assert [p.seconds for p in run.curve("train/loss")] == pytest.approx([2.0 * step for step in range(1, 11)])
     assert run.curve("train/loss")[-1].flops == 6 * 1000 * 1000
-    told = make_run("new", extra=lambda step: {"training_seconds": 3.0 * step}, summary={"flops_per_token": 10.0})
-    last = RunReader().read(told).curve("val/loss")[-1]
+    stated = make_run("new", extra=lambda step: {"training_seconds": 3.0 * step}, summary={"flops_per_token": 10.0})
+    last = RunReader().read(stated).curve("val/loss")[-1]
     assert (last.seconds, last.flops) == (30.0, 10.0 * 1000)
 
 
-def test_a_broken_file_is_as_good_as_none(make_run):
+def test_a_corrupt_file_is_treated_as_missing(make_run):
     folder = make_run("run")
     (folder / "summary.json").write_text("{")
     (folder / "config.yaml").write_text("a: [")

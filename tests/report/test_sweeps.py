@@ -1,4 +1,4 @@
-"""Reports of sweeps that have not ended, or hardly begun."""
+"""Tests of reports of sweeps that have not ended or have no finished job."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def begin(make_run, sweep, seed, **options):
     SweepJob(overrides=(f"seed={seed}",), folder=folder.name, state="finished").write(sweep)
 
 
-def test_jobs_that_have_not_begun_are_counted_and_keep_an_open_sweep_open(make_run, sweep):
+def test_pending_jobs_are_counted_while_their_sweep_runs(make_run, sweep):
     begin(make_run, sweep, 1)
     with FileLock(sweep / LOCK):
         report = write_report([sweep], refresh_seconds=5)
@@ -42,10 +42,10 @@ def test_jobs_that_have_not_begun_are_counted_and_keep_an_open_sweep_open(make_r
     data = json.loads(re.search(r'id="data">(.*?)</script>', report.page.read_text(), re.DOTALL).group(1))
     assert data["is_open"]
     assert sorted(data["states"]) == ["finished", "pending", "pending"]
-    assert not write_report([sweep]).is_open  # nobody runs it any more: there is nothing to wait for
+    assert not write_report([sweep]).is_open  # no process runs the sweep any more
 
 
-def test_a_sweep_that_has_just_begun_is_no_mistake(sweep):
+def test_a_report_of_a_sweep_without_a_started_job_is_written(sweep):
     with FileLock(sweep / LOCK):
         report = write_report([sweep])
     assert report.is_open
@@ -53,7 +53,7 @@ def test_a_sweep_that_has_just_begun_is_no_mistake(sweep):
     assert report.page.is_file()
 
 
-def test_watching_goes_on_between_two_jobs_and_ends_with_the_sweep(make_run, sweep):
+def test_watching_continues_between_two_jobs_and_ends_with_the_sweep(make_run, sweep):
     begin(make_run, sweep, 1)
     lock = FileLock(sweep / LOCK)
     lock.acquire()

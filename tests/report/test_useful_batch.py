@@ -8,7 +8,7 @@ from llm.report.runs import RunReader
 from llm.report.useful_batch import useful_batches, useful_text
 
 UPDATES, BATCH = 40, 400
-"""The fewest updates of the runs below, and their useful batch."""
+"""The minimum of updates and the useful batch of the runs below."""
 RAMP = {"batch_schedule._target_": "llm.scaling.batch_schedule.doubling"}
 
 
@@ -18,32 +18,32 @@ def found_in(folders):
 
 
 def on_the_hyperbola(make_run, batches, prefix="", **flat):
-    """Runs that all reach 2.0 in the updates that their batch needs."""
+    """Write runs that reach a loss of 2.0 in the number of updates that their batch needs."""
     for batch in batches:
         steps = round(UPDATES * (1 + BATCH / batch))
         yield make_run(f"{prefix}{batch}", steps=steps, max_steps=steps, batch_tokens=batch, **flat)
 
 
-def test_a_measured_noise_scale_says_how_far_past_the_useful_batch_a_run_is(make_run):
+def test_a_measured_noise_scale_gives_the_useful_batch_and_compares_the_run_with_it(make_run):
     folders = [make_run(str(seed), seed=seed, summary={"noise_scale": scale}) for seed, scale in enumerate((20, 80))]
     (useful,) = found_in(folders)
-    assert useful.tokens == pytest.approx(40)  # in the middle of two seeds, by ratio
+    assert useful.tokens == pytest.approx(40)  # the geometric mean of two seeds
     assert useful.lines == [
         "test: useful batch 40 tokens, by the noise scale measured while training",
         "  batch_tokens=100: 2.5 x the useful batch, past it: 3.5 x the fewest tokens, 1.4 x the fewest updates",
     ]
 
 
-def test_a_noise_scale_that_only_the_rule_has_counts_and_measured_does_not(make_run):
-    told = make_run("told", **{"scaling.noise_scale": 1000.0})
-    (useful,) = found_in([told])
+def test_a_noise_scale_from_the_scaling_rule_is_used_unless_it_says_measured(make_run):
+    given = make_run("given", **{"scaling.noise_scale": 1000.0})
+    (useful,) = found_in([given])
     assert "by the noise scale of scaling.noise_scale" in useful.lines[0]
     assert "0.1 x the useful batch, below it: 1.1 x the fewest tokens, 11 x the fewest updates" in useful.lines[1]
     assert found_in([make_run("probed", **{"scaling.noise_scale": "measured"})]) == []
     assert found_in([make_run("none", summary={"noise_scale": None})]) == []
 
 
-def test_a_sweep_over_batches_finds_the_hyperbola_that_made_it(make_run):
+def test_a_sweep_over_batches_recovers_the_hyperbola_of_its_runs(make_run):
     (useful,) = found_in(on_the_hyperbola(make_run, [100, 400, 1600]))
     assert useful.tokens == pytest.approx(BATCH, rel=1e-6)
     assert useful.trade is not None
@@ -56,7 +56,7 @@ def test_a_sweep_over_batches_finds_the_hyperbola_that_made_it(make_run):
     assert useful.caution == ""
 
 
-def test_each_optimizer_of_a_sweep_has_its_own(make_run):
+def test_each_optimizer_of_a_sweep_gets_its_own_estimate(make_run):
     lion = {"optimizer._target_": "llm.optim.lion.Lion"}
     runs = [*on_the_hyperbola(make_run, [100, 400], "a"), *on_the_hyperbola(make_run, [100, 400], "b", **lion)]
     found = found_in(runs)
@@ -64,19 +64,19 @@ def test_each_optimizer_of_a_sweep_has_its_own(make_run):
     assert all("two batches" in useful.caution for useful in found)
 
 
-def test_runs_that_show_no_useful_batch_say_why(make_run):
+def test_runs_that_determine_no_useful_batch_give_the_reason(make_run):
     (seldom,) = found_in([make_run(f"s{b}", steps=2, max_steps=2, batch_tokens=b) for b in (100, 200)])
     assert seldom.lines == [
         "all runs: no useful batch from the sweep, to loss 2.000: batch_tokens=100,200: no validation before that "
         "loss; lower val_every"
     ]
     (flat,) = found_in([make_run(f"f{b}", steps=20, max_steps=20, batch_tokens=b) for b in (100, 200)])
-    assert "lie on no hyperbola" in flat.caution  # as many updates whatever the batch
+    assert "lie on no hyperbola" in flat.caution  # the same number of updates for each batch
     ramps = [make_run(f"r{b}", steps=20, max_steps=20, batch_tokens=b, **RAMP) for b in (100, 200)]
     assert found_in(ramps) == []
 
 
-def test_the_report_says_it_in_its_text_and_on_its_page(make_run, tmp_path):
+def test_the_report_shows_the_useful_batch_in_its_text_and_on_its_page(make_run, tmp_path):
     list(on_the_hyperbola(make_run, [100, 400, 1600], "sweep/"))
     report = write_report([tmp_path / "sweep"])
     assert "Useful batch: (S/S_min - 1)(E/E_min - 1) = 1\n  all runs: useful batch 400 tokens" in report.text

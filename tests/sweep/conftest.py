@@ -1,4 +1,4 @@
-"""A project whose train.py takes a tenth of a second: sweeps are about processes, not about models."""
+"""A project with a stand-in for train.py that takes a tenth of a second, because these tests are about processes."""
 
 import os
 import shutil
@@ -27,9 +27,9 @@ hydra:
 """
 
 TRAIN = '''
-"""Stands in for train.py: ten steps whose loss is a function of (lr, seed), with a checkpoint after the fifth.
+"""A stand-in for train.py: ten steps whose loss is a function of (lr, seed), with a checkpoint after the fifth.
 
-kind=fails raises and kind=dies kills itself after step 7, unless a file `mended` stands beside this one.
+kind=fails raises and kind=dies kills itself after step 7, unless the folder of this file has a file `mended`.
 """
 import json, math, os, signal, sys, time
 from pathlib import Path
@@ -100,7 +100,7 @@ except CrucibleError as error:
 
 
 class Project:
-    """A folder with conf/, train.py, and a way to sweep in it."""
+    """A folder with conf/ and train.py in which tests run sweeps."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -113,13 +113,13 @@ class Project:
         self.environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
     def start(self, *arguments: str, **options):
-        """Start a sweep in a process of its own."""
+        """Start a sweep in a new process."""
         command = [sys.executable, str(self.path / "sweep.py"), "-m", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=self.path, env=self.environment, **pipes, **options)
 
     def sweep(self, *arguments: str, monkeypatch, capfd):
-        """Sweep in this process: (exit status, standard output, standard error)."""
+        """Run a sweep in this process and return (exit status, standard output, standard error)."""
         from llm.commands.multirun import run_sweep
 
         monkeypatch.chdir(self.path)
@@ -127,17 +127,17 @@ class Project:
         monkeypatch.setenv("PYTHONPATH", self.environment["PYTHONPATH"])
         capfd.readouterr()
         status = run_sweep(arguments, task=self.task, config_name="train", config_dir=self.path / "conf")
-        told = capfd.readouterr()
-        return status, told.out, told.err
+        captured = capfd.readouterr()
+        return status, captured.out, captured.err
 
     @staticmethod
     def task(cfg, path):
-        """What a plain run does where jobs share a process."""
+        """Run a job where jobs share a process."""
         raise AssertionError("each job is a process of its own")
 
     @property
     def sweeps(self) -> list[Path]:
-        """The folders of its sweeps, oldest first."""
+        """The folders of all sweeps, oldest first."""
         return sorted((self.path / "multirun").iterdir())
 
 
@@ -148,7 +148,7 @@ def project(tmp_path) -> Project:
 
 @pytest.fixture
 def sweep(project, monkeypatch, capfd):
-    """Call `sweep("seed=1,2", …)`: (exit status, standard output, standard error)."""
+    """Return a function: `sweep("seed=1,2", …)` gives (exit status, standard output, standard error)."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as the command line does
     return lambda *arguments: project.sweep(*arguments, monkeypatch=monkeypatch, capfd=capfd)

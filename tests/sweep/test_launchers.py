@@ -1,4 +1,4 @@
-"""Hydra's launchers and sweepers around our jobs; each needs its plugin, extra `sweep`."""
+"""Tests of Hydra's launchers and sweepers with jobs of a sweep. Each needs its plugin, which the extra `sweep` has."""
 
 import json
 
@@ -26,19 +26,19 @@ def test_joblib_runs_jobs_side_by_side_and_divides_the_threads(project, sweep, m
     assert status == 1, err
     assert "killed by SIGKILL" in out
     first, second = starts(project)
-    assert abs(first["began"] - second["began"]) < 2  # either takes at least 2.1 s: they overlap
+    assert abs(first["began"] - second["began"]) < 2  # each takes at least 2.1 s, so they overlap
     assert [first["threads"], second["threads"]] == ["4", "4"]
 
 
 @needs("hydra-joblib-launcher")
-def test_threads_that_the_user_set_are_left_alone(project, sweep, monkeypatch):
+def test_joblib_keeps_the_number_of_threads_that_the_user_set(project, sweep, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert sweep("seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")[0] == 0
     assert [start["threads"] for start in starts(project)] == ["3", "3"]
 
 
 @needs("hydra-submitit-launcher")
-def test_a_cluster_is_a_choice_that_composes():
+def test_the_slurm_launcher_and_its_settings_compose():
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         chosen = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=8"]
@@ -49,7 +49,7 @@ def test_a_cluster_is_a_choice_that_composes():
 
 
 @needs("hydra-submitit-launcher")
-def test_submitit_runs_each_job_where_it_is_sent(project, sweep):
+def test_the_local_submitit_launcher_runs_jobs_and_reports_failures(project, sweep):
     status, _, err = sweep("kind=good,fails", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=1")
     assert status == 1, err
     (folder,) = project.sweeps
@@ -58,7 +58,7 @@ def test_submitit_runs_each_job_where_it_is_sent(project, sweep):
 
 
 @needs("hydra-optuna-sweeper")
-def test_a_study_outlives_its_failed_trials_and_is_resumed_without_repeating_one(project, sweep):
+def test_an_optuna_study_continues_after_failed_trials_and_a_resumed_one_repeats_no_finished_trial(project, sweep):
     space = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=3"]
     space += ["optimizer.lr=tag(log, interval(0.001, 1.0))", "kind=choice(good, fails)"]
     status, out, err = sweep(*space)
@@ -72,7 +72,7 @@ def test_a_study_outlives_its_failed_trials_and_is_resumed_without_repeating_one
     best = yaml.safe_load((folder / "optimization_results.yaml").read_text())
     assert best["best_value"] == min(job.value for job in manifest.jobs if job.value is not None)
     (project.path / "mended").touch()
-    assert sweep(*space)[0] == 0  # its sampler's seed is fixed: it asks for the same trials again
+    assert sweep(*space)[0] == 0  # its sampler has a fixed seed and asks for the same trials again
     again = read_sweep(folder)
     assert len(again.jobs) >= 6
     kept = {job.key: job.attempts for job in again.jobs}
@@ -80,14 +80,14 @@ def test_a_study_outlives_its_failed_trials_and_is_resumed_without_repeating_one
 
 
 @needs("hydra-optuna-sweeper")
-def test_a_study_whose_every_trial_fails_ends_like_any_sweep(project, sweep):
+def test_an_optuna_study_in_which_every_trial_fails_ends_with_the_usual_summary(project, sweep):
     status, _, err = sweep("hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "kind=choice(fails,nothing)")
     assert status == 1
     assert err.endswith(f"0 of 2 jobs done, 2 failed; resume with -m sweep.resume=multirun/{project.sweeps[0].name}\n")
     assert "Traceback" not in err
 
 
-def test_the_jobs_of_a_sweep_are_known_ahead(project):
+def test_the_jobs_of_a_grid_are_known_before_it_starts(project):
     ahead = look_ahead(
         ["seed=1,2", "optimizer.lr=0.1", "kind=a,b"], config_name="train", config_dir=project.path / "conf"
     )
@@ -97,13 +97,13 @@ def test_the_jobs_of_a_sweep_are_known_ahead(project):
     ]
 
 
-def test_plans_are_no_sweep():
+def test_a_multirun_with_plan_is_not_run_as_a_sweep():
     assert is_multirun(["-m", "seed=1,2"])
     assert not is_multirun(["-m", "seed=1,2", "plan=true"])
     assert not is_multirun(["seed=1"])
 
 
-def test_devices_are_shared_out_evenly_and_doubled_up_where_there_are_too_few():
+def test_devices_are_divided_evenly_and_shared_where_there_are_too_few():
     assert [share(tuple("01234567"), slot, 4) for slot in range(4)] == [("0", "1"), ("2", "3"), ("4", "5"), ("6", "7")]
     assert [share(tuple("012"), slot, 2) for slot in range(2)] == [("0",), ("1", "2")]
     assert [share(tuple("01"), slot, 3) for slot in range(3)] == [("0",), ("1",), ("0",)]

@@ -31,10 +31,10 @@ def write_run(folder, *, steps, total=10):
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 99, "trai')
 
 
-def test_a_terminal_shows_a_line_a_job_with_state_step_loss_and_time(sweep):
+def test_a_terminal_shows_one_line_per_job_with_state_step_loss_and_time(sweep):
     write_run(sweep / "1", steps=3)
     monitor = Monitor(sweep, read_sweep(sweep), line_every=1.0)
-    monitor._table()  # the first sight of a job starts its clock
+    monitor._table()  # the first call starts the clock of each job
     time.sleep(0.05)
     write_run(sweep / "1", steps=4)
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
@@ -51,10 +51,10 @@ def test_a_terminal_shows_a_line_a_job_with_state_step_loss_and_time(sweep):
         strict=True,
     ):
         assert all(part in line for part in parts), line
-        assert "a=1" not in line  # what all jobs share says nothing
+        assert "a=1" not in line  # an override that all jobs share is not shown
 
 
-def test_the_time_left_follows_from_the_speed_seen(tmp_path, monkeypatch):
+def test_the_remaining_time_is_estimated_from_the_observed_speed(tmp_path, monkeypatch):
     reader = ProgressReader()
     monkeypatch.setattr("llm.sweep.job_progress.time.monotonic", lambda: clock)
     clock = 100.0
@@ -66,14 +66,14 @@ def test_the_time_left_follows_from_the_speed_seen(tmp_path, monkeypatch):
     assert reader.read(tmp_path) == (4, 10, 1.0, 18.0)  # two steps took 6 seconds, and six are left
 
 
-def test_the_last_whole_line_is_found_behind_one_that_is_cut(tmp_path):
+def test_the_last_complete_line_is_found_before_an_incomplete_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert last_line(path) is None
     path.write_text('{"step": 1}\n{"step": 2, "x": 1}\n{"ste')
     assert last_line(path) == {"step": 2, "x": 1}
 
 
-def test_notes_that_cannot_be_read_are_passed_over(sweep):
+def test_job_notes_that_cannot_be_read_are_skipped(sweep):
     (sweep / "3").mkdir()
     (sweep / "3" / "job.json").write_text("{")
     assert [note.folder for note in read_notes(sweep)] == ["0", "1", "2"]

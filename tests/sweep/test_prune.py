@@ -1,4 +1,4 @@
-"""Jobs that fall behind: the two rules on their own, and in sweeps of a stand-in for train.py."""
+"""Tests of the rules that end jobs early, on their own and in sweeps of a stand-in for train.py."""
 
 import json
 import math
@@ -23,25 +23,25 @@ HALVING = Pruning(rule="halving", after=0.125, factor=2, others=1)
 @pytest.mark.parametrize(
     ("loss", "others", "is_pruned"),
     [
-        (2.0, [1.0, 2.0, 3.0], False),  # as good as the median
+        (2.0, [1.0, 2.0, 3.0], False),  # equal to the median
         (2.1, [1.0, 2.0, 3.0], True),
-        (9.0, [1.0, 2.0], False),  # too few to tell
-        (2.6, [1.0, 2.0, 3.0, 4.0], True),  # the median of an even number lies between two
+        (9.0, [1.0, 2.0], False),  # too few other jobs
+        (2.6, [1.0, 2.0, 3.0, 4.0], True),  # the median of an even number is the mean of the middle two
         (math.inf, [1.0, math.inf, math.inf], False),
         (math.inf, [1.0, 2.0, math.inf], True),
     ],
 )
-def test_the_median_rule_ends_what_is_strictly_worse_than_the_median(loss, others, is_pruned):
+def test_the_median_rule_ends_a_job_strictly_above_the_median(loss, others, is_pruned):
     assert bool(MEDIAN.judge(loss, others)) is is_pruned
 
 
-def test_halving_lets_one_in_so_many_go_on_at_each_rung_once():
+def test_halving_keeps_one_in_factor_jobs_and_judges_once_per_rung():
     eta4 = Pruning(rule="halving", after=0.0625, factor=4, others=3)
     assert [bool(eta4.judge(loss, [1.0, 2.0, 3.0])) for loss in (0.5, 1.5, 3.5)] == [False, True, True]
     assert [bool(eta4.judge(loss, [1, 2, 3, 4, 5, 6, 7])) for loss in (1.5, 2.5)] == [False, True]  # two of eight
     shares = [step / 20 for step in range(21)]
     asked = [step for step in range(1, 21) if HALVING.asks(shares[step - 1], shares[step])]
-    assert asked == [3, 5, 10]  # on or after 1/8, at 1/4, at 1/2, and not at the end
+    assert asked == [3, 5, 10]  # at or after 1/8, at 1/4, at 1/2, and not at the end
     assert [step for step in range(1, 21) if eta4.asks(shares[step - 1], shares[step])] == [2, 5]
 
 
@@ -52,7 +52,7 @@ def test_losses_are_compared_at_the_same_tokens_whatever_the_batch():
 
 @pytest.fixture
 def write_job(tmp_path):
-    """Write one job of a sweep: `write_job("0", [3.0, 2.0], "seed=1")`, a validation every second step of ten."""
+    """Return a function that writes one job with these losses: `write_job("0", [3.0, 2.0], "seed=1")`."""
 
     def write(name, losses, *overrides, batch=100):
         job = SweepJob(overrides=(f"name={name}", *overrides), folder=name, state="running")
@@ -69,21 +69,21 @@ def write_job(tmp_path):
     return write
 
 
-def test_a_job_is_held_against_those_of_its_seed_that_came_as_far(write_job, tmp_path):
+def test_a_job_is_compared_with_jobs_of_its_seed_that_reached_the_same_tokens(write_job, tmp_path):
     for number in range(3):
         write_job(f"good-{number}", [3.0, 2.0], "seed=1")
     write_job("early", [1.0], "seed=1")
     same, other = write_job("same", [9.0, 2.5], "seed=1"), write_job("other", [9.0, 2.5], "seed=2")
-    # at step 2, a fifth of the way, it is too early; at step 4 the loss of 2.5 is above three of 2.0
+    # step 2 of 10 is before a quarter of the updates; at step 4 the loss of 2.5 is above three losses of 2.0
     why = "val/loss 2.5000 at 400 tokens is above 2.0000, the median of 3 others"
     assert Pruner(MEDIAN, tmp_path, same).look() == (2.5, why)
     assert Pruner(MEDIAN, tmp_path, other).look() is None
     watched = Pruner(MEDIAN, tmp_path, write_job("wide", [None], "seed=1", batch=200))
-    assert watched.look() is None  # the first validation comes too early, though it is not finite
-    assert watched.look() is None  # and is judged once
+    assert watched.look() is None  # the first validation is before a quarter of the updates
+    assert watched.look() is None  # each validation is judged once
 
 
-def test_a_loss_that_is_not_finite_is_the_worst(write_job, tmp_path):
+def test_a_loss_that_is_not_finite_counts_as_infinite(write_job, tmp_path):
     for number in range(3):
         write_job(f"good-{number}", [3.0, 2.0])
     behind = Pruner(MEDIAN, tmp_path, write_job("nan", [None, None])).look()
@@ -95,7 +95,7 @@ RATES = ("optimizer.lr=0.01,0.02,0.03,1.0,0.011,10.0", "step_seconds=0.1", "swee
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Look more often, for jobs that take half a second."""
+    """Check jobs more often, because they take half a second."""
     monkeypatch.setattr(job_process, "LOOK_EVERY", 0.02)
 
 
@@ -103,7 +103,7 @@ def states(folder):
     return {job.overrides[0].split("=")[1]: job.state for job in read_sweep(folder).jobs}
 
 
-def test_jobs_that_fall_behind_end_early_and_do_not_make_the_sweep_fail(project, sweep, quick):
+def test_pruned_jobs_end_early_and_the_sweep_still_succeeds(project, sweep, quick):
     status, out, err = sweep(*RATES)
     (folder,) = project.sweeps
     assert status == 0, err
@@ -116,7 +116,7 @@ def test_jobs_that_fall_behind_end_early_and_do_not_make_the_sweep_fail(project,
         steps = [json.loads(line)["step"] for line in (folder / job.folder / "metrics.jsonl").read_text().splitlines()]
         assert steps[-1] == 10 if job.state == "finished" else 3 <= steps[-1] < 10
         if job.state == "pruned":
-            # step 3 is the first after a quarter, and the others have all come so far
+            # step 3 is the first after a quarter, which all other jobs have reached
             assert re.fullmatch(
                 r"val/loss \d+\.\d{4} at 300 tokens is above 4\.8\d+, the median of [35] others", job.reason
             )
@@ -124,11 +124,11 @@ def test_jobs_that_fall_behind_end_early_and_do_not_make_the_sweep_fail(project,
     line = next(line for line in out.splitlines() if line.startswith("  4/6  pruned  val/loss "))
     assert line.endswith("optimizer.lr=1.0")
     assert "6 runs: 4 finished, 2 pruned" in out
-    assert sweep(f"sweep.resume={folder}")[0] == 0  # nothing is left to do
+    assert sweep(f"sweep.resume={folder}")[0] == 0  # every job is done
     assert {job.attempts for job in read_sweep(folder).jobs} == {1}
 
 
-def test_a_resumed_sweep_keeps_its_rule_and_a_sweep_told_to_stop_stops(project, sweep, quick):
+def test_a_stopped_sweep_leaves_its_jobs_unfinished_and_keeps_its_rule_when_resumed(project, sweep, quick):
     process = project.start(*RATES, "sweep.prune_others=2")
     deadline = time.monotonic() + 60
     while not list(project.path.glob("multirun/*/1_*/metrics.jsonl")):
@@ -148,7 +148,7 @@ def test_a_resumed_sweep_keeps_its_rule_and_a_sweep_told_to_stop_stops(project, 
         sweep(f"sweep.resume={folder}", "sweep.isolate=false")
 
 
-def test_a_setting_that_lost_seeds_claims_nothing(project, sweep, quick):
+def test_the_report_makes_no_claim_about_a_setting_with_pruned_seeds(project, sweep, quick):
     sweep("optimizer.lr=0.01,0.02,0.03,1.0", "seed=1,2", "step_seconds=0.1", "sweep.prune=halving")
     (folder,) = project.sweeps
     jobs = [job for job in read_sweep(folder).jobs if job.state == "pruned"]
@@ -164,7 +164,7 @@ def test_a_setting_that_lost_seeds_claims_nothing(project, sweep, quick):
 
 
 @needs("hydra-optuna-sweeper")
-def test_a_pruned_trial_counts_with_its_last_loss_and_does_not_end_the_study(project, sweep, quick):
+def test_a_pruned_optuna_trial_counts_with_its_last_loss_and_the_study_continues(project, sweep, quick):
     space = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=7", "hydra.sweeper.n_jobs=1", "step_seconds=0.1",
              "optimizer.lr=tag(log, interval(0.001, 10.0))", "sweep.prune=halving", "sweep.prune_others=2"]  # fmt: skip
     status, out, err = sweep(*space)
@@ -189,7 +189,7 @@ def test_a_pruned_trial_counts_with_its_last_loss_and_does_not_end_the_study(pro
         (["sweep.prune=median", "sweep.isolate=false"], "all jobs share one"),
     ],
 )
-def test_mistakes_are_told_before_any_job_begins(project, sweep, arguments, answer):
+def test_invalid_pruning_settings_are_reported_before_any_job_starts(project, sweep, arguments, answer):
     with pytest.raises(ConfigError, match=answer):
         sweep("seed=1,2", *arguments)
     assert not (project.path / "multirun").exists()

@@ -1,4 +1,4 @@
-"""Sweeps of a stand-in for train.py: jobs that fail and die, resumption, signals."""
+"""Tests of sweeps of a stand-in for train.py: failed and killed jobs, resumption, signals."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def states(folder):
 def wait_for(condition, seconds=30.0):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
 
 
@@ -60,7 +60,7 @@ def test_failed_and_killed_jobs_are_resumed_to_the_leaderboard_of_an_undisturbed
         steps = [json.loads(line)["step"] for line in (first / job.folder / "metrics.jsonl").read_text().splitlines()]
         assert steps == [*range(1, 11)]
 
-    status, _, err = sweep(*GRID)  # the first has finished: this is a new one, undisturbed
+    status, _, err = sweep(*GRID)  # the first sweep has finished, so this is a new one
     assert status == 0, err
     assert len(project.sweeps) == 2
     boards = [(folder / "report" / "leaderboard.csv").read_text() for folder in project.sweeps]
@@ -68,7 +68,7 @@ def test_failed_and_killed_jobs_are_resumed_to_the_leaderboard_of_an_undisturbed
     assert boards[0].count("\n") == 4
 
 
-def test_the_same_command_again_goes_on_with_what_is_unfinished(project, sweep):
+def test_the_same_command_again_resumes_the_unfinished_sweep(project, sweep):
     command = ("kind=good,fails", "sweep.report=false")
     assert sweep(*command)[0] == 1
     (project.path / "mended").touch()
@@ -81,13 +81,13 @@ def test_the_same_command_again_goes_on_with_what_is_unfinished(project, sweep):
     assert len(project.sweeps) == 3
 
 
-def test_a_job_without_a_checkpoint_starts_again_from_nothing(project, sweep):
+def test_a_job_without_a_checkpoint_starts_again_from_the_beginning(project, sweep):
     assert sweep("kind=nothing,good")[0] == 1
     (folder,) = project.sweeps
     assert states(folder)["kind=nothing"] == ("failed", "kind=nothing: cannot be; try good")
     sweep(f"sweep.resume={folder}")
     (job,) = [job for job in read_sweep(folder).jobs if job.state == "failed"]
-    assert (job.attempts, job.reason) == (2, "kind=nothing: cannot be; try good")  # told once: of this attempt alone
+    assert (job.attempts, job.reason) == (2, "kind=nothing: cannot be; try good")  # the errors of this attempt only
     assert "resume" not in " ".join(starts(folder / job.folder)[-1]["argv"])
     steps = [json.loads(line)["step"] for line in (folder / job.folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1]
@@ -98,7 +98,7 @@ def test_each_job_is_a_plain_run_in_a_process_group_of_its_own(project, sweep):
     (folder,) = project.sweeps
     for job in read_sweep(folder).jobs:
         (start,) = starts(folder / job.folder)
-        assert "-m" not in start["argv"]  # child ranks repeat it
+        assert "-m" not in start["argv"]  # child ranks repeat the arguments
         assert start["argv"] == [*job.overrides, f"hydra.run.dir='{folder / job.folder}'"]
         assert start["group"]
         assert start["wandb"] == [folder.name, "sweep", next(o for o in job.overrides if o.startswith("seed"))]
@@ -113,7 +113,7 @@ def test_the_console_has_a_line_for_each_change_with_loss_and_time(project, swee
     assert any(line.startswith("  2/2  failed  the answer is not 42") for line in lines)
 
 
-def test_a_sweep_told_to_stop_saves_its_job_and_goes_on_later(project, sweep):
+def test_a_sweep_that_receives_sigterm_saves_its_job_and_can_be_resumed(project, sweep):
     process = project.start("seed=1,2", "step_seconds=0.1")
     wait_for(lambda: list(project.path.glob("multirun/*/0_*/checkpoints/step-5/manifest.json")))
     process.send_signal(signal.SIGTERM)
@@ -131,7 +131,7 @@ def test_a_sweep_told_to_stop_saves_its_job_and_goes_on_later(project, sweep):
     ]
 
 
-def test_a_job_does_not_outlive_a_sweep_that_was_killed(project, sweep):
+def test_the_jobs_of_a_killed_sweep_end_within_seconds(project, sweep):
     process = project.start("seed=1", "step_seconds=0.1")
     wait_for(lambda: list(project.path.glob("multirun/*/0_*/starts.jsonl")))
     (job,) = psutil.Process(process.pid).children()
@@ -143,13 +143,13 @@ def test_a_job_does_not_outlive_a_sweep_that_was_killed(project, sweep):
     assert project.sweeps == [folder]
 
 
-def test_a_sweep_that_runs_is_not_taken_over(project, sweep):
+def test_a_running_sweep_cannot_be_resumed_by_a_second_process(project, sweep):
     process = project.start("seed=1", "step_seconds=0.3")
     wait_for(lambda: list(project.path.glob("multirun/*/0_*/starts.jsonl")))
     (folder,) = project.sweeps
     with pytest.raises(ConfigError, match="another process runs this sweep"):
         sweep(f"sweep.resume={folder}")
-    status, *_ = sweep("seed=1", "step_seconds=0.3")  # the same command is then a sweep of its own
+    status, *_ = sweep("seed=1", "step_seconds=0.3")  # the same command then starts a new sweep
     process.communicate(timeout=60)
     assert (status, process.returncode) == (0, 0)
     assert len(project.sweeps) == 2
@@ -164,7 +164,7 @@ def test_a_sweep_that_runs_is_not_taken_over(project, sweep):
         (["sweep.resume=nowhere"], r"has no manifest\.json"),
     ],
 )
-def test_mistakes_in_a_sweeps_settings_are_told(project, sweep, arguments, answer):
+def test_invalid_settings_of_a_sweep_are_reported(project, sweep, arguments, answer):
     with pytest.raises(ConfigError, match=answer):
         sweep("seed=1,2", *arguments)
     assert not (project.path / "multirun").exists()
@@ -178,7 +178,7 @@ def test_mistakes_in_a_sweeps_settings_are_told(project, sweep, arguments, answe
         (["seed=1,2", "sed=3"], "Could not override 'sed'"),
     ],
 )
-def test_a_mistake_in_any_option_of_a_sweep_is_told_before_a_job_begins(project, sweep, arguments, answer):
+def test_a_mistake_in_any_option_of_a_sweep_is_reported_before_a_job_starts(project, sweep, arguments, answer):
     (project.path / "conf" / "extra").mkdir()
     for name in ("one", "two"):
         (project.path / "conf" / "extra" / f"{name}.yaml").write_text(f"only_in_{name}: 1\n")
@@ -188,7 +188,7 @@ def test_a_mistake_in_any_option_of_a_sweep_is_told_before_a_job_begins(project,
     assert sweep("+extra=one,two", "sweep.report=false")[0] == 0
 
 
-def test_a_named_sweep_goes_on_with_its_own_command_alone(project, sweep):
+def test_a_resumed_sweep_refuses_other_arguments(project, sweep):
     sweep("seed=1,2")
     (folder,) = project.sweeps
     with pytest.raises(ConfigError, match="resumes its own command, seed=1,2"):
@@ -197,13 +197,13 @@ def test_a_named_sweep_goes_on_with_its_own_command_alone(project, sweep):
         sweep("seed=3", f"hydra.sweep.dir={folder}")
 
 
-def test_a_folder_that_cannot_be_made_is_told(project, sweep):
+def test_a_sweep_folder_that_cannot_be_created_is_reported(project, sweep):
     (project.path / "file").touch()
     with pytest.raises(ConfigError, match="choose a folder with write permission"):
         sweep("seed=1", f"hydra.sweep.dir={project.path}/file/x")
 
 
-def test_jobs_can_share_one_process_that_a_failing_one_does_not_end(project, sweep):
+def test_jobs_can_share_one_process_and_a_failing_job_does_not_end_it(project, sweep):
     seen = []
 
     def task(cfg, path):

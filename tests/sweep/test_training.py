@@ -1,4 +1,4 @@
-"""Sweeps of real training, and what their reports say."""
+"""Tests of sweeps of real training and of their reports."""
 
 import collections
 import contextlib
@@ -26,7 +26,7 @@ SHORT = ("max_steps=20", "val_every=20", "checkpoint_every=20", "callbacks.sampl
 
 @pytest.fixture
 def sweep(tiny, tmp_path, monkeypatch):
-    """Sweep in this process into a folder of this name."""
+    """Return a function that runs a sweep in this process, in a folder of the given name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py"])
 
@@ -41,15 +41,15 @@ def sweep(tiny, tmp_path, monkeypatch):
 def test_one_optimizer_under_two_names_is_no_difference_and_a_tenfold_wrong_rate_is_worse(sweep, tmp_path):
     seeds, rate = "seed=1,2,3", "optimizer.lr=2e-3"
     lion = sweep("lion", seeds, rate, "optimizer=lion", "optimizer.betas=[0.95,0.95]", "optimizer.weight_decay=0")
-    # a size that counts as 1 makes Tiger's relative rates plain ones; gains alone move at half of Lion's rate
+    # min_rms=1 turns Tiger's relative rates into absolute ones; only gains differ, with half of Lion's rate
     tiger = sweep("tiger", seeds, rate, "optimizer=tiger", "optimizer.beta=0.95", "optimizer.min_rms=1",
                   "optimizer.weight_decay=0")  # fmt: skip
-    told = write_report([lion, tiger], out=tmp_path / "same").text
-    assert "no difference seen" in told
-    assert "better" not in told
-    told = write_report([sweep("adamw", seeds, "optimizer.lr=4e-3,4e-4")], out=tmp_path / "rates").text
-    assert "lr=0.004 against lr=0.0004: better" in told
-    assert "3 and 3 seeds" in told
+    text = write_report([lion, tiger], out=tmp_path / "same").text
+    assert "no difference seen" in text
+    assert "better" not in text
+    text = write_report([sweep("adamw", seeds, "optimizer.lr=4e-3,4e-4")], out=tmp_path / "rates").text
+    assert "lr=0.004 against lr=0.0004: better" in text
+    assert "3 and 3 seeds" in text
 
 
 def losses(folder):
@@ -57,7 +57,7 @@ def losses(folder):
     return [(row["step"], row["train/loss"].hex(), row.get("val/loss")) for row in rows]
 
 
-def test_a_real_job_killed_halfway_goes_on_to_the_losses_of_an_undisturbed_one(tiny, tmp_path):
+def test_a_job_that_was_killed_resumes_to_the_losses_of_an_uninterrupted_one(tiny, tmp_path):
     script = str(CONF.parent / "train.py")
     jobs = [*tiny, "max_steps=60", "callbacks.samples=null", "seed=1", "optimizer.lr=4e-3,-1"]
     start = [sys.executable, script, "-m", *jobs, f"hydra.sweep.dir={tmp_path}/disturbed", "sweep.line_every=5"]
@@ -83,7 +83,7 @@ def test_a_real_job_killed_halfway_goes_on_to_the_losses_of_an_undisturbed_one(t
         (tmp_path / name / "report" / "leaderboard.csv").read_text().splitlines() for name in ("disturbed", "calm")
     ]
     exact = [[[line.split(",")[i] for i in (0, 1, 2, 3, 4, 5, 6, 7)] for line in board] for board in boards]
-    assert exact[0] == exact[1]  # all but what is timed
+    assert exact[0] == exact[1]  # all columns except times
 
 
 @pytest.fixture
@@ -93,9 +93,9 @@ def wandb_server():
 
 
 def ranks_seen(process):
-    """Watch a sweep until it ends; return, by the leader of each job, the process groups and commands of its ranks.
+    """Watch a sweep until it ends. Return the process groups and commands of the ranks of each job by its leader.
 
-    A fork on its way to another program (git, W&B) has its parent's command for a moment: it is no rank.
+    A fork that is about to start another program (git, W&B) has its parent's command for a moment and is no rank.
     """
     seen, looks = {}, collections.Counter()
     while process.poll() is None:
@@ -106,11 +106,11 @@ def ranks_seen(process):
                         seen.setdefault(job.pid, {})[member.pid] = (os.getpgid(member.pid), member.cmdline())
                         looks[member.pid] += 1
         time.sleep(0.1)
-    return {leader: [told for pid, told in ranks.items() if looks[pid] >= 20] for leader, ranks in seen.items()}
+    return {leader: [found for pid, found in ranks.items() if looks[pid] >= 20] for leader, ranks in seen.items()}
 
 
 def test_jobs_of_two_ranks_are_one_job_each_and_end_early_together(tiny, tmp_path, wandb_server):
-    """Two CPU ranks a job; the second, whose rate is far too low, is pruned. Each is one run of W&B."""
+    """Each job has two CPU ranks and is one W&B run. The second job has a far too low learning rate and is pruned."""
     jobs = [a for a in tiny if a != "trainer=cpu" and not a.startswith("max_steps")]
     jobs += ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "micro_batch_size=2", "max_steps=400"]
     jobs += ["val_every=40", "checkpoint_every=400", "callbacks.samples=null", "logger=wandb"]
@@ -128,7 +128,7 @@ def test_jobs_of_two_ranks_are_one_job_each_and_end_early_together(tiny, tmp_pat
     folders = [tmp_path / "sweep" / job.folder for job in (first, second)]
     reached = [max(path.name for path in folder.glob("checkpoints/step-*")) for folder in folders]
     assert reached[0] == "step-00000400"
-    assert "step-00000100" < reached[1] < "step-00000400"  # the pruned one could go on from there
+    assert "step-00000100" < reached[1] < "step-00000400"  # the pruned job saved a checkpoint
     assert len(seen) == 2
     for leader, ranks in seen.items():
         assert len(ranks) == 3  # the job itself, and two ranks
@@ -137,9 +137,9 @@ def test_jobs_of_two_ranks_are_one_job_each_and_end_early_together(tiny, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"sweep", "out.txt"}
     assert len(list(tmp_path.glob("sweep/*/summary.json"))) == 2
     ids = [(folder / "wandb_run_id.txt").read_text().strip() for folder in folders]
-    assert list(wandb_server.runs) == ids  # one a job, whatever the number of ranks
-    told = [wandb_server.runs[run] for run in ids]
-    assert [(run["groupName"], run["jobType"]) for run in told] == [("sweep", "sweep")] * 2
-    assert [run["tags"] for run in told] == [["optimizer.lr=0.004"], ["optimizer.lr=1e-08"]]
+    assert list(wandb_server.runs) == ids  # one per job for any number of ranks
+    runs = [wandb_server.runs[run] for run in ids]
+    assert [(run["groupName"], run["jobType"]) for run in runs] == [("sweep", "sweep")] * 2
+    assert [run["tags"] for run in runs] == [["optimizer.lr=0.004"], ["optimizer.lr=1e-08"]]
     assert {row["tokens_seen"] for row in wandb_server.history(ids[0])} == {256 * step for step in range(1, 401)}
     assert ids[1] in wandb_server.exit_codes

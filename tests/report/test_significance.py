@@ -8,8 +8,8 @@ from llm.report.significance import holm, power_law, student_quantile, student_t
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0, 2.5, 12.7, 300.0])
-def test_the_tail_of_student_equals_its_closed_forms(t):
-    # dof 1 is Cauchy's distribution; dof 2 and 4 have algebraic ones (Student's integral, elementary for even dof)
+def test_the_tail_probability_of_students_t_equals_its_closed_forms(t):
+    # dof 1 is the Cauchy distribution; the integral is elementary for even dof
     assert student_tail(t, 1) == pytest.approx(0.5 - math.atan(t) / math.pi, rel=1e-11)
     assert student_tail(t, 2) == pytest.approx(0.5 - t / (2 * math.sqrt(2 + t * t)), rel=1e-8, abs=1e-15)
     u = t / math.sqrt(4 + t * t)
@@ -19,7 +19,7 @@ def test_the_tail_of_student_equals_its_closed_forms(t):
 @pytest.mark.parametrize(
     ("dof", "t"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (10, 2.2281), (30, 2.0423), (1e6, 1.9600)]
 )
-def test_quantiles_equal_the_printed_table(dof, t):
+def test_quantiles_of_students_t_equal_the_printed_table(dof, t):
     assert student_quantile(0.975, dof) == pytest.approx(t, abs=5e-5)  # four printed digits
 
 
@@ -37,7 +37,7 @@ def test_welch_equals_scipy(first, second, p, low, high):
     assert welch(second, first).p == pytest.approx(p, rel=1e-10)
 
 
-def test_welch_calls_equal_distributions_different_as_often_as_it_says():
+def test_welchs_test_has_about_its_nominal_rate_of_false_positives():
     rng = random.Random(0)
     trials = 600
     wrong = 0
@@ -45,25 +45,25 @@ def test_welch_calls_equal_distributions_different_as_often_as_it_says():
         first = [rng.gauss(0, 1) for _ in range(3)]
         second = [rng.gauss(0, 1) for _ in range(3)]
         wrong += welch(first, second).p < 0.05
-    # Welch's test of three against three is known to be a little shy of 5 %; three standard errors of 600 trials above
+    # Welch's test of three against three is known to stay below 5 %; the bound adds three standard errors of 600 trials
     assert 0.01 < wrong / trials < 0.077
 
 
-def test_groups_without_spread_and_of_one_are_told_as_what_they_are():
+def test_welchs_test_of_groups_without_variance_and_of_one_member():
     assert welch([1.0, 1.0], [1.0, 1.0]).p == 1.0
     assert welch([1.0, 1.0], [2.0, 2.0]).p == 0.0
     assert math.isnan(welch([1.0], [2.0, 3.0]).p)
     assert welch([1.0], [2.0, 3.0]).counts == (1, 2)
 
 
-def test_holm_equals_the_hand_computed_correction():
+def test_holms_correction_equals_the_hand_computed_one():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     corrected = holm([0.5, math.nan, 0.9])
     assert corrected[0] == 1.0
     assert math.isnan(corrected[1])
 
 
-def test_a_power_law_is_found_again_and_its_interval_holds_the_truth_nineteen_times_in_twenty():
+def test_a_power_law_is_recovered_and_its_interval_contains_the_exponent_in_95_percent_of_trials():
     exact = power_law([1, 10, 100], [3.0, 3.0 * 10**-0.2, 3.0 * 100**-0.2])
     assert exact is not None
     assert (exact.coefficient, exact.exponent) == pytest.approx((3.0, -0.2), rel=1e-12)
@@ -78,7 +78,7 @@ def test_a_power_law_is_found_again_and_its_interval_holds_the_truth_nineteen_ti
     assert statistics.fmean(held) == pytest.approx(0.95, abs=0.038)  # three standard errors of 300 trials
 
 
-def test_two_points_give_a_law_without_confidence_and_one_gives_none():
+def test_two_points_give_a_law_without_an_interval_and_one_point_gives_none():
     law = power_law([1.0, 2.0], [1.0, 4.0])
     assert law is not None
     assert law.exponent == pytest.approx(2.0)
