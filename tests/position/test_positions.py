@@ -7,14 +7,21 @@ import torch
 from catalogue import build_piece, options
 
 from llm.errors import ConfigError
+from llm.model.position.linear_scaling import LinearScalingRoPE
+from llm.model.position.llama3 import Llama3RoPE
 from llm.model.position.ntk import NTKMixedRoPE, NTKRoPE
 from llm.model.position.rerope import LeakyReRoPE, ReRoPE
 from llm.model.position.rope import RoPE
 from llm.model.position.rotary import AngleMemo, inverse_frequencies
+from llm.model.position.yarn import YaRNRoPE
 
 HEAD_DIM = 16
 OFF = {"log_n": "none", "train_length": None}
 ROPE = {"head_dim": HEAD_DIM, "base": 100.0, **OFF}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_context_length": 256}
+YARN = {
+    "beta_fast": 32.0, "beta_slow": 1.0, "original_context_length": 256, "attention_factor": None, "truncate": True,
+}  # fmt: skip
 FP32_ROTATION = {"atol": 1e-5, "rtol": 0}
 """Rotations run in fp32: two of them, of vectors of length 4, each rounded at 6e-8."""
 
@@ -117,6 +124,9 @@ def test_leaky_rerope_equals_its_definition_pair_by_pair(slowdown):
     [
         NTKRoPE(**ROPE, factor=1.0),
         NTKMixedRoPE(**ROPE, factor=1.0, exponent=0.625),
+        LinearScalingRoPE(**ROPE, factor=1.0),
+        Llama3RoPE(**ROPE, **LLAMA3, factor=1.0),
+        YaRNRoPE(**ROPE, **YARN, factor=1.0),
         ReRoPE(**ROPE, window=63),
         LeakyReRoPE(**ROPE, window=63, slowdown=16.0),
     ],
@@ -141,6 +151,40 @@ def test_leaky_rerope_tends_to_rerope_as_the_slowdown_grows():
     ]
     assert gaps[1] < 0.05 * gaps[0]
     assert gaps[2] < 0.05 * gaps[1]
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize(
+    ("kind", "position", "theirs"),
+    [
+        ("linear", LinearScalingRoPE, {}),
+        ("llama3", Llama3RoPE, {"low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+        ("yarn", YaRNRoPE, {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None, "truncate": True}),
+        ("yarn", YaRNRoPE, {"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.5, "truncate": False}),
+    ],
+    ids=["linear", "llama3", "yarn", "yarn, its own bounds and factor"],
+)
+def test_scaled_positions_equal_those_of_transformers(head_dim, kind, position, theirs):
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    shared = {"factor": 8.0, "original_max_position_embeddings": 1024}
+    config = transformers.LlamaConfig(
+        hidden_size=2 * head_dim, num_attention_heads=2, head_dim=head_dim, max_position_embeddings=8192,
+        rope_parameters={"rope_type": kind, "rope_theta": 10000.0, **shared, **theirs},
+    )  # fmt: skip
+    expected, amplitude = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    length = {} if kind == "linear" else {"original_context_length": 1024}
+    ours = position(head_dim=head_dim, base=10000.0, factor=8.0, **theirs, **length, **OFF)
+    assert (ours.frequencies < RoPE(head_dim=head_dim, base=10000.0, **OFF).frequencies).any()
+    torch.testing.assert_close(ours.frequencies.float(), expected, rtol=1e-6, atol=0)
+    assert ours.amplitude == pytest.approx(amplitude, rel=1e-12)
+
+
+def test_the_factor_of_yarn_multiplies_queries_and_keys():
+    q, k = vectors(40), vectors(40)
+    one, two = (YaRNRoPE(**ROPE, **YARN | {"attention_factor": value}, factor=8.0) for value in (1.0, 2.0))
+    torch.testing.assert_close(scores(two, q, k), 4 * scores(one, q, k), **FP32_ROTATION)
 
 
 @pytest.mark.parametrize("factor", [2.0, 8.0])
@@ -198,6 +242,14 @@ def test_the_log_n_scale_follows_positions_and_not_places_in_the_row():
         (lambda: NTKRoPE(**ROPE, factor=0.5), "factor=0.5"),
         (lambda: NTKRoPE(**{**ROPE, "head_dim": 2}, factor=2.0), "head_dim=2"),
         (lambda: NTKMixedRoPE(**ROPE, factor=2.0, exponent=1.5), "exponent=1.5"),
+        (lambda: LinearScalingRoPE(**ROPE, factor=0.5), "factor=0.5"),
+        (lambda: Llama3RoPE(**ROPE, **LLAMA3 | {"low_freq_factor": 4.0}, factor=8.0), "low_freq_factor=4.0"),
+        (
+            lambda: Llama3RoPE(**ROPE, **LLAMA3 | {"original_context_length": 0}, factor=8.0),
+            "original_context_length=0",
+        ),
+        (lambda: YaRNRoPE(**ROPE, **YARN | {"beta_slow": 32.0}, factor=8.0), "beta_slow=32.0"),
+        (lambda: YaRNRoPE(**ROPE, **YARN | {"attention_factor": 0.0}, factor=8.0), "attention_factor=0.0"),
         (lambda: ReRoPE(**ROPE, window=0), "window=0"),
         (lambda: LeakyReRoPE(**ROPE, window=4, slowdown=0.0), "slowdown=0.0"),
         (lambda: RoPE(**{**ROPE, "log_n": "full"}), "train_length=None"),

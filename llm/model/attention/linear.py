@@ -97,6 +97,11 @@ class LinearAttention(RecurrentAttention):
                 f"model.position.log_n={position.log_n.mode}: model.attention=linear has no softmax to sharpen, so a "
                 "scale of the query cancels; use model.position.log_n=none"
             )
+        if position.amplitude != 1:
+            raise ConfigError(
+                f"model.position.attention_factor={position.amplitude:.6g}: model.attention=linear has no softmax to "
+                "sharpen, so it would scale the output; set model.position.attention_factor=1.0"
+            )
 
     fixed_decay_logit: Tensor | None
 

@@ -1,1 +1,1 @@
-"""Positions: how a score learns the distance between query and key."""
+"""Positions: how the score of a query and a key depends on the distance between them."""

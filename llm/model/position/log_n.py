@@ -1,4 +1,4 @@
-"""The log-n query scale: sharper scores where more keys compete."""
+"""The log-n query scale: larger scores where more keys compete."""
 
 import math
 from typing import Literal
@@ -12,22 +12,22 @@ LogNMode = Literal["none", "clipped", "full"]
 
 
 class LogN(nn.Module):
-    """Keeps the entropy of attention level as the context grows, by scaling query i, which sees n = i + 1 keys.
+    """A scale on query i, which sees n = i + 1 keys; it keeps the entropy of attention level as the context grows.
 
         λ_n = log n / log train_length,   clipped: max(1, λ_n)
 
-    `clipped` leaves all positions that training has seen as they were: it is for evaluating a trained model at
-    greater lengths. `full` is for a model trained with it.
+    `clipped` changes no position that training has seen: it is for evaluating a trained model at greater lengths.
+    `full` is for a model that is trained with it.
 
     Args:
         mode: none | clipped | full.
-        train_length: tokens a window in training, at least 2; null with mode none.
+        train_length: tokens per window in training, at least 2; null with mode none.
 
     Raises:
-        ConfigError: a scale without a length, or a length without a scale.
+        ConfigError: a mode lacks its length, or a length is set without a mode.
 
     Source: Su Jianlin, kexue.fm/archives/8823; Chiang and Cholak, arXiv:2202.12172, section 5.3.
-    Differs: divided by log train_length, as Su does, so that scores keep their scale at the training length.
+    Differs: the scale is divided by log train_length, as Su does, so that scores keep their size at that length.
     """
 
     def __init__(self, *, mode: LogNMode, train_length: int | None) -> None:
@@ -35,12 +35,12 @@ class LogN(nn.Module):
         if mode != "none" and (train_length is None or train_length < 2):
             raise ConfigError(
                 f"model.position.train_length={train_length}: model.position.log_n={mode} needs the length that the "
-                "model was trained at, at least 2; set it to the run's context_length"
+                "model was trained at, at least 2; set it to the context_length of the training run"
             )
         if mode == "none" and train_length is not None:
             raise ConfigError(
                 f"model.position.train_length={train_length}: only log_n reads it; set model.position.log_n=clipped or "
-                "leave it null"
+                "model.position.train_length=null"
             )
         self.mode, self.train_length = mode, train_length
 

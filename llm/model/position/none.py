@@ -10,10 +10,10 @@ from llm.model.position.log_n import LogNMode
 
 
 class NoPosition(Position):
-    """Leaves queries and keys as they are; the causal mask alone tells order.
+    """No positions: queries and keys stay as they are, and only the causal mask carries order.
 
     Args:
-        head_dim: size of a head; unused, any is right.
+        head_dim: size of a head; accepted because every position gets it, and not used.
         log_n: see `Position`.
         train_length: see `Position`.
 
@@ -28,9 +28,9 @@ class NoPosition(Position):
         self.head_dim = head_dim
 
     def reach(self, train_length: int) -> float:
-        """No limit: no position is ever new."""
+        """Return infinity: no position is ever unseen."""
         return math.inf
 
     def views(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[PositionView, ...]:
-        """One view: the vectors themselves."""
+        """Return one view: the vectors themselves."""
         return (PositionView(q=q, k=k, min_distance=0),)

@@ -1,4 +1,4 @@
-"""Rotary positions whose frequencies are lowered, so that a trained model reads longer text."""
+"""Rotary positions with lower frequencies, so that a trained model can use longer contexts."""
 
 import math
 
@@ -9,10 +9,11 @@ from torch import Tensor
 from llm.errors import ConfigError
 from llm.model.position.log_n import LogNMode
 from llm.model.position.rope import RoPE
+from llm.model.position.rotary import check_factor
 
 
 class NTKRoPE(RoPE):
-    """RoPE with a larger base: the highest frequency stays, the lowest is divided by `factor`.
+    """RoPE with a larger base: the highest frequency stays, and the lowest is divided by `factor`.
 
         base' = base · factor^(head_dim / (head_dim − 2))
 
@@ -24,20 +25,19 @@ class NTKRoPE(RoPE):
         train_length: see `Position`.
 
     Raises:
-        ConfigError: a factor below 1, or head_dim=2, which has one frequency only.
+        ConfigError: factor is below 1, or head_dim is 2, which leaves a single frequency.
 
     Source: bloc97, "NTK-Aware Scaled RoPE" (2023); YaRN, arXiv:2309.00071, section 3.1; as mixed radix
     kexue.fm/archives/9675.
-    Differs: Su's exponent 2/head_dim for the radix leaves the lowest frequency slightly above 1/factor of its own.
+    Differs: Su's radix exponent 2/head_dim divides the lowest frequency by slightly less than `factor`.
     """
 
     def __init__(self, *, head_dim: int, base: float, factor: float, log_n: LogNMode, train_length: int | None) -> None:
-        _check_factor(factor, head_dim)
-        self.factor = factor
+        self.factor = check_scaling(factor, head_dim)
         super().__init__(head_dim=head_dim, base=base, log_n=log_n, train_length=train_length)
 
     def reach(self, train_length: int) -> float:
-        """`factor` times training's length."""
+        """Return `factor` times the training length."""
         return self.factor * train_length
 
     def choose_frequencies(self, frequencies: Float[Tensor, " half"]) -> Float[Tensor, " half"]:
@@ -47,7 +47,7 @@ class NTKRoPE(RoPE):
 
 
 class NTKMixedRoPE(RoPE):
-    """RoPE in a mixed radix: low frequencies are stretched more than high ones, by `factor` at the last.
+    """RoPE in a mixed radix: low frequencies are stretched more than high ones, and the lowest by `factor`.
 
         θ'_m = θ_m · exp(−a m^b),   a = ln(factor) / (head_dim / 2)^b,   m = 1 … head_dim / 2
 
@@ -62,7 +62,7 @@ class NTKMixedRoPE(RoPE):
         train_length: see `Position`.
 
     Raises:
-        ConfigError: a factor below 1, or an exponent outside [0, 1].
+        ConfigError: factor is below 1, or exponent lies outside [0, 1].
 
     Source: Su Jianlin, "NTK-RoPE-mixed", kexue.fm/archives/9706.
     """
@@ -77,14 +77,13 @@ class NTKMixedRoPE(RoPE):
         log_n: LogNMode,
         train_length: int | None,
     ) -> None:
-        _check_factor(factor, head_dim)
         if not 0 <= exponent <= 1:
-            raise ConfigError(f"model.position.exponent={exponent}: must lie in [0, 1]; 0.625 is the author's")
-        self.factor, self.exponent = factor, exponent
+            raise ConfigError(f"model.position.exponent={exponent}: must lie in [0, 1]; 0.625 is the source's")
+        self.factor, self.exponent = check_scaling(factor, head_dim), exponent
         super().__init__(head_dim=head_dim, base=base, log_n=log_n, train_length=train_length)
 
     def reach(self, train_length: int) -> float:
-        """`factor` times training's length."""
+        """Return `factor` times the training length."""
         return self.factor * train_length
 
     def choose_frequencies(self, frequencies: Float[Tensor, " half"]) -> Float[Tensor, " half"]:
@@ -94,8 +93,8 @@ class NTKMixedRoPE(RoPE):
         return frequencies * torch.exp(-math.log(self.factor) * share**self.exponent)
 
 
-def _check_factor(factor: float, head_dim: int) -> None:
-    if factor < 1:
-        raise ConfigError(f"model.position.factor={factor}: must be at least 1, target length over training length")
+def check_scaling(factor: float, head_dim: int) -> float:
+    """Return the factor, or raise ConfigError where it is below 1 or the head has fewer than two frequencies."""
     if head_dim < 4:
-        raise ConfigError(f"model.head_dim={head_dim}: scaled rotary positions need at least 4, two frequencies")
+        raise ConfigError(f"model.head_dim={head_dim}: this position scales two frequencies or more; use at least 4")
+    return check_factor(factor)

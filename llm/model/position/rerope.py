@@ -1,4 +1,4 @@
-"""Rotary positions that are exact inside a window and clamped, or slowed, beyond it."""
+"""Rotary positions that are exact inside a window, and clamped or slowed beyond it."""
 
 import math
 
@@ -13,25 +13,26 @@ from llm.ops.functional import rotate
 
 
 class ReRoPE(Position):
-    """Lets a model trained with RoPE read any length: distances beyond the window all look like the window.
+    """Rotary positions whose distances are clamped to a window, so that a model trained with RoPE reads any length.
 
         score_ij = q_i · R_{−min(i−j, window)} k_j
 
     Beyond the window the rotation is constant and is applied to the query alone, (R_window q)·k, so far keys carry no
-    position. Meant for evaluation: models trained with it do not extrapolate (kexue.fm/archives/9948).
+    position. It is meant for evaluation: models trained with it do not extrapolate (kexue.fm/archives/9948).
 
     Args:
         head_dim: size of a head; even.
         base: wavelength base that the model was trained with.
-        window: distance, at least 1, from which all distances are alike; a quarter to a half of the training length.
+        window: distance, at least 1, that all longer distances are replaced by; a quarter to a half of the training
+            length.
         log_n: see `Position`; clipped helps beyond the training length.
         train_length: see `Position`.
 
     Raises:
-        ConfigError: a window below 1.
+        ConfigError: window is below 1.
 
     Source: Su Jianlin, kexue.fm/archives/9708.
-    Differs: the far score there is printed with the inverse rotation; the sign that meets RoPE at the window is used.
+    Differs: the source prints the far score with the inverse rotation; the sign here equals RoPE at the window.
     """
 
     def __init__(self, *, head_dim: int, base: float, window: int, log_n: LogNMode, train_length: int | None) -> None:
@@ -42,11 +43,11 @@ class ReRoPE(Position):
         self.angles = AngleMemo()
 
     def reach(self, train_length: int) -> float:
-        """No limit: no distance is ever new."""
+        """Return infinity: no distance is ever unseen."""
         return math.inf
 
     def views(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[PositionView, ...]:
-        """RoPE below the window; beyond it a constant turn of the query against bare keys."""
+        """Return RoPE below the window; beyond it, a constant rotation of the query and unrotated keys."""
         cos, sin = self.angles(positions, self.frequencies)
         near = PositionView(q=rotate(q, cos, sin), k=rotate(k, cos, sin), min_distance=0)
         far_cos, far_sin = cos_sin(positions.new_full((1, 1), self.window), self.frequencies)
@@ -54,23 +55,23 @@ class ReRoPE(Position):
 
 
 class LeakyReRoPE(Position):
-    """Slows distances beyond the window instead of clamping them, so that far tokens keep their order.
+    """Rotary positions whose distances grow more slowly beyond a window, so that far tokens keep their order.
 
         score_ij = q_i · R_{−ρ(i−j)} k_j,   ρ(r) = r if r < window else window + (r − window) / slowdown
 
-    slowdown = 1 is RoPE, slowdown → ∞ is ReRoPE. A slowdown below 1 speeds far distances up: a model trained so
-    (with log_n=full) reads beyond its training length under plain RoPE (inverse leaky, kexue.fm/archives/9728).
+    slowdown = 1 is RoPE, and slowdown → ∞ is ReRoPE. A slowdown below 1 makes far distances grow faster. A model
+    trained that way (with log_n=full) reads beyond its training length under plain RoPE (kexue.fm/archives/9728).
 
     Args:
         head_dim: size of a head; even.
         base: wavelength base.
         window: distance, at least 1, up to which positions are exact.
-        slowdown: k, above 0.
+        slowdown: factor, above 0, by which distances beyond the window grow more slowly.
         log_n: see `Position`.
         train_length: see `Position`.
 
     Raises:
-        ConfigError: a window below 1, or a slowdown that is not above 0.
+        ConfigError: window is below 1, or slowdown is not above 0.
 
     Source: Su Jianlin, kexue.fm/archives/9708 and 9728.
     """
@@ -94,18 +95,18 @@ class LeakyReRoPE(Position):
         self.angles, self.slow_angles = AngleMemo(), AngleMemo()
 
     def reach(self, train_length: int) -> float:
-        """Until slowed distances are longer than those of training."""
+        """Return the length at which slowed distances exceed those of training."""
         return train_length + max(0, train_length - self.window) * max(0.0, self.slowdown - 1)
 
     def views(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[PositionView, ...]:
-        """RoPE below the window; beyond it RoPE of slowed positions, the query set back so that both meet."""
+        """Return RoPE below the window; beyond it, RoPE of slowed positions, shifted to be continuous at the window."""
         cos, sin = self.angles(positions, self.frequencies)
         near = PositionView(q=rotate(q, cos, sin), k=rotate(k, cos, sin), min_distance=0)
-        # angles of slowed positions are those of slowed frequencies; the query's constant lead is a second turn
-        lead = positions.new_full((1, 1), self.window)
-        lead_cos, lead_sin = cos_sin(lead, self.frequencies * (1 - 1 / self.slowdown))
+        # slowed positions have the angles of slowed frequencies; the query's constant shift is a second rotation
+        shift = positions.new_full((1, 1), self.window)
+        shift_cos, shift_sin = cos_sin(shift, self.frequencies * (1 - 1 / self.slowdown))
         far_cos, far_sin = self.slow_angles(positions, self.frequencies / self.slowdown)
-        far_q = rotate(rotate(q, lead_cos, lead_sin), far_cos, far_sin)
+        far_q = rotate(rotate(q, shift_cos, shift_sin), far_cos, far_sin)
         return near, PositionView(q=far_q, k=rotate(k, far_cos, far_sin), min_distance=self.window)
 
 

@@ -11,9 +11,9 @@ from llm.ops.functional import rotate
 
 
 class RoPE(Position):
-    """Scores depend on distance: q_i and k_j are turned by their own positions, so q_i·k_j sees only i − j.
+    """Rotary positions: queries and keys are rotated by their positions, so that q_i·k_j depends on i − j alone.
 
-        (R_i q)·(R_j k) = q · R_{j−i} k,   R_p turns the pair m by the angle p · base^(−2m/head_dim)
+        (R_i q)·(R_j k) = q · R_{j−i} k,   R_p rotates the pair m by the angle p · base^(−2m/head_dim)
 
     Args:
         head_dim: size of a head; even.
@@ -28,13 +28,13 @@ class RoPE(Position):
         super().__init__(log_n=log_n, train_length=train_length)
         self.base = base
         self.frequencies = self.choose_frequencies(inverse_frequencies(head_dim=head_dim, base=base))
-        self.angles = AngleMemo()
+        self.angles = AngleMemo(self.amplitude)
 
     def choose_frequencies(self, frequencies: Float[Tensor, " half"]) -> Float[Tensor, " half"]:
-        """Return the frequencies to turn by, given those of the base; a scaled position overrides this."""
+        """Return the frequencies of rotation, given those of the base; scaled positions override this."""
         return frequencies
 
     def views(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[PositionView, ...]:
-        """One view: queries and keys turned by their positions."""
+        """Return one view: queries and keys rotated by their positions."""
         cos, sin = self.angles(positions, self.frequencies)
         return (PositionView(q=rotate(q, cos, sin), k=rotate(k, cos, sin), min_distance=0),)

@@ -1,4 +1,4 @@
-"""The arithmetic that every rotary position shares: frequencies, angles, and the rotation itself."""
+"""Arithmetic that rotary positions share: frequencies, angles and checks of their settings."""
 
 import torch
 from jaxtyping import Float, Shaped
@@ -11,16 +11,33 @@ def inverse_frequencies(*, head_dim: int, base: float) -> Float[Tensor, " half"]
     """Return θ_m = base^(−2m/head_dim), m = 0 … head_dim/2 − 1, in fp64 so that long positions keep their phase.
 
     Raises:
-        ConfigError: an odd head_dim, or a base that is not above 1.
+        ConfigError: head_dim is odd, or base is not above 1.
 
     Source: Su et al., "RoFormer", arXiv:2104.09864, section 3.2.2.
     """
     if head_dim % 2:
-        raise ConfigError(f"model.head_dim={head_dim}: rotary positions turn pairs; use an even head_dim")
+        raise ConfigError(f"model.head_dim={head_dim}: rotary positions rotate pairs of elements; use an even head_dim")
     if base <= 1:
         raise ConfigError(f"model.position.base={base}: must be above 1; 10000 is usual")
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     return base**-exponents
+
+
+def check_factor(factor: float) -> float:
+    """Return a factor on the context length, or raise ConfigError where it is below 1."""
+    if factor < 1:
+        raise ConfigError(f"model.position.factor={factor}: must be at least 1, target length over training length")
+    return factor
+
+
+def check_original_length(length: int) -> int:
+    """Return the context length that a model was trained at, or raise ConfigError where it is below 1."""
+    if length < 1:
+        raise ConfigError(
+            f"model.position.original_context_length={length}: must be at least 1; set the context_length of the "
+            "training run"
+        )
+    return length
 
 
 def cos_sin(
@@ -32,9 +49,14 @@ def cos_sin(
 
 
 class AngleMemo:
-    """Computes an angle table once for all layers of a forward: the answer for the last positions tensor is kept."""
+    """A memo that computes an angle table once for all layers of a forward: it keeps the last positions' answer.
 
-    def __init__(self) -> None:
+    Args:
+        amplitude: factor on cos and sin.
+    """
+
+    def __init__(self, amplitude: float = 1.0) -> None:
+        self.amplitude = amplitude
         self._key: Tensor | None = None
         self._version = -1
         self._value: tuple[Tensor, Tensor] | None = None
@@ -43,11 +65,15 @@ class AngleMemo:
         self, positions: Shaped[Tensor, "batch time"], frequencies: Float[Tensor, " half"]
     ) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():  # the compiler merges equal expressions itself
-            return cos_sin(positions, frequencies)
+            return self._compute(positions, frequencies)
         version = positions._version if not positions.is_inference() else 0
         if self._value is None or self._key is not positions or self._version != version:
-            self._key, self._version, self._value = positions, version, cos_sin(positions, frequencies)
+            self._key, self._version, self._value = positions, version, self._compute(positions, frequencies)
         return self._value
 
+    def _compute(self, positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = cos_sin(positions, frequencies)
+        return (cos, sin) if self.amplitude == 1 else (cos * self.amplitude, sin * self.amplitude)
+
     def __deepcopy__(self, _memo: dict) -> "AngleMemo":
-        return AngleMemo()
+        return AngleMemo(self.amplitude)
