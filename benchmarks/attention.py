@@ -1,12 +1,13 @@
-"""How do time and memory of each attention grow with the context, beside torch's SDPA and public linear kernels?
+"""How do time and memory of each attention grow with the context, compared with SDPA and public linear kernels?
 
     OMP_NUM_THREADS=1 python benchmarks/attention.py --lengths 1024 2048 4096 8192 16384 --rounds 5
     python benchmarks/attention.py --device cuda --lengths 1024 4096 16384 65536
 
 One round runs forward and backward of every side at every length once, in an order that rotates. Every side gets the
-same queries, keys and values, 4 heads of 64, one row; ours include placing and quantising. Times are medians over
-rounds, with quartiles in the JSON; memory is the growth of the peak over what is held before. An exponent is the slope
-of log time over log length from 4096 tokens on, or over all lengths where there are fewer than three of those.
+same queries, keys and values, 4 heads of 64, one row. Ours include position encoding and quantisation. Times are
+medians over rounds, with quartiles in the JSON. Memory is the growth of the peak over the memory in use before the
+call. An exponent is the slope of log time over log length from 4096 tokens on, or over all lengths if fewer than three
+of them are that long.
 """
 
 import argparse
@@ -34,7 +35,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 HEADS, HEAD_DIM = 4, 64
 QUADRATIC = ("softmax rope", "softmax rerope", "SDPA")
 HUNGRY = ("performer-pytorch",)
-"""Sides whose memory is that of all prefix sums: 750 KiB a token."""
+"""Sides that store all prefix sums, 750 KiB per token."""
 SIDES = {
     "softmax rope": ["model/attention=softmax", "model/position=rope"],
     "softmax rerope": ["model/attention=softmax", "model/position=rerope", "model.position.window=256"],
@@ -77,7 +78,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def peers(device: torch.device) -> dict[str, Side]:
-    """Return the public kernels that are installed; on a CPU, those of their forms that run there."""
+    """Return the public kernels that are installed; on a CPU, only the forms that run there."""
     found: dict[str, Side] = {"SDPA": sdpa}
     try:
         from performer_pytorch import FastAttention
@@ -96,7 +97,7 @@ def peers(device: torch.device) -> dict[str, Side]:
             import sys
             from importlib.machinery import PathFinder
 
-            # its package imports Triton, which a CPU lacks; the plain form stands in a file of its own
+            # its package imports Triton, which needs a GPU; the plain form is in a file of its own
             spec = PathFinder.find_spec("fla", sys.path)
             path = Path(next(iter(spec.submodule_search_locations))) / "ops" / "linear_attn" / "naive.py"  # type: ignore
             naive = importlib.util.module_from_spec(importlib.util.spec_from_file_location("naive", path))  # type: ignore
@@ -109,7 +110,7 @@ def peers(device: torch.device) -> dict[str, Side]:
 
 
 class Peak:
-    """Bytes that the peak rises over what was held at the start."""
+    """Measures how many bytes the peak rises above the memory in use at the start."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -119,7 +120,9 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated()
         else:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed goes back, or it would hide what is allocated
+            ctypes.CDLL("libc.so.6").malloc_trim(
+                0
+            )  # give freed memory back to the system, or later allocations would not raise the peak
             Path("/proc/self/clear_refs").write_text("5")
             self.start = self._status("VmRSS")
         return self
@@ -152,7 +155,7 @@ def measure(
 
 
 def now(device: torch.device, clock: Callable[[], float]) -> float:
-    """Return the time, once the device is done."""
+    """Return the time after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return clock()
@@ -186,7 +189,7 @@ def run_rounds(sides: dict[str, Side], arguments: argparse.Namespace) -> dict[st
     clock = time.perf_counter if arguments.clock == "wall" else time.process_time
     results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in sides}
     limits = dict.fromkeys(QUADRATIC, arguments.longest_quadratic) | dict.fromkeys(HUNGRY, arguments.longest_hungry)
-    for number in range(arguments.rounds + 1):  # the first warms up, and is watched for its memory, which costs time
+    for number in range(arguments.rounds + 1):  # the first round warms up and measures memory, which costs time
         for length in arguments.lengths:
             if number > 2 and length > arguments.many_rounds_up_to:
                 continue
@@ -201,7 +204,7 @@ def run_rounds(sides: dict[str, Side], arguments: argparse.Namespace) -> dict[st
 
 
 def report(results: dict[str, dict[int, dict[str, Any]]]) -> None:
-    """Print tokens a second, memory, exponents and where each side overtakes SDPA."""
+    """Print tokens per second, memory, exponents and where each side overtakes SDPA."""
     medians = {n: {t: statistics.median(e["seconds"]) for t, e in by.items()} for n, by in results.items()}
     lengths = sorted({t for by in medians.values() for t in by})
     print(
@@ -240,7 +243,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    keep_freed_memory()  # as training on a CPU does
+    keep_freed_memory()  # as in training on a CPU
     sides = {name: our_side(overrides, device) for name, overrides in SIDES.items()} | peers(device)
     if arguments.sides:
         sides = {name: side for name, side in sides.items() if name in (*arguments.sides, "SDPA")}

@@ -1,12 +1,12 @@
-"""How fast is causal attention forward and backward, beside torch's SDPA, with and without documents?
+"""How fast is causal attention, forward and backward, compared with torch's SDPA, with and without documents?
 
     python benchmarks/attention_kernels.py --dtype bfloat16 --rounds 15
     python benchmarks/attention_kernels.py --device cuda --times 1024,4096 --tokens 65536
 
-Sides: the kernel that `causal_attention` picks, with one document a row and with documents of about 300 tokens;
-`scaled_dot_product_attention` with `is_causal` (one document a row) and with a boolean mask (documents); and the plain
-product form, which holds the whole matrix. A round runs every side once in an order that rotates. Figures are medians
-over rounds, with quartiles; ratios are taken within a round.
+Sides: the kernel that `causal_attention` picks, with one document per row and with documents of about 300 tokens;
+`scaled_dot_product_attention` with `is_causal` (one document per row) and with a boolean mask (documents); and the
+plain product form, which stores the whole matrix of scores. A round runs every side once in an order that rotates.
+Figures are medians over rounds, with quartiles; ratios are taken within a round.
 """
 
 import argparse
@@ -25,7 +25,7 @@ DOCUMENT_TOKENS = 300
 
 
 def sides(batch: int, time_: int, head_dim: int, device: str) -> dict[str, Callable[..., Tensor]]:
-    """Return what is compared, by name; each is called with q, k and v."""
+    """Return the compared functions by name; each is called with q, k and v."""
     scale = head_dim**-0.5
     random = torch.Generator().manual_seed(0)
     documents = (torch.rand(batch, time_, generator=random) < 1 / DOCUMENT_TOKENS).long().cumsum(1).to(device)

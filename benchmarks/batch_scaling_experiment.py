@@ -9,7 +9,7 @@ vertex of the parabola through those three. From the best rate at the base batch
 there, each rule predicts the rate at the other batches; its regret is the loss at that rate, between measured rates by
 interpolation, over the best loss there. Beyond the measured rates the last loss counts, as a lower bound.
 
-Finished runs are kept in OUT and not repeated, so an interrupted sweep goes on where it stopped.
+Finished runs are kept in OUT and not repeated, so an interrupted sweep continues where it stopped.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from llm.scaling.rules import adam_eps, linear, none, sign, sqrt, variance
 
 EXPERIMENT = "experiment=batch_scaling"
 PARTS = 4
-"""Micro-batches of an update in the run that measures the noise scale."""
+"""Micro-batches per update in the run that measures the noise scale."""
 
 
 def rules(base: int, noise_scale: float) -> dict[str, Callable[[int], float]]:
@@ -100,7 +100,7 @@ def measured_noise_scale(arguments: argparse.Namespace, optimizer: str, index: i
 
 
 def study(arguments: argparse.Namespace, optimizer: str) -> dict[str, Any]:
-    """Measure one optimizer at every batch, and hold every rule's prediction against it."""
+    """Measure one optimizer at every batch, and compare it with the prediction of every rule."""
     sizes = sorted(arguments.batches, key=lambda b: abs(math.log(b / arguments.base)))
     start = round(index_of(composed([EXPERIMENT, f"optimizer={optimizer}"])["optimizer"]["lr"]))
     curves: dict[int, dict[int, Curve]] = {}
@@ -186,7 +186,7 @@ def _cell(regret: dict[str, Any]) -> str:
 
 
 def picture(results: dict[str, Any], base: int, path: Path) -> None:
-    """Draw a panel an optimizer: best lr over batch, every measured rate coloured by regret, and the rules' lines."""
+    """Draw one panel per optimizer: best lr over batch, measured rates coloured by regret, and a line per rule."""
     figure = Figure(figsize=(4.4 * len(results), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(results), squeeze=False)[0]

@@ -1,4 +1,4 @@
-"""For how long does saving hold training up? Copied and written by a thread, against written at once.
+"""For how long does saving a checkpoint block training: with a copy written by a thread, and written directly?
 
 python benchmarks/checkpoint_stall.py --size 124m --rounds 5
 """
@@ -36,7 +36,7 @@ def seconds(task) -> float:
 
 
 def measure(state: dict, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Return seconds of each side, interleaved: stalled, until it is whole on the disk, and written at once."""
+    """Return seconds of each side, interleaved: blocked, until complete on the disk, and written directly."""
     checkpoint_io, found = FolderCheckpointIO(manifest={}), {"stall": [], "whole": [], "at once": []}
     training = {name: value for name, value in state.items() if name != "state_dict"}
     for step in range(rounds):
@@ -67,7 +67,7 @@ def main() -> None:
         "--folder", type=Path, default=None, help="on the disk to be measured; default: the temporary one"
     )
     arguments = parser.parse_args()
-    keep_freed_memory()  # as training on a CPU does: the second copy takes the memory of the first
+    keep_freed_memory()  # as in training on a CPU: the second copy reuses the memory of the first
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         found = measure(state_of(PARAMETERS[arguments.size]), Path(folder), arguments.rounds)
     rows = [

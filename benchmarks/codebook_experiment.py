@@ -37,7 +37,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read every run, print and keep the table."""
+    """Read every run, then print and save the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)

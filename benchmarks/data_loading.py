@@ -2,9 +2,9 @@
 
     python benchmarks/data_loading.py --repeats 5
 
-Takes the micro-batches of a run from the data module's own loader, in turn with forward, backward and AdamW of a model
-of the given size made of the dense layers alone (no attention, no normalisation): a step faster than any real one, so
-the share printed is an upper bound.
+Reads the micro-batches of a run from the loader of the data module, alternating with forward, backward and AdamW of a
+model of the given size. That model has only the dense layers (no attention, no normalisation), so its step is faster
+than any real one and the printed share is an upper bound.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from data.tokenizer import BpeTokenizer
 
 
 class LinearLayersOnly(torch.nn.Module):
-    """The matrix products of a decoder without anything between them."""
+    """The matrix products of a decoder and nothing between them."""
 
     def __init__(self, vocab_size: int, d_model: int, num_layers: int):
         super().__init__()
@@ -31,7 +31,7 @@ class LinearLayersOnly(torch.nn.Module):
                 torch.nn.Linear(d_model, 6 * d_model, bias=False), torch.nn.Linear(6 * d_model, d_model, bias=False)
             )
             for _ in range(num_layers)
-        ]  # 12 * d_model^2 a layer, as many as the projections of a usual one
+        ]  # 12 * d_model^2 per layer, the size of the projections of a usual one
         self.layers = torch.nn.ModuleList(up_and_down)
         self.head = torch.nn.Linear(d_model, vocab_size, bias=False)
 
@@ -106,11 +106,11 @@ def main() -> None:
     shares = [load / (load + compute) for load, compute in rounds]
     tokens = arguments.context_length * arguments.micro_batch_size
     print(
-        f"{tokens} tokens a step, {arguments.num_layers} layers of {arguments.d_model}, "
+        f"{tokens} tokens per step, {arguments.num_layers} layers of {arguments.d_model}, "
         f"{torch.get_num_threads()} threads"
     )
-    print(f"loading    {loading * 1e6:10.0f} us a step   {tokens / loading / 1e6:8.2f} M tokens/s")
-    print(f"computing  {computing * 1e6:10.0f} us a step   {tokens / computing / 1e6:8.4f} M tokens/s")
+    print(f"loading    {loading * 1e6:10.0f} us per step   {tokens / loading / 1e6:8.2f} M tokens/s")
+    print(f"computing  {computing * 1e6:10.0f} us per step   {tokens / computing / 1e6:8.4f} M tokens/s")
     print(f"share      {statistics.median(shares):10.3%}   ({min(shares):.3%} to {max(shares):.3%})")
 
 

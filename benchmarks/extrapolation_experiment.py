@@ -55,7 +55,7 @@ def positions(base: float, head_dim: int, train_length: int) -> dict[str, Positi
 
 
 def use_position(model: nn.Module, position: Position) -> None:
-    """Put another position in all layers."""
+    """Replace the position of all layers."""
     model.position = position
     for layer in model.layers:
         layer.attention.position = position
@@ -133,7 +133,7 @@ def plot(results: dict[str, dict], path: Path, names: Sequence[str], stretch: in
 
 
 def main() -> None:
-    """Evaluate, print and keep."""
+    """Evaluate, then print and save the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rope", type=Path, help="run folder of the model trained with rope")
     parser.add_argument("--inv-leaky", type=Path)

@@ -1,4 +1,4 @@
-"""How fast is generation, beside transformers' generate with the very same weights?
+"""How fast is generation, compared with transformers' generate with the same weights?
 
     python benchmarks/generate.py --batch 1,8 --rounds 7
 
@@ -31,12 +31,12 @@ GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None, "seed": 0}
 
 
 class Tokenizer:
-    """Stands in for one of the size that `small` is made for."""
+    """A tokenizer with the vocabulary size that `small` is made for."""
 
     bos_id = 0
 
     def save(self, folder: Path) -> None:
-        """Write the least that an export looks at."""
+        """Write the smallest run folder that an export reads."""
         from tokenizers import AddedToken, Tokenizer, models
 
         tokenizer = Tokenizer(models.BPE(vocab={"<|endoftext|>": 0}, merges=[]))
@@ -100,13 +100,13 @@ def spread(values: list[float]) -> str:
 
 
 def main() -> None:
-    """Check, measure, print."""
+    """Check that both sides agree, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="small")
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--batch", default="1,8")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens drawn")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens per prompt")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens per text")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--ragged", action="store_true", help="prompts of different lengths")
     arguments = parser.parse_args()

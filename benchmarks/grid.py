@@ -1,4 +1,4 @@
-"""Walks a grid of learning rates to its lowest loss, through real training runs that are kept and not repeated."""
+"""Searches a grid of learning rates for the lowest loss, with training runs that are kept and not repeated."""
 
 import contextlib
 import json
@@ -18,9 +18,9 @@ from llm.training.train import train
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 ORIGIN = 1e-3
-"""The rate that index 0 stands for; neighbours are a factor of 2 apart."""
+"""The rate at index 0; neighbours are a factor of 2 apart."""
 STEPS_EACH_WAY = 10
-"""How far a walk may go from its start before it gives up: a factor of 1000."""
+"""Largest distance of a search from its start, in points of the grid: a factor of 1000."""
 
 Curve = dict[int, float]
 """Loss by index of the rate."""
@@ -43,12 +43,12 @@ def composed(overrides: list[str]) -> dict[str, Any]:
 
 
 def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """Train once, or read what an earlier call left; return the summary."""
+    """Train once, or read the finished run of an earlier call; return the summary."""
     path = folder / "summary.json"
     if not is_done(path):
         cfg = composed(overrides)
         check(cfg)
-        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted call left
+        shutil.rmtree(folder, ignore_errors=True)  # an unfinished run of an interrupted call
         folder.mkdir(parents=True)
         with contextlib.suppress(NonFiniteError):
             train(cfg, folder)
@@ -57,7 +57,7 @@ def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def is_done(path: Path) -> bool:
-    """Whether a run came to its end, be it that its loss was no longer finite."""
+    """Return whether a run has ended, also if it ended because its loss was not finite."""
     status = json.loads(path.read_text())["status"] if path.exists() else ""
     return status == "finished" or "not finite" in status
 
@@ -76,7 +76,7 @@ def loss_of(summary: dict[str, Any]) -> float:
 
 
 def walk(start: int, measure: Callable[[int], float]) -> Curve:
-    """Measure from `start` downhill until the lowest loss has a higher one on both sides; return all that was seen."""
+    """Measure from `start` downhill until the lowest loss has a higher one on both sides; return all losses."""
     losses = {start: measure(start)}
     for _ in range(2 * STEPS_EACH_WAY):
         best = lowest(losses)

@@ -1,4 +1,4 @@
-"""How fast is a mixture-of-experts layer beside a dense layer of the same active FLOPs, which is its bound?
+"""How fast is a mixture-of-experts layer, relative to a dense layer with the same active FLOPs?
 
     python benchmarks/moe.py --device cpu --rounds 15
     python benchmarks/moe.py --device cuda --precisions bf16-mixed --tokens 16384 --d-model 2048 --width 1408
@@ -32,10 +32,10 @@ from llm.ops.allocator import keep_freed_memory
 from llm.ops.products import keep_compiled_products
 
 SHAPES = {"8 experts, top 2": (8, 2, 1), "64 small experts, top 8": (64, 8, 4)}
-"""Experts, experts a token, and how many times narrower than --width each is."""
+"""Number of experts, experts per token, and how many times narrower than --width each is."""
 
 SIDES = ("dense", "ours", "transformers, loop", "transformers, grouped")
-"""What is compared; the first is the bound."""
+"""The compared sides; the first is the bound."""
 
 
 def our_layer(d_model: int, width: int, num_experts: int, top_k: int) -> MoE:
@@ -107,7 +107,7 @@ def run_once(layer: nn.Module, x: Tensor, grad: Tensor, precision: str) -> Tenso
 
 def work(side: str, shape: str, precision: str, arguments: argparse.Namespace, pipe: Connection) -> None:
     """Send the output of a first step, then, each time something arrives, the seconds that --steps steps take."""
-    keep_freed_memory()  # as training on a CPU does
+    keep_freed_memory()  # as in training on a CPU
     keep_compiled_products()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -132,12 +132,12 @@ def work(side: str, shape: str, precision: str, arguments: argparse.Namespace, p
 
 
 def measure(shape: str, precision: str, arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Return the seconds that a step of each side takes, a round each."""
+    """Return the seconds that a step of each side takes, one value per round."""
     spawn, pipes = multiprocessing.get_context("spawn"), {}
     for side in arguments.sides:
         pipes[side], theirs = spawn.Pipe()
         spawn.Process(target=work, args=(side, shape, precision, arguments, theirs), daemon=True).start()
-        theirs.close()  # so that a side that fails ends the reading below
+        theirs.close()  # so that reading below ends if the side fails
     outputs = {side: torch.from_numpy(pipe.recv()) for side, pipe in pipes.items()}
     for side in outputs.keys() - {"dense", "ours"}:
         error = float((outputs[side] - outputs["ours"]).norm() / outputs["ours"].norm())
@@ -157,7 +157,7 @@ def measure(shape: str, precision: str, arguments: argparse.Namespace) -> dict[s
 
 
 def report(shape: str, precision: str, times: dict[str, list[float]], tokens: int) -> None:
-    """Print tokens a second and the share of the bound of each side."""
+    """Print tokens per second and the share of the bound of each side."""
     for name, values in times.items():
         shares = [bound / value for bound, value in zip(times["dense"], values, strict=True)]
         low, median, high = statistics.quantiles(shares, n=4)
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--d-model", type=int, default=512)
-    parser.add_argument("--width", type=int, default=1024, help="of an expert where there are 8")
+    parser.add_argument("--width", type=int, default=1024, help="width of an expert when there are 8")
     parser.add_argument("--precisions", nargs="+", default=["32", "bf16-mixed", "bf16-true"])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES, help="dense and ours, and others or none")

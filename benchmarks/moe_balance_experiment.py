@@ -59,7 +59,7 @@ def read(folder: Path) -> dict[str, float]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation in words."""
+    """Return mean and standard deviation as text."""
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
 
 

@@ -1,4 +1,4 @@
-"""How long does one optimizer step take at 124m, beside torch's and the published optimizers?
+"""How long does one optimizer step take at 124m, compared with torch's and the published optimizers?
 
     python benchmarks/optimizer_step.py --rounds 9
     python benchmarks/optimizer_step.py --device cuda --rounds 30
@@ -6,7 +6,7 @@
 Every side updates the parameters of `model=dense model/size=124m` (124 M; the Muons the 85 M in hidden matrices) from
 the same gradients, with a state of its own and the settings in conf/optimizer. Each round runs every side once, in an
 order that rotates; speeds are medians over rounds of (time of the reference / time of the side) within a round, with
-quartiles. Peers that are not installed are named and left out: `pip install lion-pytorch pytorch_optimizer`, and from
+quartiles. Peers that are not installed are named and skipped: `pip install lion-pytorch pytorch_optimizer`, and from
 their repositories `muon` (KellerJordan/Muon) and `dion` (microsoft/dion). What Muon adds to a training step is given as
 a share of forward and backward, timed here on a few windows and scaled by tokens. On a machine that others use too,
 `OMP_NUM_THREADS=1 ... --clock cpu` counts this process's own seconds on one thread.
@@ -35,7 +35,7 @@ from llm.optim.param_groups import build_param_groups
 VOCAB, CONTEXT = 50_304, 512
 RATES = {"lr": 1e-4, "weight_decay": 0.1}
 BATCHES = (16_384, 524_288)
-"""Tokens an update, for which Muon's share of a training step is given."""
+"""Tokens per update, for which Muon's share of a training step is given."""
 
 Sides = dict[str, Callable[[], torch.optim.Optimizer]]
 
@@ -92,19 +92,19 @@ def muon_sides(groups: list[ParamGroup], nodes: dict[str, Any]) -> Sides:
 
 
 def wait(device: str) -> None:
-    """Wait for the device's queue."""
+    """Synchronize with the device."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def measure(sides: Sides, *, rounds: int, device: str, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Time every side once a round, rotating who goes first, after two steps to warm up."""
+    """Time every side once per round, in an order that rotates, after two steps to warm up."""
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for name, build in sides.items():
         try:
             optimizer = build()
         except ImportError as error:
-            print(f"{name}: left out, {error}")
+            print(f"{name}: skipped, {error}")
             continue
         for _ in range(2):
             optimizer.step()
@@ -185,7 +185,7 @@ def main() -> None:
             "muon": lambda: instantiate(nodes["muon"])(groups),
         }
         steps = {n: statistics.median(v) for n, v in measure(sides, **timing).items()}
-        print(f"\nforward and backward: {1e6 * token:.1f} µs a token")
+        print(f"\nforward and backward: {1e6 * token:.1f} µs per token")
         for tokens in BATCHES:
             shares = {name: step / (token * tokens) for name, step in steps.items()}
             added = (steps["muon"] - steps["adamw"]) / (token * tokens + steps["adamw"])

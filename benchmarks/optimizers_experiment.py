@@ -7,7 +7,7 @@
 Every run is `experiment=optimizers`: one model, one order of data, one number of tokens whatever the batch. Learning
 rates lie on one grid, factors of 2 from 1e-3; each optimizer starts from its default and walks the grid until the
 lowest validation loss has a higher one on both sides (seed 0). The best rate then runs with further seeds. Finished
-runs are kept in OUT and not repeated, so an interrupted sweep goes on where it stopped.
+runs are kept in OUT and not repeated, so an interrupted sweep continues where it stopped.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from llm.training.train import train
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GRID_ORIGIN = 1e-3
 STEPS_EACH_WAY = 8
-"""How far the walk may go from an optimizer's default before it gives up: a factor of 256."""
+"""Largest distance of a search from an optimizer's default, in points of the grid: a factor of 256."""
 
 
 def run(
     out: Path, optimizer: str, rate_index: int, seed: int, batch_tokens: int, overrides: list[str]
 ) -> dict[str, Any]:
-    """Train once, or read what an earlier call left: the summary, and validation loss by tokens seen."""
+    """Train once, or read the finished run of an earlier call: the summary, and validation loss by tokens seen."""
     folder = out / f"{optimizer}_batch{batch_tokens}_rate{rate_index:+d}_seed{seed}"
     if not _finished(folder):
         rate = GRID_ORIGIN * 2.0**rate_index
@@ -47,7 +47,7 @@ def run(
             micro = [f"micro_batch_size={min(base.micro_batch_size, batch_tokens // base.context_length)}"]
             cfg = to_plain(compose("train", ["experiment=optimizers", "name=o", *overrides, *choice, *steps, *micro]))
         check(cfg)
-        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted call left
+        shutil.rmtree(folder, ignore_errors=True)  # an unfinished run of an interrupted call
         folder.mkdir(parents=True)
         train(cfg, folder)
     summary = json.loads((folder / "summary.json").read_text())
@@ -67,7 +67,7 @@ def score(result: dict[str, Any]) -> float:
 
 
 def tune(start: int, measure: Any) -> tuple[int, dict[int, float]]:
-    """Walk the grid from `start` to a rate that beats both its neighbours; return it and every loss seen."""
+    """Walk the grid from `start` to a rate that beats both its neighbours; return it and every measured loss."""
     losses = {start: measure(start)}
     best = start
     for _ in range(2 * STEPS_EACH_WAY):
@@ -141,7 +141,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, print the tables, keep the figures."""
+    """Train the missing runs, print the tables, and save the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of results.json")
     parser.add_argument("--optimizers", default="adamw,lion,tiger,muon")

@@ -4,7 +4,7 @@
     python train.py experiment=recall model/attention=linear hydra.run.dir=runs/recall-linear
     python benchmarks/recall_experiment.py runs/recall-* --out docs/recall
 
-Each run is judged on fresh documents of its task at several distances between a pair and its question: the share of
+Each run is evaluated on new documents of its task at several distances between a pair and its question: the share of
 values that the model ranks first.
 """
 
@@ -24,7 +24,7 @@ from llm.training.rebuild import rebuild
 DOCUMENTS = 400
 SMOOTH = 20
 UNSEEN = 10_000_000
-"""Seed of the documents that judge: training draws its own from the run's data.seed."""
+"""Seed of the documents for evaluation; training draws its own from the run's data.seed."""
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def loss_curve(folder: Path) -> tuple[list[int], list[float]]:
 
 
 def picture(folders: list[Path], results: dict[str, dict[int, float]], path: Path) -> None:
-    """Draw the loss while learning and the accuracy over distance, a line a run."""
+    """Draw the loss while learning and the accuracy over distance, one line per run."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     FigureCanvasAgg(figure)
     learning, judged = figure.subplots(1, 2)
@@ -69,7 +69,7 @@ def picture(folders: list[Path], results: dict[str, dict[int, float]], path: Pat
 
 
 def main() -> None:
-    """Judge every run, print and keep the table and the plot."""
+    """Evaluate every run, then print and save the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--distances", type=int, nargs="+", default=[0, 16, 32, 48, 64, 80, 96])

@@ -1,11 +1,11 @@
-"""What does a job of a sweep cost beyond the plain run that it is?
+"""What does a job of a sweep cost more than the same run alone?
 
     python benchmarks/sweep_overhead.py --repeats 3
 
 Every job trains a tiny model for a few updates. A job's marginal cost is (sweep of many - sweep of one) / (many - 1).
-With a process a job it is held against `python train.py` with the same arguments; in one process, where a job imports
-nothing, against the same run less the time that its imports take. CPU seconds stand beside those of the clock: on a
-machine that does other work they are the ones to compare.
+With one process per job it is compared with `python train.py` with the same arguments. In one process, where a job
+imports nothing, it is compared with the same run minus the time of its imports. CPU seconds are printed next to wall
+time; on a machine that does other work, compare the CPU seconds.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def once(folder: Path, many: int) -> dict[str, tuple[float, float]]:
 
 
 def main() -> None:
-    """Print medians and what follows from them."""
+    """Print medians and the overhead that follows from them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=4)

@@ -3,7 +3,7 @@
     python benchmarks/tiger_memory.py --layers 16 --width 2048
 
 Each side is a process of its own that trains a stack of square layers for a few updates of several micro-batches, from
-one seed; the table gives its peak resident memory, less what it held before it built the model. That both do the same
+one seed; the table gives its peak resident memory, minus its memory before it built the model. That both do the same
 is tested in tests/optim/test_tiger.py.
 """
 

@@ -71,7 +71,7 @@ def compare_ids(cache: Any, mapped: Any, tokenizer: BpeTokenizer, documents: lis
 
 
 def measure(sides: dict[str, Callable[[Path], Any]], repeats: int) -> dict[str, list[float]]:
-    """Time every side once a round, rotating who goes first."""
+    """Time every side once per round, in an order that rotates."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
     for i in range(repeats):

@@ -1,4 +1,4 @@
-"""How fast is a training step, beside litgpt's GPT and transformers' Llama in bare loops?
+"""How fast is a training step, compared with litgpt's GPT and transformers' Llama in bare loops?
 
     python benchmarks/train_step.py --precision bf16 --context 256,512 --rounds 9
     python benchmarks/train_step.py --precision fp32 --compile
@@ -9,8 +9,8 @@ clipping, every callback and the loggers, taken from inside a run. The peers are
 torch's fused AdamW on random tokens, same geometry, same vocabulary, same number of windows, same precision. Each side
 lives in a process of its own, of which one works at a time: a round runs every side for some steps in an order that
 rotates. Speeds are medians over rounds, ratios are taken within a round; quartiles are given. The ceiling is the rate
-of one large product, measured between the rounds. Memory is the peak resident size of the process, less what it held
-before building its model; on a GPU, the most that was allocated there. Peers that are not installed are left out
+of one large product, measured between the rounds. Memory is the peak resident size of the process, minus its memory
+before building its model; on a GPU, the peak of allocated memory. Peers that are not installed are skipped
 (`pip install litgpt transformers`).
 """
 
@@ -48,7 +48,7 @@ def peak_memory(device: str) -> float:
 
 
 class Turns:
-    """A side's part of the conversation: a number of steps comes in, seconds and memory go out.
+    """One side of the exchange with the parent: reads a number of steps, and writes seconds and memory.
 
     Answers go to the standard output that the process was started with; all else that is printed goes to its errors.
     """
@@ -62,7 +62,7 @@ class Turns:
         self.start: float | None = None
 
     def next_step(self) -> None:
-        """Call before each step: answers when the steps asked for are done, and waits to be asked again."""
+        """Call before each step: report when the requested steps are done, and wait for the next request."""
         if self.left == 0:
             if self.device == "cuda":
                 torch.cuda.synchronize()
@@ -166,7 +166,7 @@ def train_ours(args: argparse.Namespace) -> None:
     turns = Turns(args.device)
 
     class Gate(L.Callback):
-        """Holds the run until its turn; first of the callbacks, so that all others count."""
+        """Blocks the run until its turn; it is the first callback, so that the time of all others counts."""
 
         def on_train_batch_start(self, *_: Any) -> None:
             turns.next_step()
@@ -232,7 +232,7 @@ def ceiling(args: argparse.Namespace) -> float:
 
 
 def flops_per_token(args: argparse.Namespace, context: int) -> float:
-    """FLOPs of training on a token: six for each weight that multiplies, and attention's mixing, causal."""
+    """Return the training FLOPs per token: six per weight that multiplies, plus the causal products of attention."""
     shape = shape_of(args.size)
     layers, width, kv_share = shape["num_layers"], shape["d_model"], shape["num_kv_heads"] / shape["num_heads"]
     weights = layers * ((2 + 2 * kv_share) * width**2 + 3 * width * shape["ffn"]["d_ff"]) + args.vocab * width
@@ -246,7 +246,7 @@ def report(
     memory: dict[str, float],
     ceilings: list[float],
 ) -> None:
-    """Print tokens a second, memory, our speed over each peer's, and the share of the ceiling that is reached."""
+    """Print tokens per second, memory, our speed over each peer's, and the share of the ceiling that is reached."""
     tokens, peak = args.windows * context, statistics.median(ceilings)
     mode = "compiled" if args.compile else "eager"
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} threads"
@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=1, help="steps a side takes in a round")
+    parser.add_argument("--steps", type=int, default=1, help="steps per side and round")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--verbose", action="store_true", help="show what the sides write to standard error")

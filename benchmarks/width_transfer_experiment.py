@@ -1,4 +1,4 @@
-"""Does the learning rate of a narrow model serve a wide one, with and without rates that know the width?
+"""Does the learning rate of a narrow model serve a wide one, with and without rates that depend on the width?
 
     python benchmarks/width_transfer_experiment.py --out runs/width_transfer --docs docs/width_transfer
     python benchmarks/width_transfer_experiment.py --docs docs/width_transfer --coordinate-check
@@ -10,7 +10,7 @@ mean over seeds. At the base width all rates but `spectral` are the plain ones. 
 repeated.
 
 The coordinate check trains a few updates on one batch and compares, from width 64 to 1024, how far each layer's
-activations and scores moved: a width that is accounted for leaves them at one size.
+activations and scores moved: rates that account for the width keep them at one size.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def mean_curve(curves: list[dict[float, float]]) -> list[tuple[float, float]]:
 
 
 def picture(results: dict[str, Any], widths: list[int], path: Path) -> None:
-    """Draw loss over lr, a line a width, a row an optimizer, a column a kind of rates."""
+    """Draw loss over lr, one line per width, one row per optimizer, one column per kind of rates."""
     columns = list(next(iter(results.values())))
     figure = Figure(figsize=(3.6 * len(columns), 2.8 * len(results)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -190,7 +190,7 @@ def coordinate_check(arguments: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    """Run what is missing, write tables, plot and figures."""
+    """Train the missing runs, then write tables, plot and figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of the runs")
     parser.add_argument("--docs", type=Path, required=True, help="folder of the tables, rates.png and results.json")

@@ -1,14 +1,14 @@
-"""What does a rank hold and send at each stage of ZeRO, against what the plan foretells?
+"""How much memory and communication does each ZeRO stage need per rank, compared with the estimate of `plan=true`?
 
     python benchmarks/zero.py --ranks 2 -- model/size=tiny optimizer=muon
     python benchmarks/zero.py --ranks 8 --stages 1,2,3 -- trainer.accelerator=gpu trainer.precision=bf16-true \\
         model/size=350m optimizer=muon
 
-Held: the bytes of the tensors themselves (weights, gradients where they are most: after a backward pass or when they
-are clipped, optimizer state and fp32 masters), on the rank that holds most. Sent: bytes that one rank gives to
-collectives in an update, reckoned as rings send them, all of them counted; predicted by arXiv:1910.02054, section 7,
-and an optimizer's own exchange apart. The share of an update that
-Muon spends in its exchange is measured on rank 0, waiting included.
+Memory: the bytes of the tensors themselves, on the rank that holds most. These are weights, gradients at their peak
+(after a backward pass or during clipping), optimizer state and fp32 masters. Communication: the bytes that one rank
+passes to collectives per update, counted as ring algorithms send them. arXiv:1910.02054, section 7, predicts them; the
+exchange of an optimizer is listed separately. The share of an update that Muon spends in its exchange is measured on
+rank 0 and includes waiting.
 """
 
 import argparse
@@ -91,13 +91,13 @@ class Meter(Callback):
         self.held["gradients"] = max(self.held.get("gradients", 0.0), total)
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-        """Weigh what a backward pass has left."""
+        """Measure the memory that a backward pass leaves in use."""
         self._holds_gradients([p.grad for p in pl_module.parameters() if p.grad is not None])
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """Close an update's account."""
+        """Record the totals of an update."""
         if trainer.global_step == len(self.updates):
-            return  # a micro-batch that is not the last of its update
+            return  # not the last micro-batch of its update
         now = time.perf_counter()
         self.updates.append((now - self._since, self.in_exchange))
         self._since, self.in_exchange = now, 0.0
@@ -171,7 +171,7 @@ def row(stage: int, cfg: dict[str, Any], ranks: int) -> str:
 
 
 def main() -> None:
-    """Print a row a stage, in MB, and how far each figure lies from the plan's."""
+    """Print one row per stage, in MB, with the difference from the estimate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--stages", default="0,1,2,3")

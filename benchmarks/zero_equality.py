@@ -1,4 +1,4 @@
-"""Does every optimizer train on ZeRO's shards as it does on one device?
+"""Does every optimizer give the same training on ZeRO's shards as on one device?
 
     python benchmarks/zero_equality.py --out runs/zero_equality
     python benchmarks/zero_equality.py --out runs/zero_equality --optimizers muon --stages 2,3 --ranks 4
@@ -38,7 +38,7 @@ MODELS = {
         "model/attention=vq",
         "model/position=none",
         "model.attention.block_size=16",
-        "model.attention.codebook.codebook_size=8",  # more codes than a micro-batch has keys would tie
+        "model.attention.codebook.codebook_size=8",  # more codes than keys per micro-batch would tie
     ),
 }
 TINY = (
@@ -69,7 +69,7 @@ def overrides(case: dict[str, Any], ranks: int) -> list[str]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a case has been run."""
+    """Return whether a case has been run."""
     path = folder / "summary.json"
     return path.exists() and json.loads(path.read_text())["status"] == "finished"
 
@@ -86,7 +86,7 @@ def run_cases(cases: list[dict[str, Any]], out: Path, ranks: int) -> None:
 
 
 def run_missing(cases: list[dict[str, Any]], out: Path, ranks: int) -> None:
-    """Train the cases that are not there yet: references here, the others in processes of their own."""
+    """Train the missing cases: references in this process, the others in processes of their own."""
     missing = [case for case in cases if not is_finished(out / case_name(case))]
     run_cases([case for case in missing if case["stage"] is None], out, ranks)
     sharded = [case for case in missing if case["stage"] is not None]
@@ -99,7 +99,7 @@ def run_missing(cases: list[dict[str, Any]], out: Path, ranks: int) -> None:
 
 
 def reference_of(case: dict[str, Any]) -> dict[str, Any]:
-    """Return the case in one process that a case is held against."""
+    """Return the case in one process that a case is compared with."""
     precision = "bf16-mixed" if case["precision"] == "bf16-true" else case["precision"]
     return {**case, "precision": precision, "stage": None}
 
@@ -137,7 +137,7 @@ def table(cases: list[dict[str, Any]], out: Path) -> str:
 
 
 def all_cases(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return every legal combination that was asked for."""
+    """Return every valid combination that was requested."""
     keys = ("model", "optimizer", "precision", "accumulation", "clip", "stage")
     asked = [getattr(arguments, f"{key}s").split(",") for key in keys]
     cases = [dict(zip(keys, values, strict=True)) for values in product(*asked)]
@@ -147,7 +147,7 @@ def all_cases(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run what is missing and print the table."""
+    """Train the missing cases and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of table.md")
     parser.add_argument("--models", default="dense,moe,vq")
