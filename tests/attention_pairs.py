@@ -1,4 +1,4 @@
-"""Every pair of an attention and a position, found by listing conf/: which are legal, and why the others are not."""
+"""Builds every pair of an attention and a position from conf/, and returns why a pair is invalid."""
 
 from typing import Any
 
@@ -18,11 +18,11 @@ SMALL = {
     "position/leaky_rerope": {"window": 11},
     "position/inv_leaky": {"window": 11},
 }
-"""Settings under which a short text already goes through every part of a method."""
+"""Settings that make a short text pass through every part of a method."""
 
 
 def build_small(option: str, settings: dict[str, Any], **supplied: Any) -> Any:
-    """Build `attention/vq` and the like with settings by dotted key."""
+    """Build an option such as `attention/vq`, with settings by dotted key."""
     node = OmegaConf.load(CONF / "model" / f"{option}.yaml")
     for key, value in (SMALL.get(option, {}) | settings).items():
         OmegaConf.update(node, key, value, force_add=False)
@@ -36,7 +36,7 @@ def build_pair(attention: str, position: str, **settings: Any) -> Any:
 
 
 def reason_against(attention: str, position: str) -> str | None:
-    """Return why a pair has no meaning, or None."""
+    """Return the error message of an invalid pair, or None for a valid one."""
     try:
         build_pair(attention, position)
     except ConfigError as error:

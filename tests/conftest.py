@@ -3,7 +3,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side: more threads than cores only wait
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel; more threads than cores slow them down
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from llm.config.check import check
 from llm.config.files import to_plain
 from llm.training.train import train
 
-settings.register_profile("unhurried", deadline=None)  # a busy machine takes its time, which is no mistake
+settings.register_profile("unhurried", deadline=None)  # a busy machine is slow, and that is no failure
 settings.load_profile("unhurried")
 
 TINY = (
@@ -92,7 +92,7 @@ def tiny(corpus, tmp_path_factory) -> list[str]:
 
 @pytest.fixture
 def train_here(tmp_path, monkeypatch, capsys):
-    """Call train.py's command line in this process: (exit status, all that it printed, its standard error)."""
+    """Call the command line of train.py in this process; return exit status, whole output and standard error."""
 
     def make(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)

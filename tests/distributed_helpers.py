@@ -1,4 +1,4 @@
-"""How far two runs are apart: for tests of several ranks."""
+"""Measures the distance between two runs, for tests with several ranks."""
 
 import json
 
@@ -15,7 +15,7 @@ def weights(folder):
 
 
 def distance(one, other):
-    """Largest difference of a loss, and of a weight."""
+    """Return the largest difference of a loss and of a weight."""
     a, b = losses(one), losses(other)
     assert a.keys() == b.keys()
     x, y = weights(one), weights(other)

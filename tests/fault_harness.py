@@ -1,6 +1,6 @@
-"""Runs a command, does something to it, and says what is left. A new fault takes five lines:
+"""Runs a command, injects a fault, and returns what is left. A new fault takes five lines:
 
-def test_a_run_killed_by_ten_signals_goes_on(fault, steady):
+def test_a_run_killed_by_ten_signals_resumes(fault, steady):
     fault.run(*LONG, kill=Kill(signal.SIGUSR1, at_step=7))
     outcome = fault.run(f"resume={fault.folder}")
     assert outcome.status == 0
@@ -22,19 +22,18 @@ from llm.run_folder.checkpoint_files import list_checkpoints, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 240
-"""Seconds that any command has."""
+"""Timeout of any command, in seconds."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """A signal, and when: when metrics.jsonl has a line for a step, or a moment after a checkpoint is begun.
+    """A signal and its time: after a step appears in metrics.jsonl, or a moment after a checkpoint starts.
 
     Args:
         number: the signal.
         at_step: send it when this update is recorded.
-        while_saving: send it when a checkpoint is being written that is not the first, so many seconds after it was
-            begun.
-        times: send it so often, half a second apart.
+        while_saving: send it this many seconds after the start of a checkpoint that is not the first.
+        times: number of times it is sent, half a second apart.
         to_group: to every process of the command, as a terminal or a scheduler does.
     """
 
@@ -47,7 +46,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is left of a command: its exit status, what it said, how long it took, and its run folder."""
+    """The result of a command: its exit status, output, duration and run folder."""
 
     status: int
     out: str
@@ -61,7 +60,7 @@ class Outcome:
 
     @property
     def losses(self) -> dict[int, str]:
-        """Each step's training loss as the number it is."""
+        """Return the training loss of each step."""
         rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         return {row["step"]: float(row["train/loss"]).hex() for row in rows}
 
@@ -71,26 +70,26 @@ class Outcome:
 
     @property
     def whole(self) -> list[int]:
-        """Steps of the checkpoints that verify."""
+        """Return the steps of the checkpoints whose checksums are correct."""
         return [step for step, path in list_checkpoints(self.folder / "checkpoints") if not verify(path)]
 
     @property
     def leftovers(self) -> list[str]:
-        """Names of what was begun and not finished."""
+        """Return the names of unfinished files and folders."""
         return [path.name for path in self.folder.rglob(".tmp-*")]
 
 
 @dataclass
 class Fault:
-    """Runs train.py in one run folder, again and again.
+    """Runs train.py in one run folder, any number of times.
 
     Args:
         base: overrides that every new run gets; a command with resume= has none.
         cwd: the working directory.
-        patch: Python that every process of the command executes first: faults that only exist inside.
-        file_limit: bytes that no file may exceed, as with a quota or a full disk.
-        environment: variables beside this process's own; None removes one.
-        prefix: what goes before the command, such as `unshare -rn` for no network.
+        patch: Python code that every process of the command executes first, for faults inside the process.
+        file_limit: largest size of a file in bytes, as with a quota or a full disk.
+        environment: variables added to those of this process; None removes one.
+        prefix: words before the command, such as `unshare -rn` for no network.
     """
 
     base: list[str]
@@ -105,7 +104,7 @@ class Fault:
         return self.cwd / "run"
 
     def run(self, *overrides: str, kill: Kill | None = None) -> Outcome:
-        """Run train.py with these overrides; where `kill` says so, send a signal meanwhile."""
+        """Run train.py with these overrides, and send the signal of `kill` meanwhile."""
         own = [] if any(o.startswith("resume=") for o in overrides) else [*self.base, f"hydra.run.dir={self.folder}"]
         began = time.monotonic()
         command = [*self.prefix, sys.executable, str(self._script()), *own, *overrides]
@@ -165,7 +164,7 @@ class Fault:
         raise AssertionError(f"the command ended before it was to be killed: {process.communicate()}")
 
     def recorded(self) -> int:
-        """Return the newest update in metrics.jsonl."""
+        """Return the newest step in metrics.jsonl."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
@@ -178,7 +177,7 @@ def truncate(path: Path, *, by: int = 1) -> None:
 
 
 def flip(path: Path, *, chance: random.Random) -> None:
-    """Change one bit of a file, anywhere."""
+    """Change one bit of a file."""
     content = bytearray(path.read_bytes())
     content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
     path.write_bytes(content)

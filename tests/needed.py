@@ -1,4 +1,4 @@
-"""What some tests need beside the project: they are left out where it is missing, and say so."""
+"""Skips tests whose optional packages are not installed, with the reason."""
 
 import importlib.metadata
 
@@ -6,6 +6,6 @@ import pytest
 
 
 def needs(distribution: str) -> pytest.MarkDecorator:
-    """Leave a test out where this package is not installed."""
+    """Skip a test if this package is not installed."""
     there = any(found.name == distribution for found in importlib.metadata.distributions())
     return pytest.mark.skipif(not there, reason=f"{distribution} is not installed")

@@ -26,7 +26,7 @@ def faults(how):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_a_large_block_that_is_freed_serves_the_next_one():
+def test_a_large_freed_block_is_reused_for_the_next_one():
     pages = 64 * 2**20 // resource.getpagesize()
     assert faults("keep") < pages  # of the last ten of forty; else each is faulted in anew
     assert faults("plain") > 5 * pages

@@ -21,7 +21,7 @@ def test_tasks_run_in_order_and_wait_returns_after_the_last():
     pickle.loads(pickle.dumps(writer)).wait()
 
 
-def test_a_failure_is_raised_once_and_tasks_behind_it_never_run():
+def test_a_failure_is_raised_once_and_later_tasks_never_run():
     done, writer, go = [], BackgroundWriter(), threading.Event()
 
     def fail():
@@ -53,7 +53,7 @@ def checkpoint(step, value):
     return {"state_dict": {"w": value}, "global_step": step, "optimizer_states": [{"m": value, "step": 3}]}
 
 
-def test_a_checkpoint_has_the_state_of_the_moment_of_saving(tmp_path, monkeypatch):
+def test_a_checkpoint_has_the_state_at_the_time_of_saving(tmp_path, monkeypatch):
     checkpoint_io, weights, real = FolderCheckpointIO(manifest={}), torch.ones(3), checkpoint_module.write_contents
     gate = threading.Event()
     monkeypatch.setattr(checkpoint_module, "write_contents", lambda *a, **k: (gate.wait(), real(*a, **k)))

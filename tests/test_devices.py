@@ -1,6 +1,6 @@
-"""What a device computes: models, experts and optimizers as in fp64 on the CPU, whole runs as in eager fp32 there.
+"""Each device computes the same: models, experts and optimizers as fp64 on the CPU, runs as eager fp32 there.
 
-Each runs on the CPU and, where there is one, on a CUDA device: `pytest -m gpu` runs these alone.
+Each test runs on the CPU and, if there is one, on a CUDA device; `pytest -m gpu` runs the latter only.
 """
 
 import copy
@@ -23,13 +23,13 @@ RUNS = [("cpu", False), *(pytest.param("cuda", c, marks=pytest.mark.gpu) for c i
 VOCAB = 61
 SMALL = ("model.d_model=64", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2", "model.ffn.d_ff=96")
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-"""Relative error that two layers leave in a gradient: some twenty roundings of 2^-24 or 2^-8, and room for sums."""
+"""Relative error of a gradient after two layers: about twenty roundings of 2^-24 or 2^-8, and a margin for sums."""
 CASES = [(*pair, dtype) for pair in LEGAL_PAIRS for dtype in ([torch.float32] if pair[0] == "vq" else ROUNDING)]
-"""A key rounded to bf16 may be nearest to another code: VQ is compared in fp32 alone."""
+"""VQ is compared in fp32 only, because a key rounded to bf16 may be nearest to another code."""
 
 
 def loss_and_gradients(model, device, dtype):
-    """The loss on a fixed batch of two documents a row, and every parameter's gradient, returned as fp64 on the CPU."""
+    """Return the loss on a fixed batch with two documents per row and all gradients, as fp64 on the CPU."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(VOCAB, (2, 81), generator=generator)
     documents = (torch.arange(80) >= 33).long().expand(2, 80)
@@ -61,7 +61,7 @@ in_each_precision = pytest.mark.parametrize("dtype", list(ROUNDING), ids=["fp32"
 
 @on_each_device
 @pytest.mark.parametrize(("attention", "position", "dtype"), CASES)
-def test_a_model_of_every_attention_and_position_is_its_definition_in_fp64(
+def test_a_model_of_every_attention_and_position_equals_its_definition_in_fp64(
     composed, device, attention, position, dtype
 ):
     choice = [f"model/attention={attention}", f"model/position={position}"]
@@ -71,14 +71,14 @@ def test_a_model_of_every_attention_and_position_is_its_definition_in_fp64(
 
 @on_each_device
 @pytest.mark.parametrize("overrides", [["model=moe"], ["model=moe", "model.ffn.num_experts=64"], ["model=hybrid"]])
-def test_a_model_of_every_kind_is_its_definition_in_fp64(composed, device, overrides):
+def test_a_model_of_every_kind_equals_its_definition_in_fp64(composed, device, overrides):
     assert_same_to_rounding(build_model(composed(*SMALL, *overrides), VOCAB), device, torch.float32)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["dense", "moe"])
-def test_a_pass_through_the_model_and_back_never_waits_for_the_gpu(composed, name):
+def test_forward_and_backward_never_synchronize_with_the_gpu(composed, name):
     model = build_model(composed(*SMALL, f"model={name}"), VOCAB).cuda()
     ids = torch.randint(VOCAB, (2, 80), device="cuda")
     positions, documents = torch.arange(80, device="cuda").expand(2, 80), torch.zeros_like(ids)
@@ -98,10 +98,10 @@ def test_a_pass_through_the_model_and_back_never_waits_for_the_gpu(composed, nam
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("empty", [False, True], ids=["full", "empty slots"])
 @pytest.mark.parametrize("normalize", [False, True], ids=["plain", "unit outputs"])
-def test_experts_are_the_loop_over_tokens_in_fp64(device, dtype, slots, empty, normalize):
+def test_experts_equal_the_loop_over_tokens_in_fp64(device, dtype, slots, empty, normalize):
     experts = Experts(d_model=64, d_expert=48, num_experts=6, top_k=slots, normalize_outputs=normalize)
     x, slope = torch.randn(2, 200, 64)
-    ids = torch.stack([torch.randperm(5)[:slots] for _ in range(200)])  # the sixth has no token
+    ids = torch.stack([torch.randperm(5)[:slots] for _ in range(200)])  # the sixth expert has no token
     weights, is_empty = torch.rand(200, slots), torch.rand(200, slots) < 0.4
     if empty:
         ids, weights = ids.masked_fill(is_empty, 6), weights.masked_fill(is_empty, 0)
@@ -122,7 +122,7 @@ def test_experts_are_the_loop_over_tokens_in_fp64(device, dtype, slots, empty, n
 
 
 class Parts(nn.Module):
-    """A tensor of each shape that rules treat apart."""
+    """A module with one tensor of each shape that update rules treat differently."""
 
     def __init__(self):
         super().__init__()
@@ -133,7 +133,7 @@ class Parts(nn.Module):
 
 @on_each_device
 @pytest.mark.parametrize("name", options("optimizer"))
-def test_an_optimizer_moves_weights_as_on_the_cpu_in_fp64(device, name):
+def test_an_optimizer_updates_weights_as_on_the_cpu_in_fp64(device, name):
     start, slopes = Parts(), [Parts() for _ in range(4)]
 
     def moved(device, dtype):
@@ -165,7 +165,7 @@ def test_an_optimizer_moves_weights_as_on_the_cpu_in_fp64(device, name):
 @pytest.mark.parametrize(("device", "compiled"), RUNS[: 1 + 2 * torch.cuda.is_available()])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("model", options("model"))
-def test_a_run_has_the_losses_of_an_eager_one_on_the_cpu(composed, tiny, tmp_path, device, compiled, precision, model):
+def test_a_run_has_the_losses_of_an_eager_run_on_the_cpu(composed, tiny, tmp_path, device, compiled, precision, model):
     kept = [t for t in tiny if t != "trainer=cpu"]
     short = [f"model={model}", "callbacks.samples=null", "logger=csv", "max_steps=4"]
 

@@ -17,13 +17,13 @@ from llm.ops.flops import measured_matmul_flops, peak_flops, table_peak
         ("Some Accelerator 9", True, None),
     ],
 )
-def test_a_device_is_found_by_name_or_answers_none(name, bf16, peak):
+def test_peak_flops_are_found_by_device_name_and_none_for_an_unknown_one(name, bf16, peak):
     assert table_peak(name, bf16=bf16) == peak
 
 
-def test_a_cpu_is_measured():
+def test_peak_flops_of_a_cpu_are_measured():
     assert measured_matmul_flops(torch.float32, size=256, repeats=2) > 1e8
 
 
-def test_a_device_of_another_kind_has_no_peak():
+def test_a_device_of_another_kind_has_no_peak_flops():
     assert peak_flops(torch.device("meta"), bf16=True) is None

@@ -32,7 +32,7 @@ def test_rms_norm_equals_its_definition(shape):
     same(ours, plain_rms_norm(x, gain, 1e-5, torch.float64), (x, gain), FP64)
 
 
-def test_rms_norm_of_fp32_writes_bf16_and_answers_fp32_gradients():
+def test_rms_norm_of_fp32_writes_bf16_and_returns_fp32_gradients():
     x, gain = torch.randn(3, 63, 24, requires_grad=True), torch.randn(24, requires_grad=True)
     ours = FusedRMSNorm.apply(x, gain, 1e-5, torch.bfloat16)
     plain = plain_rms_norm(x, gain, 1e-5, torch.bfloat16)
@@ -61,7 +61,7 @@ def test_swiglu_equals_its_definition(dtype):
     same(FusedSwiGLU.apply(gate, up), plain_swiglu(gate, up), (gate, up), tolerance)
 
 
-def test_every_piece_takes_the_fused_form_for_large_tensors_and_the_plain_one_for_small():
+def test_every_function_uses_the_fused_form_for_large_tensors_and_the_plain_form_for_small_ones():
     large, small = (torch.randn(2, n, 2, 16, requires_grad=True) for n in (2000, 3))
     gain = torch.ones(16)
     for x, is_fused in ((large, True), (small, False)):
@@ -70,13 +70,13 @@ def test_every_piece_takes_the_fused_form_for_large_tensors_and_the_plain_one_fo
         assert [type(out.grad_fn).__name__.startswith("Fused") for out in outs] == [is_fused] * 3
 
 
-def test_the_norm_answers_in_the_dtype_of_autocast_at_any_size():
+def test_the_norm_returns_the_dtype_of_autocast_at_any_size():
     for time in (3, 9000):
         with torch.autocast("cpu", torch.bfloat16):
             assert functional.rms_norm(torch.randn(1, time, 8), torch.ones(8), 1e-5).dtype == torch.bfloat16
 
 
-def test_function_transforms_take_the_plain_form():
+def test_function_transforms_use_the_plain_form():
     x = torch.randn(2, 70000)
     tangent = torch.func.vmap(torch.func.grad(lambda row: functional.swiglu(row, row).sum()))(x)
     wanted = torch.autograd.grad(plain_swiglu(y := x.clone().requires_grad_(), y).sum(), y)[0]

@@ -38,7 +38,7 @@ def test_the_layer_and_its_gradients_equal_torchs(shape):
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=2e-5)  # fp32 sums of up to 189 terms, another order
 
 
-def test_bias_autocast_and_other_dtypes_take_torchs_product(monkeypatch):
+def test_bias_autocast_and_other_dtypes_use_torchs_product(monkeypatch):
     monkeypatch.setattr(products, "WORTHWHILE", 0)
     x = torch.randn(4, 24)
     assert "linear" not in type(Linear(24, 40)(x).grad_fn).__name__
@@ -47,7 +47,7 @@ def test_bias_autocast_and_other_dtypes_take_torchs_product(monkeypatch):
         assert Linear(24, 40, bias=False)(x).dtype == torch.bfloat16
 
 
-def test_a_strided_gradient_is_served(monkeypatch):
+def test_a_strided_gradient_gives_the_same_result(monkeypatch):
     monkeypatch.setattr(products, "WORTHWHILE", 0)
     layer, x = Linear(24, 40, bias=False), torch.randn(3, 5, 24)
     layer(x).sum().backward()  # the gradient of a sum is expanded, of stride 0
@@ -68,7 +68,7 @@ for grad, wanted in zip(grads, torch.autograd.grad(layer(x * 2).square().sum(), 
 """
 
 
-def test_it_compiles_without_a_break():
+def test_the_linear_layer_compiles_without_a_graph_break():
     # in a process of its own: the compiler cannot trace the shape checks that the tests put around every function
     subprocess.run([sys.executable, "-c", COMPILED], check=True, cwd=Path(__file__).parents[1])
 
@@ -87,7 +87,7 @@ for turn in range(2):
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="products of oneDNN")
 @pytest.mark.parametrize(("given", "compiled_anew"), [({}, 0), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"}, 1100)])
-def test_more_shapes_than_onednn_keeps_by_itself_are_compiled_once(monkeypatch, given, compiled_anew):
+def test_more_shapes_than_onednn_keeps_by_default_are_compiled_once(monkeypatch, given, compiled_anew):
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
     for name, value in {"ONEDNN_VERBOSE": "profile_create", **given}.items():
         monkeypatch.setenv(name, value)

@@ -107,7 +107,7 @@ def test_bf16_parameters_get_bf16_gradients():
     assert [g.dtype for g in grads] == [torch.bfloat16, torch.bfloat16]
 
 
-def test_gradients_are_not_computed_where_none_is_wanted():
+def test_gradients_are_computed_only_for_inputs_that_require_them():
     hidden, weight, labels = make((2, 64), 32, 257)
     with torch.no_grad():
         loss = linear_cross_entropy(hidden, weight, labels)
@@ -134,12 +134,12 @@ for grad, wanted in zip(*grads):
 """
 
 
-def test_it_compiles_without_a_break():
+def test_the_loss_compiles_without_a_graph_break():
     # in a process of its own: the compiler cannot trace the shape checks that the tests put around every function
     subprocess.run([sys.executable, "-c", COMPILED], check=True, cwd=Path(__file__).parents[1])
 
 
-def test_scores_of_all_tokens_are_never_held():
+def test_the_scores_of_all_tokens_never_exist_at_once():
     hidden, weight, labels = make((2, 64), 32, 257)
     largest = 0
 
@@ -163,7 +163,7 @@ def test_scores_of_all_tokens_are_never_held():
         ({"labels": torch.zeros(2, 63, dtype=torch.long)}, (ShapeError, TypeCheckError), "labels"),
     ],
 )
-def test_what_cannot_be_served_is_refused(options, error, text):
+def test_invalid_arguments_are_refused(options, error, text):
     hidden, weight, labels = make((2, 64), 32, 257)
     arguments = {"labels": labels, **options}
     with pytest.raises(error, match=text):

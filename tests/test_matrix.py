@@ -10,7 +10,7 @@ from llm.training.train import train
 NEEDS = {
     "data=hf": None,  # a hub or a folder of files: tests/data
     "data=recall": ("data.num_documents=200", "data.num_pairs=2", "data.distance=4"),
-    "data=text": None,  # what every other run here reads
+    "data=text": None,  # every other run here reads it
     "tokenizer=bpe": ("tokenizer.vocab_size=300",),
     "tokenizer=pretrained": None,  # a file made elsewhere: tests/data
     "trainer=gpu": None,  # a GPU
@@ -28,7 +28,7 @@ NEEDS = {
     "model/position=inv_leaky": ("model.position.train_length=32",),
     "model/attention=vq": ("model/position=none",),
 }
-"""Options that need more than their name here, or that other tests cover (None)."""
+"""Settings that an option needs here, or None if other tests cover it."""
 GROUPS = ("optimizer", "schedule", "scaling", "batch_schedule", "rates", "data", "tokenizer", "trainer", "logger",
           "model", "model/attention", "model/position", "model/ffn", "model/norm", "model/size")  # fmt: skip
 CHOICES = [f"{group}={name}" for group in GROUPS for name in options(group)]

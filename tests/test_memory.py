@@ -15,17 +15,17 @@ def group(kind, *shapes):
     }
 
 
-def test_adamw_holds_eight_bytes_a_parameter_and_a_counter_a_tensor():
+def test_adamw_stores_eight_bytes_per_parameter_and_a_counter_per_tensor():
     groups = [group("matrix", (300, 200), (64, 64)), group("vector", (64,))]
     assert optimizer_state_bytes(groups, torch.optim.AdamW) == {"matrix": 8 * (60000 + 4096) + 8, "vector": 8 * 64 + 4}
 
 
-def test_momentum_sgd_holds_four():
+def test_momentum_sgd_stores_four_bytes_per_parameter():
     build = lambda groups: torch.optim.SGD(groups, momentum=0.9)  # noqa: E731
     assert optimizer_state_bytes([group("matrix", (300, 200))], build) == {"matrix": 4 * 60000}
 
 
-def test_saved_bytes_counts_each_storage_once_and_leaves_weights_out():
+def test_saved_bytes_counts_each_storage_once_and_excludes_weights():
     model = nn.Linear(32, 64, bias=False)
     x = torch.randn(8, 32)
     with SavedBytes(model) as saved:

@@ -25,11 +25,11 @@ def test_a_key_that_names_a_secret_is_known(key):
 @pytest.mark.parametrize(
     "key", ["batch_tokens", "max_tokens", "bos_token", "val_tokens", "max_new_tokens", "tokenizer", "keep", "key_size"]
 )
-def test_a_key_that_counts_or_names_tokens_is_none(key):
+def test_a_key_that_counts_or_names_tokens_is_no_secret(key):
     assert not is_secret_key(key)
 
 
-def test_no_setting_of_ours_is_taken_for_a_secret(composed):
+def test_no_setting_of_this_project_is_taken_for_a_secret(composed):
     assert secrets_in(composed(), environment={}) == []
 
 
@@ -58,7 +58,7 @@ def test_a_secret_on_the_command_line_is_refused_without_repeating_it(argument):
     assert "hunter2" not in problem
 
 
-def test_ordinary_overrides_and_unset_secrets_are_let_through():
+def test_ordinary_overrides_and_unset_secrets_are_accepted():
     arguments = [
         "batch_tokens=16k",
         "data.files=a=b",
@@ -97,7 +97,7 @@ def test_file_names_that_leave_the_run_folder_are_refused(composed, value):
         "lightning.pytorch.callbacks.model_checkpoint.os.remove", "llm.config.signatures.locate",
     ],
 )  # fmt: skip
-def test_no_way_round_the_allow_list_through_what_a_module_imports(target):
+def test_a_target_cannot_leave_the_allow_list_through_the_imports_of_a_module(target):
     (problem,) = check_node("data", {"_target_": target})
     assert "not on the allow-list" in problem or "no piece of its module" in problem
 
@@ -134,7 +134,7 @@ def test_nothing_is_ever_loaded_in_a_way_that_could_run_code():
         assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in path.read_text()
 
 
-def test_a_configuration_of_a_run_folder_is_held_against_the_allow_list_too(composed, tmp_path):
+def test_a_configuration_from_a_run_folder_is_checked_against_the_allow_list_too(composed, tmp_path):
     cfg = composed("tokenizer=bytes", "trainer=cpu")
     cfg["model"]["norm"] = {"_target_": "os.system", "_partial_": True}
     save(cfg, tmp_path / "config.yaml")

@@ -13,12 +13,12 @@ def test_a_good_node_has_no_problem():
     assert check_node("model.ffn", node(d_ff=64)) == []
 
 
-def test_a_misspelt_key_is_answered_with_the_nearest():
+def test_a_misspelt_key_gets_the_nearest_key_as_suggestion():
     (problem,) = check_node("model.ffn", node(dff=64))
     assert problem == "model.ffn.dff=64: unknown key; did you mean d_ff?"
 
 
-def test_a_name_from_elsewhere_is_translated():
+def test_a_key_of_another_project_is_translated():
     adamw = {"_target_": "torch.optim.AdamW", "_partial_": True, "learning_rate": 1e-3}
     (problem,) = check_node("optimizer", adamw)
     assert problem.endswith("did you mean lr?")
@@ -33,7 +33,7 @@ def test_a_value_of_another_type_names_key_value_and_type():
     ("key", "value", "rule"),
     [("_partial_", 0.5, "bool; got float"), ("_convert_", "any", "one of none | partial | object | all; got str")],
 )
-def test_a_key_of_hydras_with_another_value_is_named_beside_other_mistakes(key, value, rule):
+def test_a_hydra_key_with_an_invalid_value_is_reported_with_other_mistakes(key, value, rule):
     problems = check_node("optimizer", {"_target_": "llm.optim.lion.Lion", "_partial_": True, "wd": 1, key: value})
     assert sorted(problems) == [
         f"optimizer.{key}={value!r}: must be {rule}",
@@ -41,7 +41,7 @@ def test_a_key_of_hydras_with_another_value_is_named_beside_other_mistakes(key, 
     ]
 
 
-def test_a_missing_value_says_how_to_give_it():
+def test_the_error_of_a_missing_value_says_how_to_set_it():
     (problem,) = check_node("model.ffn", node(d_ff="???"))
     assert "add model.ffn.d_ff=" in problem
 
@@ -94,5 +94,5 @@ def test_a_method_of_a_class_can_be_located():
         ("x", str | Path, True),
     ],
 )
-def test_values_are_held_against_hints(value, hint, answer):
+def test_values_are_checked_against_type_hints(value, hint, answer):
     assert fits(value, hint) is answer

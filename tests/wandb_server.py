@@ -1,4 +1,4 @@
-"""A stand-in for W&B's server: just enough of its GraphQL and file streams to hold what runs send."""
+"""A fake W&B server: the part of its GraphQL and file streams that is needed to record what runs send."""
 
 import gzip
 import json
@@ -13,16 +13,16 @@ USER = {"id": "VXNlcjox", "entity": "team", "username": "me", "email": "me@local
 
 
 class StandIn:
-    """Holds what runs send, while `with StandIn() as server` serves at `server.url`.
+    """Records what runs send; inside `with StandIn() as server` it serves at `server.url`.
 
     Attributes:
-        runs: by id: what was last told of each variable of its upsert: config, groupName, jobType, tags, …
-        lines: by id: rows of its history by line number; a line that is sent again replaces the first.
-        exit_codes: by id: one for each time that the run ended.
+        runs: by id: the newest value of each variable of its upsert: config, groupName, jobType, tags, …
+        lines: by id: rows of its history by line number; a line that is sent twice replaces the first.
+        exit_codes: by id: one per end of the run.
         files: by (run or kind, name): contents.
-        operations: names of the GraphQL operations, in turn.
-        artifacts: names of those that were made.
-        is_silent: nothing is answered any more.
+        operations: names of the GraphQL operations, in order.
+        artifacts: names of the artifacts that were created.
+        is_silent: whether the server stops answering.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,9 @@ class StandIn:
             "RunResumeStatus": self._resume_status,
             "UpsertBucket": self._upsert,
             "CreateRunFiles": self._create_files,
-            "": lambda _: {"project": {"artifact": None}},  # what kind an artifact of this name is: none yet
+            "": lambda _: {
+                "project": {"artifact": None}
+            },  # the kind of an existing artifact of this name: there is none
             "CreateArtifact": self._create_artifact,
             "CreateArtifactManifest": self._create_manifest,
             "CreateArtifactFiles": self._create_artifact_files,
@@ -62,12 +64,12 @@ class StandIn:
         return [line for _, line in sorted(self.lines[run].items())]
 
     def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """Return the data of one GraphQL operation; what is not known gets none, as from a server of another age."""
+        """Return the data of one GraphQL operation; unknown operations get none, as from another version."""
         self.operations.append(operation)
         return self._answers.get(operation, lambda _: {})(variables)
 
     def stream(self, run: str, sent: dict[str, Any]) -> None:
-        """Take what a run streams."""
+        """Record what a run streams."""
         history = sent.get("files", {}).get("wandb-history.jsonl")
         for number, line in enumerate(history["content"] if history else (), (history or {}).get("offset", 0)):
             self.lines.setdefault(run, {})[number] = json.loads(line)
@@ -124,7 +126,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: object) -> None:
-        """Say nothing: clients leave without a word."""
+        """Log nothing, because clients may disconnect at any time."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -164,4 +166,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
