@@ -78,11 +78,12 @@ def check_lengths(trained: TrainedModel, prompts: list[str], max_new_tokens: int
     Raises:
         ConfigError: the prompt, or prompt and continuation together, are too long.
     """
-    position, length = trained.model.position, trained.config["context_length"]
-    reach: float = position.reach(length)  # type: ignore[operator]
+    length = trained.config["context_length"]
+    reach = trained.model.reach(length)
     longest = max(len(ids) for ids in encode_prompts(prompts, trained.tokenizer))
     remedy = "read with model/position=rerope"
-    kind = f"model/position={type(position).__name__} of a model trained on windows of {length} reads {reach:.0f}"
+    name = type(trained.model.position).__name__
+    kind = f"model/position={name} of a model trained on windows of {length} reads {reach:.0f}"
     if longest > reach:
         raise ConfigError(f"prompt=…: {longest} tokens, and {kind}; shorten it, or {remedy}")
     if longest + max_new_tokens - 1 > reach:  # the last token drawn is never read

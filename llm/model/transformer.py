@@ -151,6 +151,19 @@ class Transformer(nn.Module):
             for layer in self.blocks()
         ]
 
+    def reach(self, train_length: int) -> float:
+        """Return the tokens of context that every layer can use after training on windows of train_length."""
+        return min(layer.attention.position.reach(train_length) for layer in self.blocks())
+
+    def cautions(self, *, context_length: int, is_training: bool) -> list[str]:
+        """Return one line per setting that cannot act as its name says in windows of context_length tokens."""
+        lines = (
+            line
+            for layer in self.blocks()
+            for line in layer.attention.cautions(context_length=context_length, is_training=is_training)
+        )
+        return list(dict.fromkeys(lines))
+
     def flops_per_token(self, context_length: int) -> float:
         """Forward FLOPs a token in a window of context_length: two for each weight used, and attention's mixing.
 

@@ -1,5 +1,7 @@
 """Hybrids: layers take turns between kinds of attention."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,6 +11,9 @@ from llm.errors import ConfigError
 from llm.model.attention.linear import LinearAttention
 from llm.model.attention.softmax import SoftmaxAttention
 from llm.model.attention.vq import VQAttention
+from llm.model.position.none import NoPosition
+from llm.model.position.rerope import LeakyReRoPE
+from llm.model.position.rope import RoPE
 
 
 def build(composed, *overrides):
@@ -53,3 +58,44 @@ def test_a_pattern_that_names_no_kind_is_refused(composed, pattern, reason):
 def test_an_illegal_pair_inside_a_pattern_is_refused_with_the_reason(composed):
     with pytest.raises(ConfigError, match="each code occurred"):
         check(composed("model=hybrid", "model.attention.pattern=[softmax,vq]"))
+
+
+def test_each_kind_may_have_a_position_of_its_own(composed):
+    model = build(
+        composed, "model.attention.pattern=[local,softmax]", "model.num_layers=4",
+        "model/position@model.attention.positions.softmax=none",
+        "model/position@model.attention.positions.local=leaky_rerope", "model.attention.positions.local.window=7",
+        "model.attention.positions.local.base=500",
+    )  # fmt: skip
+    positions = [layer.attention.position for layer in model.layers]
+    assert [type(p) for p in positions] == [LeakyReRoPE, NoPosition, LeakyReRoPE, NoPosition]
+    assert (positions[0].window, float(positions[0].frequencies[1])) == (7, pytest.approx(500 ** (-2 / 32)))
+
+
+def test_a_kind_without_a_position_of_its_own_has_that_of_the_model(composed):
+    model = build(
+        composed, "model.attention.pattern=[local,softmax]", "model/position@model.attention.positions.softmax=none"
+    )
+    assert model.layers[0].attention.position is model.position
+    assert type(model.position) is RoPE
+    torch.manual_seed(0)
+    ids = torch.randint(0, 100, (1, 20))
+    same = build(composed, "model.attention.pattern=[local,softmax]")
+    positions = torch.arange(20)[None]
+    model.load_state_dict(same.state_dict())
+    other, own = (m(ids, positions=positions).hidden for m in (model, same))
+    assert (other - own).abs().max() > 1e-3
+
+
+def test_a_context_is_as_long_as_the_layer_that_reads_least(composed):
+    pattern = "model.attention.pattern=[local,softmax]"
+    assert build(composed, pattern, "model/position=rerope").reach(64) == math.inf
+    own = "model/position@model.attention.positions.local=rope"
+    assert build(composed, pattern, "model/position=rerope", own).reach(64) == 64
+
+
+def test_a_position_of_a_kind_that_does_not_exist_is_refused(composed):
+    with pytest.raises(
+        ConfigError, match=r"model\.attention\.positions=.*vqq is not in model.attention.kinds; did you"
+    ):
+        build(composed, "+model/position@model.attention.positions.vqq=none")

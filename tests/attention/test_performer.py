@@ -5,11 +5,26 @@ import math
 
 import pytest
 import torch
-from attention_pairs import build_pair
+from attention_pairs import build_pair, build_small
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from llm.contracts import AttentionGeometry
 from llm.model.attention.kernels import reference_attention
 from llm.model.attention.performer import orthogonal_directions
 from llm.model.attention.performer_chunks import EMPTY, chunked_performer
+from llm.model.init import fan_in_normal
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that an operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
 
 
 def vectors(scale=1.0, time=64):
@@ -41,6 +56,44 @@ def test_the_error_against_softmax_attention_falls_with_the_root_of_the_features
     # −1/2 exactly in the limit; eight draws of 64 rows scatter each rate by about 0.1
     assert all(0.3 < rate < 0.7 for rate in rates), (errors, rates)
     assert errors[-1] < 0.05
+
+
+def untrained_error(head_dim, **settings):
+    """Relative error against softmax attention of an untrained layer of 4 heads on tokens of unit RMS."""
+    geometry = AttentionGeometry(d_model=4 * head_dim, num_heads=4, num_kv_heads=4, head_dim=head_dim)
+    position = build_small("position/rope", {}, head_dim=head_dim)
+    torch.manual_seed(0)
+    layer = build_small("attention/performer", settings, geometry=geometry, position=position, layer_index=0)
+    fan_in_normal(layer, num_layers=1, embedding_std=0.02, head_std=0.02)
+    positions = torch.arange(128)[None]
+    with torch.no_grad():
+        q, k, v = layer.project(torch.randn(1, 128, 4 * head_dim))
+        mixed, _, _ = layer.attend(q, k, v, positions=positions, document_ids=None, cache=None)
+        (view,) = layer.position(q, k, positions)
+        exact = reference_attention(view.q, view.k, v, scale=layer.scale)
+    return float((mixed - exact).norm() / exact.norm()), (view.q, view.k, layer.scale)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_an_untrained_layer_with_qk_norm_is_close_to_softmax_attention(head_dim):
+    error, (q, k, scale) = untrained_error(head_dim, num_features=256, chunk_size=64)
+    for x in (q, k):
+        torch.testing.assert_close(scale * x.square().sum(-1), torch.ones(x.shape[:-1]), atol=1e-4, rtol=0)
+    assert error < 0.2
+    assert untrained_error(head_dim, qk_norm=False, num_features=256, chunk_size=64)[0] > 0.9
+
+
+def test_pair_weights_hold_a_bounded_number_of_sums(monkeypatch):
+    layer = build_pair("performer", "rope")
+    q, k = torch.randn(2, 50, 4, 16), torch.randn(2, 50, 2, 16)
+    sizes = {"positions": torch.arange(50).expand(2, -1), "document_ids": None}
+    whole = layer.pair_weights(q, k, **sizes)
+    one_query = 2 * 50 * 4 * layer.num_features
+    monkeypatch.setattr("llm.model.attention.performer.PAIR_ELEMENTS", 3 * one_query)
+    with LargestTensor() as largest:
+        chunked = layer.pair_weights(q, k, **sizes)
+    assert torch.equal(chunked, whole)
+    assert largest.numel == 3 * one_query
 
 
 def test_directions_are_orthogonal_in_groups_and_as_long_as_normal_vectors():

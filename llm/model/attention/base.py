@@ -38,6 +38,9 @@ class Attention(nn.Module, ABC):
     window: int | None = None
     """Number of keys that a query sees, itself included; None for all."""
 
+    needs_bare_keys: bool = False
+    """Whether far keys must be scored without their positions, also in training."""
+
     def __init__(
         self,
         *,
@@ -79,6 +82,17 @@ class Attention(nn.Module, ABC):
             "v_proj.weight": self.num_kv_heads,
             "o_proj.weight": -self.num_heads,
         }
+
+    def cautions(self, *, context_length: int, is_training: bool) -> list[str]:
+        """Return one line per setting of the position that cannot act as its name says; see `Position.cautions`."""
+        lines = self.position.cautions(context_length=context_length, window=self.window, is_training=is_training)
+        if is_training and self.position.is_for_evaluation and not self.needs_bare_keys:
+            name = type(self.position).__name__
+            lines.append(
+                f"model.position={name}: a model trained with it does not read longer contexts; train with "
+                "model/position=rope and choose it in eval.py"
+            )
+        return lines
 
     @abstractmethod
     def check_position(self, position: Position) -> None:

@@ -16,15 +16,15 @@ from llm.model.position.base import Position
 class SoftmaxAttention(Attention):
     """Causal attention with grouped-query heads: o_i = Σ_{j≤i} softmax_j(q_i·k_j / sqrt(head_dim)) v_j.
 
-    Runs on the best kernel at hand (see `llm.model.attention.kernels`) and never holds a time x time matrix, also where
-    the position scores near and far pairs differently (see `llm.model.attention.views`).
+    It runs on the fastest available kernel (see `llm.model.attention.kernels`). Positions that score near and far
+    pairs differently take two passes (see `llm.model.attention.views`).
 
     Args:
-        window: keys that a query sees, itself included, at least 1; None for all before it.
+        window: number of keys that a query sees, itself included, at least 1; None for all.
         geometry, position, layer_index, qk_norm, key_norm: see `Attention`.
 
     Raises:
-        ConfigError: a window below 1, or one that hides the far view of the position.
+        ConfigError: window is below 1.
 
     Source: Vaswani et al., "Attention Is All You Need", arXiv:1706.03762, eq. 1; windows of arXiv:2004.05150.
     """
@@ -39,22 +39,15 @@ class SoftmaxAttention(Attention):
         key_norm: bool,
         window: int | None,
     ) -> None:
-        self.window = window
+        if window is not None and window < 1:
+            raise ConfigError(f"model.attention.window={window}: must be at least 1, or null for all; try 256")
         super().__init__(
             geometry=geometry, position=position, layer_index=layer_index, qk_norm=qk_norm, key_norm=key_norm
         )
+        self.window = window
 
     def check_position(self, position: Position) -> None:
-        """Every position serves; one with a far view needs a window that reaches it."""
-        if self.window is None:
-            return
-        if self.window < 1:
-            raise ConfigError(f"model.attention.window={self.window}: must be at least 1, or null for all; try 256")
-        if position.far_from is not None and self.window <= position.far_from:
-            raise ConfigError(
-                f"model.position.window={position.far_from}: model.attention.window={self.window} hides all keys that "
-                "the position would treat as far; lower model.position.window or use model/position=rope"
-            )
+        """Accept every position."""
 
     def attend(
         self,
@@ -80,14 +73,14 @@ class SoftmaxAttention(Attention):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
     ) -> Float[Tensor, "batch heads time time"]:
-        """The softmax of all scores; see `Attention`."""
+        """Return the softmax of all scores; see `Attention`."""
         time = q.shape[1]
         scores = pair_scores(self.position(q, k, positions)) * self.scale
         visible = visible_keys(time=time, time_k=time, device=q.device, document_ids=document_ids, window=self.window)
         return softmax_weights(scores, visible).flatten(1, 2)
 
     def mixing_flops_per_token(self, context_length: int) -> float:
-        """Scores and values over the mean number of visible keys: (context_length + 1) / 2 without a window."""
+        """Count scores and values over the mean number of visible keys, (context_length + 1) / 2 without a window."""
         reach = context_length if self.window is None else min(self.window, context_length)
         visible = reach - reach * (reach - 1) / (2 * context_length)
         return 4.0 * self.num_heads * self.head_dim * visible

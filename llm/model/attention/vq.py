@@ -42,6 +42,7 @@ class VQAttention(Attention):
     whose far keys do not) in the place of XL biases; counts reset where a document ends, so windows may be packed.
     """
 
+    needs_bare_keys = True
     borrowed_parameters: ClassVar = ("codebook.codes", "codebook.mixing")
 
     def __init__(

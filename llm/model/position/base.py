@@ -41,6 +41,9 @@ class Position(nn.Module, ABC):
         self.frequencies = self.frequencies.to(fn(self.frequencies).device)
         return self
 
+    is_for_evaluation: bool = False
+    """Whether models are trained with another position and only read with this one."""
+
     @property
     def scales_queries(self) -> bool:
         """Whether queries are also scaled by their position."""
@@ -49,6 +52,32 @@ class Position(nn.Module, ABC):
     def reach(self, train_length: int) -> float:
         """Return how many tokens of context a model trained on windows of train_length can use at this position."""
         return train_length
+
+    def cautions(self, *, context_length: int, window: int | None, is_training: bool) -> list[str]:
+        """Return one line per setting that cannot act as its name says.
+
+        Args:
+            context_length: tokens per window of the run.
+            window: keys that a query of the attention sees, or None for all.
+            is_training: whether the model is trained, not only read.
+        """
+        mode, train_length, lines = self.log_n.mode, self.log_n.train_length, []
+        if mode == "full" and window is not None and window < context_length:
+            lines.append(
+                f"model.position.log_n=full: scales query i for i + 1 visible keys, but model.attention.window="
+                f"{window} hides all keys before; use model.position.log_n=none for these layers"
+            )
+        if is_training and mode == "clipped" and train_length is not None and train_length >= context_length:
+            lines.append(
+                "model.position.log_n=clipped: scales no query within the training length; train with log_n=none or "
+                "full, and set clipped for evaluation"
+            )
+        elif is_training and train_length not in (None, context_length):
+            lines.append(
+                f"model.position.train_length={train_length}: differs from context_length={context_length}, at which "
+                f"this run trains; set model.position.train_length={context_length}"
+            )
+        return lines
 
     def forward(
         self,

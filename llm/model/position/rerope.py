@@ -35,12 +35,19 @@ class ReRoPE(Position):
     Differs: the source prints the far score with the inverse rotation; the sign here equals RoPE at the window.
     """
 
+    is_for_evaluation = True
+
     def __init__(self, *, head_dim: int, base: float, window: int, log_n: LogNMode, train_length: int | None) -> None:
         super().__init__(log_n=log_n, train_length=train_length)
         self.window = check_window(window)
         self.far_from = self.bare_keys_from = self.window
         self.frequencies = inverse_frequencies(head_dim=head_dim, base=base)
         self.angles = AngleMemo()
+
+    def cautions(self, *, context_length: int, window: int | None, is_training: bool) -> list[str]:
+        """Add a line where no distance reaches the window; see `Position`."""
+        lines = super().cautions(context_length=context_length, window=window, is_training=is_training)
+        return lines + unreached_window(self.window, context_length=context_length, attention_window=window)
 
     def reach(self, train_length: int) -> float:
         """Return infinity: no distance is ever unseen."""
@@ -93,6 +100,20 @@ class LeakyReRoPE(Position):
         self.far_from = self.window
         self.frequencies = inverse_frequencies(head_dim=head_dim, base=base)
         self.angles, self.slow_angles = AngleMemo(), AngleMemo()
+        self.is_for_evaluation = slowdown > 1
+
+    def cautions(self, *, context_length: int, window: int | None, is_training: bool) -> list[str]:
+        """Add a line where no distance reaches the window, or where it suits another length; see `Position`."""
+        lines = super().cautions(context_length=context_length, window=window, is_training=is_training)
+        unreached = unreached_window(self.window, context_length=context_length, attention_window=window)
+        if unreached or not is_training or self.is_for_evaluation:
+            return lines + unreached
+        if not context_length <= 8 * self.window <= 4 * context_length:
+            lines.append(
+                f"model.position.window={self.window}: is not between an eighth and a half of "
+                f"context_length={context_length}; set model.position.window={context_length // 4}, a quarter of it"
+            )
+        return lines
 
     def reach(self, train_length: int) -> float:
         """Return the length at which slowed distances exceed those of training."""
@@ -115,3 +136,14 @@ def check_window(window: int) -> int:
     if window < 1:
         raise ConfigError(f"model.position.window={window}: must be at least 1; try a half of the training length")
     return window
+
+
+def unreached_window(window: int, *, context_length: int, attention_window: int | None) -> list[str]:
+    """Return a line where no pair of tokens is as far apart as the window of a position, else nothing."""
+    if attention_window is not None and attention_window <= window:
+        hider = f"model.attention.window={attention_window} hides every key that far"
+    elif context_length <= window:
+        hider = f"context_length={context_length} holds no pair of tokens that far apart"
+    else:
+        return []
+    return [f"model.position.window={window}: {hider}, so these layers act as with rope; lower model.position.window"]
