@@ -1,19 +1,26 @@
 """Decoders as Hugging Face folders and back: the same logits, the same weights, or a refusal that says why."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from catalogue import options
 
-from llm.commands.export import TOLERANCE, ExportConfig, compare_logits, export, sample_ids, write_model
+from llm.commands.export import ExportConfig, export, write_model
 from llm.config.build import build_model, build_tokenizer
 from llm.config.settings import settings
 from llm.errors import CheckpointError, ConfigError
+from llm.huggingface.defaults import DEFAULTS, complete
 from llm.huggingface.families import find_family
 from llm.huggingface.load import load_hf_weights
+from llm.huggingface.logits import TOLERANCE, check_import, compare_logits, random_windows
+from llm.huggingface.names import to_theirs, weight_pairs
+from llm.model.ffn.balance.base import TRAINING_STATISTICS
 from llm.training.rebuild import TrainedModel
 from llm.training.train import train
 
@@ -23,6 +30,7 @@ SMALL = (
 )  # fmt: skip
 MOE = ("model=moe", "model.ffn.num_experts=5", "model.ffn.top_k=2")
 SOFTMAX = (*MOE, "model/ffn/router=softmax", "model/ffn/balance=aux_loss")
+MIXTRAL = (*SOFTMAX, "model.ffn.router.normalize=true")
 QK_NORM = "model.attention.qk_norm=true"
 
 FAMILIES = {
@@ -46,6 +54,14 @@ FAMILIES = {
     "Glm4MoeForCausalLM, all of it": (
         *MOE, QK_NORM, "model.ffn.num_shared_experts=2", "model.first_ffn_layers=1", "model.ffn.d_ff=64",
         "model/ffn/balance=quantile", "model.tie_embeddings=false",
+    ),
+    "LlamaForCausalLM, positions of Llama 3.1": (
+        "model/position=llama3", "model.position.original_context_length=16", "model.position.factor=4.0",
+    ),
+    "LlamaForCausalLM, linear scaling": ("model/position=linear_scaling",),
+    "Qwen3ForCausalLM, YaRN": (QK_NORM, "model/position=yarn", "model.position.original_context_length=16"),
+    "MixtralForCausalLM, statistics of balance": (
+        *SOFTMAX, "model.ffn.router.normalize=true", "model.ffn.balance.scope=global_batch",
     ),
     "Glm4MoeForCausalLM, no bias": (*MOE, "model/ffn/balance=none", "model.ffn.router.normalize=false"),
 }  # fmt: skip
@@ -85,7 +101,9 @@ def test_an_exported_model_has_the_logits_and_gives_back_the_very_weights(random
     pytest.importorskip("transformers")
     trained = random_model(*FAMILIES[family])
     assert write_model(trained, tmp_path, dtype=torch.float32) == family.split(",")[0]
-    assert compare_logits(trained, tmp_path, sample_ids(trained, 72)) < TOLERANCE
+    check_import(tmp_path, trained.model, context_length=24, bos_id=256)
+    ids = random_windows(tokens=72, context_length=24, vocab_size=trained.model.vocab_size, bos_id=256)
+    assert compare_logits(trained.model, tmp_path, ids) < TOLERANCE
     back, own = load_back(tmp_path, trained), trained.model.state_dict()
     assert back.keys() == own.keys()
     assert all(torch.equal(back[name], own[name]) for name in own)
@@ -121,7 +139,7 @@ def test_what_no_class_computes_is_refused_with_the_reason(random_model, overrid
         ((QK_NORM,), r"a llama has model\.attention\.qk_norm=false"),
         (("model.tie_embeddings=false",), r"model\.tie_embeddings is False, there it is True"),
         (("model.attention.window=9",), "its model_type is llama, this decoder would be a mistral"),
-        (("model/attention=vq", "model/position=rerope"), "of a kind that Hugging Face has no class for"),
+        (("model/attention=vq", "model/position=rerope"), "no Hugging Face class computes this decoder"),
         (MOE, "would be a glm4_moe"),
     ],
 )
@@ -135,7 +153,7 @@ def test_a_folder_of_another_architecture_is_refused_with_what_to_change(random_
     ("change", "reason"),
     [
         ({"model_type": "gpt2"}, "its model_type is gpt2; only llama"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "scales positions"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 8.0}}, "scales positions"),
         ({"attention_bias": True}, "have biases"),
         ({"hidden_act": "gelu"}, "uses gelu"),
     ],
@@ -147,6 +165,120 @@ def test_a_folder_that_computes_something_else_is_refused(random_model, tmp_path
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(CheckpointError, match=reason):
         load_back(tmp_path, trained)
+
+
+def rewrite_config(folder, changes, absent=()):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({key: v for key, v in config.items() if key not in absent}))
+
+
+ROPE_KEYS = ("rope_theta", "rope_parameters")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "absent", "reason"),
+    [
+        (MOE, {"partial_rotary_factor": 0.5}, ("rope_parameters",), r"partial_rotary_factor=0\.5"),
+        (MOE, {}, ("rope_parameters", "partial_rotary_factor"), r"partial_rotary_factor=0\.5"),
+        (MOE, {"n_group": 4, "topk_group": 1}, (), "n_group and topk_group: .* 1 of 4 groups"),
+        (MOE, {}, ("norm_topk_prob", "routed_scaling_factor"), r"router\.routed_scale is .*, there it is 1\.0"),
+        (MOE, {}, ("first_k_dense_replace",), r"model\.first_ffn_layers is 0, there it is 1"),
+        (MIXTRAL, {}, ROPE_KEYS, r"model\.position\.base is 10000\.0, there it is 1000000\.0"),
+        (MIXTRAL, {}, ("rms_norm_eps",), r"model\.norm\.eps is 1e-06, there it is 1e-05"),
+        ((QK_NORM,), {}, ("head_dim",), r"model\.head_dim is 8, there it is 128"),
+        ((), {"rope_scaling": {"type": "linear", "factor": 2.0}}, ("rope_parameters",), "linear_scaling"),
+        ((), {"logit_scale": 0.5}, (), r"logit_scale=0\.5: no setting here"),
+        ((), {"quantization_config": {"bits": 4}}, (), "quantization_config="),
+        ((), {"tie_word_embeddings": True}, ("tie_word_embeddings",), r"tie_embeddings is True, there it is False"),
+    ],
+)
+def test_each_setting_that_changes_the_computation_is_refused_by_name(
+    random_model, tmp_path, overrides, changes, absent, reason
+):
+    trained = random_model(*overrides)
+    write_model(trained, tmp_path, dtype=torch.float32)
+    rewrite_config(tmp_path, changes, absent)
+    with pytest.raises(CheckpointError, match=reason):
+        load_back(tmp_path, trained)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes", "absent"),
+    [
+        ((*SOFTMAX, QK_NORM), {"intermediate_size": 999, "router_aux_loss_coef": 0.5}, ()),
+        ((*SOFTMAX, QK_NORM), {"num_local_experts": 5}, ("num_experts",)),
+        ((), {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}, ()),
+        ((), {"rope_scaling": None, "pretraining_tp": 1, "hidden_act": "swish"}, ("rope_parameters",)),
+        ((*MOE, "model.ffn.num_experts=6"), {"n_group": 3, "topk_group": 3}, ()),
+    ],
+    ids=["unused width", "other name", "mistral without a window", "old keys", "all groups chosen"],
+)
+def test_settings_that_change_no_logits_are_accepted(random_model, tmp_path, overrides, changes, absent):
+    pytest.importorskip("transformers")
+    trained = random_model(*overrides)
+    write_model(trained, tmp_path, dtype=torch.float32)
+    rewrite_config(tmp_path, changes, absent)
+    assert load_back(tmp_path, trained)
+    check_import(tmp_path, trained.model, context_length=24, bos_id=256)
+
+
+@pytest.mark.parametrize("model_type", DEFAULTS)
+def test_defaults_of_absent_keys_are_those_of_transformers(model_type):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.for_model(model_type).to_dict()
+    assert complete({"model_type": model_type}) == complete(theirs)
+
+
+def test_an_import_whose_logits_differ_from_those_of_transformers_is_refused(random_model, tmp_path):
+    pytest.importorskip("transformers")
+    trained = random_model()
+    write_model(trained, tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        trained.model.final_norm.weight.mul_(1.01)
+    with pytest.raises(CheckpointError, match="its logits in transformers differ from those here"):
+        check_import(tmp_path, trained.model, context_length=24, bos_id=256)
+
+
+def test_statistics_of_training_are_no_weights(random_model, tmp_path):
+    from safetensors.torch import load_file
+
+    trained = random_model(*MIXTRAL)
+    assert any(name.endswith("ffn.balance.load") for name in trained.model.state_dict())
+    write_model(trained, tmp_path, dtype=torch.float32)
+    assert not any("balance" in name for name in load_file(tmp_path / "model.safetensors"))
+    with pytest.raises(ConfigError, match=r"the weight layers\.0\.ffn\.other has no name"):
+        list(weight_pairs(trained.model.state_dict() | {"layers.0.ffn.other": torch.zeros(1)}, "mixtral"))
+
+
+@pytest.mark.parametrize("option", sorted(options("model/ffn/balance")))
+def test_each_buffer_of_a_balance_is_a_selection_bias_or_a_statistic(composed, option):
+    router = {"budget": "threshold"}.get(option, "sigmoid")
+    model = build_model(composed(*SMALL, *MOE, f"model/ffn/balance={option}", f"model/ffn/router={router}"), 257)
+    names = {name for name, _ in model.named_buffers() if ".balance." in name}
+    assert all(name.endswith((".bias", *TRAINING_STATISTICS)) for name in names)
+
+
+GGUF_ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "mixtral": "LLAMA", "qwen3": "QWEN3"} | {
+    "qwen3_moe": "QWEN3MOE", "glm4_moe": "GLM4_MOE",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_tensor_of_an_export_has_a_name_in_gguf(random_model, family):
+    gguf = pytest.importorskip("gguf")
+    model = random_model(*FAMILIES[family]).model
+    model_type = find_family(model, context_length=24, bos_id=256).model_type
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, GGUF_ARCHITECTURES[model_type]), len(model.layers))
+    # llama.cpp's converter stacks experts, whose names then lack a number, and renames the selection bias
+    merged = {
+        re.sub(r"experts\.\d+\.", "experts.", name).replace("correction_bias", "correction.bias")
+        for name in to_theirs(model.state_dict(), model_type)
+    }
+    absent = {name for name in merged if names.get_name(name, try_suffixes=(".weight", ".bias")) is None}
+    # llama.cpp's Qwen3-MoE has no dense layers
+    has_dense_layers = model_type == "qwen3_moe" and "model.first_ffn_layers=1" in FAMILIES[family]
+    dense = {f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+    assert absent == (dense if has_dense_layers else set())
 
 
 def test_weights_in_several_files_and_a_padded_vocabulary_are_read(random_model, tmp_path):
@@ -236,6 +368,16 @@ def test_half_precision_is_half_the_size_and_is_compared_as_rounded(run_folder, 
     whole, half = (exporting(run_folder, tmp_path / d, dtype=d) for d in ("float32", "bfloat16"))
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (whole, half)]
     assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_exported_files_have_the_mode_that_the_umask_gives(run_folder, tmp_path):
+    pytest.importorskip("transformers")
+    before = os.umask(0o027)
+    try:
+        out = exporting(run_folder, tmp_path / "hf")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o640}
 
 
 def test_a_folder_in_use_is_refused_and_nothing_is_left_of_an_export_that_differs(run_folder, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""A trained run as a Hugging Face folder: `python -m llm.export run_dir=runs/<folder> format=hf out=<new folder>`."""
+"""Exports a run as a Hugging Face folder: `python -m llm.export run_dir=runs/<folder> format=hf out=<new folder>`."""
 
 import logging
 import os
@@ -14,11 +14,9 @@ from llm.commands.cli import run_plain_command
 from llm.errors import CheckpointError, ConfigError
 from llm.huggingface.families import find_family
 from llm.huggingface.folder import discard, replace_folder, write_folder
+from llm.huggingface.logits import TOLERANCE, compare_logits, has_transformers, random_windows
 from llm.huggingface.names import to_theirs
 from llm.training.rebuild import TrainedModel, rebuild_model
-
-TOLERANCE = 1e-4
-"""Largest difference of logits, in fp32, up to which an export is the same model."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,15 +39,15 @@ class ExportConfig:
 def export(config: ExportConfig) -> Path:
     """Write a run's weights, configuration and tokenizer as a folder that `transformers` loads, and prove it equal.
 
-    The folder appears under its name only after its logits were compared with ours.
+    The folder gets its final name only after its logits have been compared with the run's.
 
     Raises:
-        ConfigError: a format that cannot hold this decoder, a folder that is not empty, or `transformers` missing.
-        CheckpointError: weights that cannot be loaded, or logits that differ by more than 1e-4.
+        ConfigError: the format cannot express this decoder, `out` is not empty, or `transformers` is missing.
+        CheckpointError: the weights cannot be loaded, or logits differ by more than 1e-4.
     """
     out = Path(config.out).expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out={config.out}: is there already and not empty; choose a new folder")
+        raise ConfigError(f"out={config.out}: exists and is not empty; choose a new folder")
     require_transformers()
     trained = rebuild_model(Path(config.run_dir), config.checkpoint, average=config.average, device="cpu")
     model = trained.model.float()
@@ -58,8 +56,13 @@ def export(config: ExportConfig) -> Path:
     temporary.mkdir(parents=True)
     try:
         architecture = write_model(trained, temporary, dtype=DTYPES[config.dtype])
-        ids = sample_ids(trained, config.tokens)
-        difference = compare_logits(trained, temporary, ids)
+        ids = random_windows(
+            tokens=config.tokens,
+            context_length=trained.config["context_length"],
+            vocab_size=model.vocab_size,
+            bos_id=trained.tokenizer.bos_id,
+        )
+        difference = compare_logits(model, temporary, ids)
         log.info("compared     %d tokens, largest difference of logits %.2e", ids.numel(), difference)
         if difference > TOLERANCE:
             raise CheckpointError(
@@ -73,61 +76,32 @@ def export(config: ExportConfig) -> Path:
 
 
 def require_transformers() -> None:
-    """Raise ConfigError where `transformers`, which proves an export, is not installed."""
-    try:
-        import transformers  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ConfigError(
-            "transformers: not installed, and an export is proved with it; pip install '.[eval]'"
-        ) from error
+    """Raise ConfigError where `transformers`, which proves an export equal, is not installed."""
+    if not has_transformers():
+        raise ConfigError("transformers: not installed, and an export is proved with it; pip install '.[eval]'")
 
 
 def round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Round every parameter to `dtype`, kept in fp32: what will be compared is what will be written."""
+    """Round every parameter to `dtype` and keep it in fp32, so that the comparison is with the weights as written."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))
 
 
 def write_model(trained: TrainedModel, folder: Path, *, dtype: torch.dtype) -> str:
-    """Write the folder in one of the formats; return the name of the class that it will load as."""
+    """Write the folder, and return the name of the Hugging Face class that loads it."""
     context_length, tokenizer = trained.config["context_length"], trained.tokenizer
     family = find_family(trained.model, context_length=context_length, bos_id=tokenizer.bos_id)
     weights = to_theirs(trained.model.state_dict(), family.model_type)
     name = str(dtype).removeprefix("torch.")
     config = family.config | {"dtype": name, "torch_dtype": name}
     weights = {key: tensor.to(dtype) if _is_rounded(key, tensor) else tensor for key, tensor in weights.items()}
-    write_folder(folder, config=config, weights=weights, tokenizer=tokenizer, context_length=context_length, code={})
+    write_folder(folder, config=config, weights=weights, tokenizer=tokenizer, context_length=context_length)
     return config["architectures"][0]
 
 
 def _is_rounded(name: str, tensor: Tensor) -> bool:
     return tensor.is_floating_point() and not name.endswith("e_score_correction_bias")
-
-
-def sample_ids(trained: TrainedModel, tokens: int) -> Tensor:
-    """Return windows of random ids, about as many as asked for, each beginning a document."""
-    length = trained.config["context_length"]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(trained.model.vocab_size, (max(1, tokens // length), length), generator=generator)
-    ids[:, 0] = trained.tokenizer.bos_id
-    return ids
-
-
-@torch.no_grad()
-def compare_logits(trained: TrainedModel, folder: Path, ids: Tensor) -> float:
-    """Return the largest difference between our logits and those of the folder as `transformers` loads it, in fp32."""
-    from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
-    from transformers.utils import logging as their_logging  # pyright: ignore[reportMissingImports]
-
-    their_logging.disable_progress_bar()
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    worst = 0.0
-    for row, places in zip(ids.split(1), positions.split(1), strict=True):
-        ours = trained.model.logits(trained.model(row, positions=places).hidden)
-        worst = max(worst, float((theirs(input_ids=row).logits - ours).abs().max()))
-    return worst
 
 
 def check_export(cfg: Mapping[str, Any]) -> ExportConfig:
@@ -138,5 +112,5 @@ def check_export(cfg: Mapping[str, Any]) -> ExportConfig:
 
 
 def main() -> None:
-    """Export what the command line names."""
+    """Run the export that the command line describes."""
     run_plain_command(lambda cfg: export(check_export(cfg)), config_name="export")

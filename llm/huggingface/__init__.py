@@ -1,1 +1,1 @@
-"""Decoders as Hugging Face folders, and Hugging Face folders as decoders."""
+"""Converts decoders to Hugging Face folders, and Hugging Face folders to decoders."""

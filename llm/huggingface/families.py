@@ -1,20 +1,29 @@
-"""Which Hugging Face class computes exactly what a decoder computes, and why none does where none does."""
+"""Finds the Hugging Face class that computes exactly what a decoder computes, or the reasons why none does."""
 
 from typing import Any, NamedTuple
 
 from llm.errors import ConfigError
+from llm.huggingface.rope import EXPORTED, rope_parameters
 from llm.model.attention.softmax import SoftmaxAttention
 from llm.model.ffn.moe import MoE
 from llm.model.ffn.router import TopKRouter
 from llm.model.ffn.swiglu import SwiGLU
 from llm.model.norm import RMSNorm
-from llm.model.position.ntk import NTKRoPE
-from llm.model.position.rope import RoPE
 from llm.model.transformer import Transformer
 
 
+class NoFamilyError(ConfigError):
+    """No Hugging Face class computes a decoder, for the given reasons."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        self.reasons = "; ".join(dict.fromkeys(reasons))
+        super().__init__(
+            f"format=hf: no Hugging Face class computes this decoder ({self.reasons}); change model.* and train again"
+        )
+
+
 class Family(NamedTuple):
-    """A Hugging Face class and the configuration under which it is a given decoder."""
+    """A Hugging Face class, and the configuration under which it computes a given decoder."""
 
     architecture: str
     model_type: str
@@ -24,31 +33,26 @@ class Family(NamedTuple):
 def find_family(model: Transformer, *, context_length: int, bos_id: int) -> Family:
     """Return the class that computes what `model` computes.
 
-    Dense decoders become Llama, Mistral where all layers have a window, or Qwen3 under QK-norm; experts become Mixtral
-    or Qwen3-MoE where a softmax over all experts weighs them, and GLM-4-MoE, which has DeepSeek-V3's router over plain
-    grouped-query attention, where sigmoid scores and a selection bias do.
+    A dense decoder becomes Qwen3 with QK-norm, Mistral with a window in every layer, and Llama otherwise. Experts with
+    softmax scores become Mixtral or Qwen3-MoE. Experts with sigmoid scores become GLM-4-MoE, which has DeepSeek-V3's
+    router and plain grouped-query attention.
 
     Args:
         model: the decoder.
-        context_length: tokens a window in training.
-        bos_id: the token that begins a document and tells that the one before has ended.
+        context_length: tokens per window in training.
+        bos_id: the token that begins a document and thereby ends the one before it.
 
     Raises:
-        ConfigError: no class computes it; the message lists what stands in the way.
+        NoFamilyError: no class computes it; the message lists the reasons.
     """
     reasons = [*_attention_reasons(model), *_norm_reasons(model), *_ffn_reasons(model)]
     if reasons:
-        raise ConfigError(_refusal(reasons))
+        raise NoFamilyError(reasons)
     config = _geometry(model, context_length=context_length, bos_id=bos_id)
     experts = [block.ffn for block in model.blocks() if isinstance(block.ffn, MoE)]
     family = _expert_family(model, experts[0], config) if experts else _dense_family(model, config)
     config = {"architectures": [family.architecture], "model_type": family.model_type} | family.config
     return family._replace(config=config)
-
-
-def _refusal(reasons: list[str]) -> str:
-    listed = "; ".join(dict.fromkeys(reasons))
-    return f"format=hf: no Hugging Face class computes this decoder ({listed}); change model.* and train again"
 
 
 def _attention_reasons(model: Transformer) -> list[str]:
@@ -60,9 +64,9 @@ def _attention_reasons(model: Transformer) -> list[str]:
         elif attention.key_norm:
             reasons.append("model.attention.key_norm=true")
     position = model.position
-    if type(position) not in (RoPE, NTKRoPE):
+    if type(position) not in EXPORTED:
         reasons.append(f"model/position is {type(position).__name__}")
-    elif position.scales_queries:  # type: ignore[operator]
+    elif position.scales_queries:
         reasons.append("model.position.log_n scales queries")
     return reasons
 
@@ -71,10 +75,15 @@ def _norm_reasons(model: Transformer) -> list[str]:
     norms = [norm for block in model.blocks() for norm in (block.attention_norm, block.ffn_norm)] + [model.final_norm]
     if other := {type(norm).__name__ for norm in norms if type(norm) is not RMSNorm}:
         return [f"model/norm is {', '.join(other)}"]
-    eps = {norm.eps for norm in norms}  # type: ignore[union-attr]
-    for block in model.blocks():
-        eps |= {norm.eps for norm in (getattr(block.attention, "q_norm", None),) if norm is not None}
-    return [] if len(eps) == 1 else [f"norms of queries and of layers differ in eps: {sorted(eps)}"]  # type: ignore[type-var]
+    norms += [attention.q_norm for attention in _attentions(model) if attention.q_norm is not None]
+    eps = sorted({float(norm.eps) for norm in norms})  # pyright: ignore[reportArgumentType]
+    if len(eps) == 1:
+        return []
+    return [f"norms of queries and of layers differ in eps: {eps}; set model.attention.qk_norm_eps to model.norm.eps"]
+
+
+def _attentions(model: Transformer) -> list[SoftmaxAttention]:
+    return [block.attention for block in model.blocks() if isinstance(block.attention, SoftmaxAttention)]
 
 
 def _ffn_reasons(model: Transformer) -> list[str]:
@@ -92,8 +101,9 @@ def _ffn_reasons(model: Transformer) -> list[str]:
 
 
 def _geometry(model: Transformer, *, context_length: int, bos_id: int) -> dict[str, Any]:
-    attention = model.blocks()[0].attention
-    theta = rope_theta(model)
+    attention = _attentions(model)[0]
+    rope = rope_parameters(attention.position, attention.head_dim)
+    scaled = {} if rope["rope_type"] == "default" else {"rope_scaling": rope}  # read by transformers 4
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
@@ -105,33 +115,23 @@ def _geometry(model: Transformer, *, context_length: int, bos_id: int) -> dict[s
         "rms_norm_eps": model.final_norm.eps,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "rope_theta": theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rope_theta": rope["rope_theta"],
+        "rope_parameters": rope,
         "max_position_embeddings": context_length,
         "tie_word_embeddings": model.lm_head.weight is model.token_embedding.weight,
         "use_cache": True,
         "bos_token_id": bos_id,
         "eos_token_id": bos_id,
         "pad_token_id": bos_id,
-    }
-
-
-def rope_theta(model: Transformer) -> float:
-    """Return the base under which plain RoPE turns as the decoder's position does."""
-    position = model.position
-    assert isinstance(position, RoPE)
-    if not isinstance(position, NTKRoPE):
-        return position.base
-    head_dim = model.blocks()[0].attention.head_dim
-    return position.base * position.factor ** (head_dim / (head_dim - 2))
+    } | scaled
 
 
 def _has_qk_norm(model: Transformer) -> bool:
-    return any(block.attention.q_norm is not None for block in model.blocks())
+    return any(attention.q_norm is not None for attention in _attentions(model))
 
 
 def _windows(model: Transformer) -> list[int | None]:
-    return [block.attention.window for block in model.blocks()]
+    return [attention.window for attention in _attentions(model)]
 
 
 def _dense_family(model: Transformer, config: dict[str, Any]) -> Family:
@@ -140,18 +140,18 @@ def _dense_family(model: Transformer, config: dict[str, Any]) -> Family:
     if _has_qk_norm(model):
         return Family("Qwen3ForCausalLM", "qwen3", config | _layer_windows(windows))
     if len(set(windows)) > 1:
-        raise ConfigError(_refusal(["layers with and without a window, and no model.attention.qk_norm"]))
+        raise NoFamilyError(["layers with and without a window, and no model.attention.qk_norm"])
     if windows[0] is not None:
         return Family("MistralForCausalLM", "mistral", config | {"sliding_window": windows[0]})
     if model.d_model % config["num_attention_heads"]:
-        raise ConfigError(_refusal(["Llama wants model.num_heads to divide model.d_model"]))
+        raise NoFamilyError(["a Llama's model.d_model must be a multiple of model.num_heads"])
     return Family("LlamaForCausalLM", "llama", config | {"mlp_bias": False})
 
 
 def _layer_windows(windows: list[int | None]) -> dict[str, Any]:
     sizes = {window for window in windows if window is not None}
     if len(sizes) > 1:
-        raise ConfigError(_refusal([f"windows of {len(sizes)} lengths"]))
+        raise NoFamilyError([f"windows of {len(sizes)} lengths"])
     if not sizes:
         return {"use_sliding_window": False, "sliding_window": None}
     kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
@@ -166,10 +166,10 @@ def _expert_family(model: Transformer, moe: MoE, config: dict[str, Any]) -> Fami
     shared = 0 if moe.shared is None else moe.shared.gate_proj.weight.shape[0] // moe.d_expert
     config = config | {"num_experts_per_tok": router.top_k, "output_router_logits": False}
     if any(window is not None for window in _windows(model)):
-        raise ConfigError(_refusal(["experts and model.attention.window together"]))
+        raise NoFamilyError(["experts and model.attention.window together"])
     if router.scores == "sigmoid":
         if moe.num_experts < 2:
-            raise ConfigError(_refusal(["model.ffn.num_experts=1: DeepSeek-V3's router ranks two or more"]))
+            raise NoFamilyError(["model.ffn.num_experts=1: DeepSeek-V3's router needs at least two"])
         own = {
             "n_routed_experts": moe.num_experts,
             "n_shared_experts": shared,
@@ -211,7 +211,7 @@ def _softmax_experts(
     if not _has_qk_norm(model) and any(dense):
         reasons.append("softmax scores and dense first layers, without model.attention.qk_norm")
     if reasons:
-        raise ConfigError(_refusal(reasons))
+        raise NoFamilyError(reasons)
     if not _has_qk_norm(model):
         own = {"num_local_experts": moe.num_experts, "intermediate_size": moe.d_expert, "sliding_window": None}
         return Family("MixtralForCausalLM", "mixtral", config | own)

@@ -1,10 +1,11 @@
-"""Hugging Face folders on disk: weights in safetensors, config.json, tokenizer."""
+"""Reads and writes Hugging Face folders: weights in safetensors, config.json and the tokenizer."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -15,31 +16,42 @@ from llm.errors import CheckpointError
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 
 
+@runtime_checkable
+class SavedTokenizer(Protocol):
+    """A tokenizer that writes tokenizer.json."""
+
+    bos_id: int
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json to a folder."""
+        ...
+
+
 def is_hf_folder(folder: Path) -> bool:
-    """Whether a folder holds a configuration and weights as Hugging Face lays them out."""
+    """Whether a folder has a configuration and weights in Hugging Face's layout."""
     return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in (WEIGHTS, INDEX))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json.
+    """Return the contents of config.json.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: the file is missing or corrupt.
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _unusable(folder, f"{CONFIG} cannot be read ({error})") from error
     if not isinstance(config, dict):
-        raise _unusable(folder, f"{CONFIG} holds no settings")
+        raise _unusable(folder, f"{CONFIG} is not a JSON object")
     return config
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return all weights by name, from one file or from the several that the index lists.
+    """Return all weights by name, from one file or from the files that the index lists.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the index leads out of the folder.
+        CheckpointError: a file is missing or corrupt, or the index names a file outside the folder.
     """
     files = [WEIGHTS]
     if not (folder / WEIGHTS).is_file():
@@ -50,7 +62,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name in files:
         if Path(name).name != name:
-            raise _unusable(folder, f"{INDEX} names {name}, which is outside")
+            raise _unusable(folder, f"{INDEX} names {name}, which lies outside the folder")
         try:
             with safe_open(folder / name, framework="pt") as file:
                 weights |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- not a dict
@@ -68,32 +80,36 @@ def write_folder(
     *,
     config: Mapping[str, Any],
     weights: Mapping[str, Tensor],
-    tokenizer: Any,
+    tokenizer: SavedTokenizer,
     context_length: int,
-    code: Mapping[str, str],
 ) -> None:
-    """Write weights, configuration, tokenizer and, where there is any, code; `folder` must exist.
+    """Write weights, configuration and tokenizer to `folder`, which must exist.
 
     Args:
-        folder: where to.
-        config: of the model.
-        weights: by Hugging Face's names.
-        tokenizer: with `save` and `bos_id`.
-        context_length: tokens that the model was trained on at a time.
-        code: Python files by name.
+        folder: destination.
+        config: contents of config.json.
+        weights: by Hugging Face name.
+        tokenizer: the run's tokenizer.
+        context_length: tokens per window in training.
     """
     save_file(dict(weights), str(folder / WEIGHTS), metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors creates files that only their owner can read
     _write_json(folder / CONFIG, config)
     ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(folder / "generation_config.json", ends)
     tokenizer.save(folder)
     _write_tokenizer(folder, bos_id=tokenizer.bos_id, context_length=context_length)
-    for name, text in code.items():
-        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _umask() -> int:
+    """Return the process's umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _write_tokenizer(folder: Path, *, bos_id: int, context_length: int) -> None:
-    """Let the tokenizer begin each text with its first token, as training did, and write its settings."""
+    """Make tokenizer.json begin each text with the bos token, as training does, and write the tokenizer's settings."""
     spec = json.loads((folder / TOKENIZER).read_text(encoding="utf-8"))
     token = next(entry["content"] for entry in spec["added_tokens"] if entry["id"] == bos_id)
     special = {"SpecialToken": {"id": token, "type_id": 0}}
@@ -123,12 +139,12 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def replace_folder(finished: Path, folder: Path) -> None:
-    """Give a finished folder its name; an empty one of that name makes way."""
+    """Rename a finished folder to its final name; an empty folder of that name is removed."""
     if folder.exists():
         folder.rmdir()
     finished.rename(folder)
 
 
 def discard(folder: Path) -> None:
-    """Delete what was not finished."""
+    """Delete a folder that was not finished."""
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The names that Hugging Face gives to the weights of a decoder, one table for both directions."""
+"""Names that Hugging Face gives to the weights of a decoder: one table for both directions."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -6,12 +6,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llm.errors import ConfigError
+from llm.model.ffn.balance.base import without_statistics
+
+WHOLE = {
+    "token_embedding.weight": "model.embed_tokens.weight",
+    "final_norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+NORMS = {"attention_norm.weight": "input_layernorm.weight", "ffn_norm.weight": "post_attention_layernorm.weight"}
 
 
 class Pair(NamedTuple):
-    """One of our weights, and the one or (stacked experts) several weights of theirs."""
+    """One weight of a decoder and its Hugging Face names, which are several for a stack of experts."""
 
     ours: str
     theirs: list[str]
@@ -19,49 +29,44 @@ class Pair(NamedTuple):
 
 
 def weight_pairs(names: Mapping[str, Tensor], model_type: str) -> Iterator[Pair]:
-    """Yield every weight of a decoder with its names over there.
+    """Yield every weight of a decoder with its Hugging Face names; statistics of training are excluded.
 
     Args:
-        names: our state by name; the stacks of experts tell their number by their shape.
+        names: the decoder's state by name; the shape of a stack gives the number of experts.
         model_type: of the Hugging Face class.
+
+    Raises:
+        ConfigError: a weight has no name in Hugging Face's classes.
     """
-    for name, tensor in names.items():
+    for name, tensor in without_statistics(names).items():
         if name == "lm_head.weight" and is_tied(names):
             continue
         if name in WHOLE:
             yield Pair(name, [WHOLE[name]])
             continue
-        _, layer, part = name.split(".", 2)
-        yield _layer_pair(name, f"model.layers.{layer}", part, model_type, count=tensor.shape[0])
+        table = layer_names(name.split(".")[1], model_type, count=tensor.shape[0]) if name.startswith("layers.") else {}
+        part = name.split(".", 2)[-1]
+        if part not in table:
+            raise ConfigError(f"format=hf: the weight {name} has no name in a {model_type}; change model.*")
+        theirs = table[part]
+        yield Pair(name, theirs if isinstance(theirs, list) else [theirs], isinstance(theirs, list))
 
 
-WHOLE = {
-    "token_embedding.weight": "model.embed_tokens.weight",
-    "final_norm.weight": "model.norm.weight",
-    "lm_head.weight": "lm_head.weight",
-}
-
-
-def _layer_pair(name: str, prefix: str, part: str, model_type: str, *, count: int) -> Pair:
-    experts = "block_sparse_moe" if model_type == "mixtral" else "mlp"
-    words = part.split(".")
-    if words[0] == "attention":
-        return Pair(name, [f"{prefix}.self_attn.{'.'.join(words[1:])}"])
-    if part in NORMS:
-        return Pair(name, [f"{prefix}.{NORMS[part]}"])
-    if part == "ffn.router.proj.weight":
-        return Pair(name, [f"{prefix}.{experts}.gate.weight"])
-    if part == "ffn.balance.bias":
-        return Pair(name, [f"{prefix}.mlp.gate.e_score_correction_bias"])
-    if words[:2] == ["ffn", "shared"]:
-        return Pair(name, [f"{prefix}.mlp.shared_experts.{words[2]}.weight"])
-    if words[:2] == ["ffn", "experts"]:
-        theirs = MIXTRAL[words[2]] if model_type == "mixtral" else words[2]
-        return Pair(name, [f"{prefix}.{experts}.experts.{e}.{theirs}.weight" for e in range(count)], is_stack=True)
-    return Pair(name, [f"{prefix}.mlp.{words[1]}.weight"])
-
-
-NORMS = {"attention_norm.weight": "input_layernorm.weight", "ffn_norm.weight": "post_attention_layernorm.weight"}
+def layer_names(layer: str, model_type: str, *, count: int) -> dict[str, str | list[str]]:
+    """Return the Hugging Face names of a layer's weights by the decoder's; a list for stacks of `count` experts."""
+    prefix = f"model.layers.{layer}"
+    sparse, projections = f"{prefix}.mlp", {name: name for name in PROJECTIONS}
+    if model_type == "mixtral":
+        sparse, projections = f"{prefix}.block_sparse_moe", MIXTRAL
+    names: dict[str, str | list[str]] = {ours: f"{prefix}.{theirs}" for ours, theirs in NORMS.items()}
+    names |= {f"attention.{part}.weight": f"{prefix}.self_attn.{part}.weight" for part in ATTENTION}
+    names["ffn.router.proj.weight"] = f"{sparse}.gate.weight"
+    names["ffn.balance.bias"] = f"{sparse}.gate.e_score_correction_bias"
+    for ours, theirs in projections.items():
+        names[f"ffn.{ours}.weight"] = f"{prefix}.mlp.{ours}.weight"
+        names[f"ffn.shared.{ours}.weight"] = f"{sparse}.shared_experts.{ours}.weight"
+        names[f"ffn.experts.{ours}.weight"] = [f"{sparse}.experts.{e}.{theirs}.weight" for e in range(count)]
+    return names
 
 
 def is_tied(state: Mapping[str, Tensor]) -> bool:
@@ -70,7 +75,7 @@ def is_tied(state: Mapping[str, Tensor]) -> bool:
 
 
 def to_theirs(state: Mapping[str, Tensor], model_type: str) -> dict[str, Tensor]:
-    """Rename the weights of a decoder, and take stacks of experts apart."""
+    """Return a decoder's weights under Hugging Face names, with stacks of experts separated."""
     renamed: dict[str, Tensor] = {}
     for pair in weight_pairs(state, model_type):
         tensor = state[pair.ours]
@@ -80,7 +85,7 @@ def to_theirs(state: Mapping[str, Tensor], model_type: str) -> dict[str, Tensor]
 
 
 def _absent_parts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a bias of zeros and shared experts of width 0 for the layers of experts that have none."""
+    """Return a zero bias and shared experts of width 0 for expert layers without them, which GLM-4-MoE requires."""
     absent: dict[str, Tensor] = {}
     for name, router in state.items():
         if not name.endswith("ffn.router.proj.weight"):
@@ -98,10 +103,10 @@ def _absent_parts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_ours(
     theirs: Mapping[str, Tensor], expected: Mapping[str, Tensor], model_type: str
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """Rename weights into those that a decoder expects, as far as they are there; also return the names left over.
+    """Return the weights that a decoder expects, as far as they are present, and the names that remain unused.
 
     Args:
-        theirs: their weights.
+        theirs: weights by Hugging Face name.
         expected: the decoder's own `state_dict()`, for its names and shapes.
         model_type: of the Hugging Face class.
     """

@@ -17,6 +17,8 @@ from llm.distributed.rendezvous import agree, smallest
 from llm.errors import ConfigError
 from llm.huggingface.folder import is_hf_folder
 from llm.huggingface.load import load_hf_weights
+from llm.huggingface.logits import check_import
+from llm.model.ffn.balance.base import without_statistics
 from llm.model.transformer import Transformer
 from llm.ops.loss import linear_cross_entropy
 from llm.ops.memory import SavedBytes
@@ -39,12 +41,15 @@ def load_initial_weights(run: RunConfig, model: Transformer, bos_id: int) -> Non
     if is_hf_folder(source):
         hf_state = load_hf_weights(source, model, context_length=run.context_length, bos_id=bos_id)
         model.load_state_dict(hf_state)
+        launch = find_launch()
+        if launch is None or launch.rank == 0:
+            check_import(source, model, context_length=run.context_length, bos_id=bos_id)
         log.info("weights from %s", source)
         return
     folder = source if (source / "manifest.json").is_file() else find_last(source, key="init_from").path
-    state = model_state(folder)
-    compare_state(state, model.state_dict(), source=f"init_from={folder}")
-    model.load_state_dict(state)
+    state, own = without_statistics(model_state(folder)), model.state_dict()
+    compare_state(state, without_statistics(own), source=f"init_from={folder}")
+    model.load_state_dict(own | state)
     log.info("weights from %s", folder)
 
 

@@ -1,7 +1,7 @@
 """What every balancing rule can do; on its own it does nothing."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -10,6 +10,14 @@ from torch import Tensor, nn
 
 from llm.errors import ConfigError
 from llm.model.ffn.routing import Routing
+
+TRAINING_STATISTICS = (".ffn.balance.load",)
+"""Ends of the names of buffers that only training reads: exports and comparisons of weights exclude them."""
+
+
+def without_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a decoder's state without the statistics that only training reads."""
+    return {name: tensor for name, tensor in state.items() if not name.endswith(TRAINING_STATISTICS)}
 
 
 class Balance(nn.Module):
