@@ -287,6 +287,15 @@ class MicroBatchComparer(Protocol):
 
 
 @runtime_checkable
+class UpdateRefuser(Protocol):
+    """A LightningModule that may refuse an update and can say what was in it."""
+
+    def take_refused(self) -> dict[str, Any] | None:
+        """Return the last refused update (step, why, loss, grad_norm, losses), once; None where there is none."""
+        ...
+
+
+@runtime_checkable
 class RowLogger(Protocol):
     """A logger that can show a table."""
 
@@ -331,4 +340,8 @@ class WindowIndexer(Protocol):
 
     def windows_of_step(self, step: int) -> list[int]:
         """Return the indices of the windows of an update."""
+        ...
+
+    def documents_in(self, windows: list[int]) -> list[tuple[int, int]]:
+        """Return the first and last document of the corpus in each window."""
         ...

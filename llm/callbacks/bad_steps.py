@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from llm.contracts import UpdateRefuser, WindowIndexer
 from llm.run_folder.folder import RunFolder
 from llm.run_folder.rollback import read_rollbacks
 
@@ -47,13 +48,13 @@ class BadSteps(Callback):
         self._note(trainer, pl_module)
 
     def _note(self, trainer: L.Trainer, pl_module: Any) -> None:
-        refused, pl_module.refused = getattr(pl_module, "refused", None), None
+        refused = pl_module.take_refused() if isinstance(pl_module, UpdateRefuser) else None
         if refused is None or not self.run_folder.is_writer:
             return
         losses = refused.pop("losses")
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         parts = []
-        if hasattr(data, "windows_of_step"):
+        if isinstance(data, WindowIndexer):
             parts = _micro_batches(losses, data.windows_of_step(refused["step"] - 1), data.documents_in)
         line = {key: _number(value) for key, value in refused.items()} | {"micro_batches": parts}
         self.run_folder.append_text(FILE, json.dumps(line) + "\n")

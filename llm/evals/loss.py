@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llm.errors import ConfigError, DataError
 from llm.evals.base import Result, Subject, on_device, token_losses
 from llm.evals.metrics import validation_metrics
+from llm.ops.loss import loss_and_byte_sums
 
 HEADER = ["text", "tokens", "bytes", "nats a token", "bits per byte", "perplexity"]
 
@@ -70,15 +70,9 @@ def loss_sums(subject: Subject, data: Any) -> tuple[float, float, float]:
             positions=batch["positions"],
             document_ids=batch["document_ids"],
         )
-        total += _sums(losses, labels, token_bytes)
+        total += loss_and_byte_sums(losses, labels, token_bytes)
     loss, tokens, num_bytes = total.tolist()
     return loss, tokens, num_bytes
-
-
-def _sums(losses: Tensor, labels: Tensor, token_bytes: Tensor) -> Tensor:
-    counted = labels >= 0
-    num_bytes = token_bytes[labels.clamp_min(0)][counted]
-    return torch.stack([losses.double().sum(), counted.double().sum(), num_bytes.double().sum()])
 
 
 def _row(name: str, sums: tuple[float, float, float], metrics: dict[str, float]) -> list[str]:

@@ -117,6 +117,15 @@ def _empty_results(hidden, weight, labels, chunk, dtype, wants_grad) -> tuple[Te
     )
 
 
+def loss_and_byte_sums(
+    losses: Float[Tensor, "*shape"], labels: Int[Tensor, "*shape"], token_bytes: Float[Tensor, " vocab"]
+) -> Float[Tensor, " 3"]:
+    """Return the summed loss in nats, the number of labels and the bytes that they stand for, in fp64."""
+    counted = labels >= 0
+    num_bytes = token_bytes[labels.clamp_min(0)][counted]
+    return torch.stack([losses.double().sum(), counted.double().sum(), num_bytes.double().sum()])
+
+
 def _slope_and_loss(
     scores: Float[Tensor, "chunk vocab"], ids: Int[Tensor, " chunk"]
 ) -> tuple[Float[Tensor, "chunk vocab"], Float[Tensor, " chunk"]]:

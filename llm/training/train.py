@@ -91,8 +91,8 @@ def _train(cfg: dict[str, Any], run: RunConfig, folder: RunFolder) -> bool:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SpikeError as error:
-        assert isinstance(module.spikes, RollbackGuard)  # no other guard raises SpikeError
-        roll_back(error, folder=folder, data=data, limits=module.spikes)
+        assert isinstance(module.guard.spikes, RollbackGuard)  # no other guard raises SpikeError
+        roll_back(error, folder=folder, data=data, limits=module.guard.spikes)
         return False
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(_what_takes_less(cfg, folder, trainer.global_step, error)) from error

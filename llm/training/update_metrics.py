@@ -1,0 +1,56 @@
+"""Collects what the micro-batches of one update report, and reduces it over micro-batches and ranks."""
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+STATISTIC = "stat/"
+"""Part of the name of a metric that is not logged.
+
+Such a metric is summed over the micro-batches and ranks of an update, and handed back to the layer that returned it
+through `after_optimizer_step`: expert counts, codebook sums.
+"""
+
+Reduce = Callable[[Tensor, Literal["sum", "mean"]], Tensor]
+"""Combines a tensor over the ranks."""
+
+
+class UpdateMetrics:
+    """Metrics and statistics of the current update.
+
+    Args:
+        reduce: combines a tensor over the ranks.
+    """
+
+    def __init__(self, reduce: Reduce) -> None:
+        self._reduce = reduce
+        self._pending: dict[str, list[Tensor]] = {}
+        self._statistics: dict[str, Tensor] = {}
+
+    def collect(self, values: Mapping[str, Tensor]) -> None:
+        """Add what one micro-batch reports."""
+        for name, value in values.items():
+            if STATISTIC in name:
+                held = self._statistics.get(name)
+                self._statistics[name] = value.detach().clone() if held is None else held.add_(value.detach())
+            else:
+                self._pending.setdefault(name, []).append(value.detach())
+
+    def close(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return this rank's loss per micro-batch, and the mean of every metric over micro-batches and ranks."""
+        losses = torch.stack(self._pending["train/loss"])
+        means = {name: self._reduce(torch.stack(values).mean(0), "mean") for name, values in self._pending.items()}
+        self._pending.clear()
+        return losses, means
+
+    def take_statistics(self) -> dict[str, Tensor]:
+        """Return this rank's sums by name, and start the next update's."""
+        statistics, self._statistics = self._statistics, {}
+        return statistics
+
+    def statistics_of_layer(self, index: int, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the sums over all ranks of one layer's statistics, by their own names."""
+        prefix = f"train/layer{index}/{STATISTIC}"
+        return {n.removeprefix(prefix): self._reduce(v, "sum") for n, v in statistics.items() if n.startswith(prefix)}
