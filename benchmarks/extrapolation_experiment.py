@@ -70,10 +70,10 @@ def by_context(subject: Subject, windows: Tensor, train_length: int) -> dict[int
 def evaluate(arguments: argparse.Namespace) -> dict[str, dict]:
     """Return both measures for every position and model."""
     run = rebuild(arguments.rope, "last")
-    train_length = run.config["context_length"]
+    train_length = run.config.tree["context_length"]
     windows = long_windows(subject_of(run), FACTORS[-1] * train_length, arguments.windows)
     print(f"{len(windows)} windows of {windows.shape[1] - 1} bytes")
-    position = run.config["model"]["position"]
+    position = run.config.tree["model"]["position"]
     head_dim = run.module.model.layers[0].attention.head_dim
     jobs = [(f"{name}", run, other) for name, other in positions(position["base"], head_dim, train_length).items()]
     plain = {"head_dim": head_dim, "base": position["base"]}
@@ -85,7 +85,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, dict]:
     if arguments.vq:
         vq = rebuild(arguments.vq, "last")
         jobs.append(("trained with vq and rerope", vq, vq.module.model.position))
-        window = vq.config["model"]["position"]["window"]
+        window = vq.config.tree["model"]["position"]["window"]
         sharp = ReRoPE(**plain, window=window, log_n="clipped", train_length=train_length)
         jobs.append(("trained with vq and rerope, log-n", vq, sharp))
     results = {}

@@ -78,7 +78,7 @@ def main() -> None:
     results = {}
     for folder in arguments.runs:
         run = rebuild(folder, "last")
-        settings = {k: v for k, v in run.config["data"].items() if not k.startswith("_")}
+        settings = {k: v for k, v in run.config.tree["data"].items() if not k.startswith("_")}
         model = run.module.model.float().cpu().eval()
         scores = {d: accuracy(model, run.data.tokenizer, settings, d) for d in arguments.distances}
         results[folder.name] = scores

@@ -27,6 +27,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from llm.config.build import build_model, module_factories
+from llm.config.sizes import batch_ramp
 from llm.ops.loss import linear_cross_entropy
 from llm.training.module import rated_groups
 
@@ -139,7 +140,7 @@ def movements(optimizer: str, rates: str, width: int, base: int) -> dict[str, fl
     found: dict[str, list[float]] = {}
     for seed in (0, 1):
         cfg = composed([*overrides(optimizer, rates, width, base), f"seed={seed}"])
-        model, factories = build_model(cfg, vocab_size=256), module_factories(cfg)
+        model, factories = build_model(cfg, vocab_size=256), module_factories(cfg, batch_ramp(cfg))
         rating = {key: factories[key] for key in ("rates", "optimizer", "lr", "weight_decay")}
         step = factories["optimizer"](rated_groups(model, **rating))
         ids = torch.randint(256, (4, 33), generator=torch.Generator().manual_seed(seed))

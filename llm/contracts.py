@@ -280,6 +280,14 @@ class SpeedReporter(Protocol):
 
 
 @runtime_checkable
+class StopRequest(Protocol):
+    """A callback that ends the run when a signal arrives."""
+
+    signal: Any
+    """The `signal.Signals` member that stops the run; None while there is none."""
+
+
+@runtime_checkable
 class MicroBatchComparer(Protocol):
     """A callback that compares micro-batches and needs several of them per update."""
 

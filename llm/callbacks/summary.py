@@ -1,14 +1,14 @@
 """summary.json: what the run is doing now, and in the end what came out."""
 
-import math
 import time
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
-from llm.distributed.zero.weights import whole_shape
+from llm.contracts import FinalReporter, StopRequest
+from llm.distributed.parameters import count_parameters
 from llm.ops.memory import peak_memory_bytes
 from llm.run_folder.folder import RunFolder
 from llm.run_folder.provenance import git_commit, versions
@@ -78,29 +78,14 @@ class Summary(Callback):
         return figures | {key: float(metrics[name]) for name, key in _FINAL.items() if name in metrics}
 
 
-def count_parameters(pl_module: nn.Module) -> tuple[int, int]:
-    """Return all parameters and those that act on one token: a module's `active_fraction` says which share does."""
-    total = active = 0
-    seen: set[int] = set()
-    for module in pl_module.modules():
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                numel = math.prod(whole_shape(parameter))
-                total += numel
-                active += round(numel * getattr(module, "active_fraction", 1.0))
-    return total, active
-
-
 def _closing_figures(trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
     figures = {
         "optimizer_state_bytes": sum(_state_bytes(optimizer.state) for optimizer in trainer.optimizers),
         "peak_memory_bytes": peak_memory_bytes(pl_module.device),
     }
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-        contribute = getattr(callback, "final_figures", None)
-        if contribute is not None:
-            figures.update(contribute(trainer, pl_module))
+        if isinstance(callback, FinalReporter):
+            figures.update(callback.final_figures(trainer, pl_module))
     return figures
 
 
@@ -113,5 +98,5 @@ def _state_bytes(state: Any) -> int:
 
 
 def _stop_signal(trainer: L.Trainer) -> Any:
-    signals = (getattr(callback, "signal", None) for callback in trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
-    return next((signal for signal in signals if signal is not None), None)
+    callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    return next((c.signal for c in callbacks if isinstance(c, StopRequest) and c.signal is not None), None)

@@ -125,9 +125,9 @@ def subject_of(run: TrainedRun) -> Subject:
         model=model,
         data=run.data,
         precision=run.precision,
-        context_length=run.config["context_length"],
+        context_length=run.config.run.context_length,
         open_source=partial(open_source, run.config, run.folder),
-        source_files=source_patterns(run.config),
+        source_files=source_patterns(run.config.tree),
     )
 
 

@@ -48,7 +48,7 @@ class CrucibleLM(HarnessModel):
         super().__init__(
             trained.model,
             trained.tokenizer,
-            max_length=max_length or trained.config["context_length"],
+            max_length=max_length or trained.config.run.context_length,
             batch_size=int(batch_size),
             autocast=torch.autocast(trained.device.type, dtype=torch.bfloat16, enabled=half),
         )

@@ -105,10 +105,9 @@ def _one(run: TrainedRun, window: int, documents: tuple[int, int]) -> Replayed:
     batch = {name: tensor.to(run.device) for name, tensor in run.data.windows("train")[window].items()}
     model = run.module.model
     model.zero_grad(set_to_none=True)
-    dtype = torch.float16 if run.precision.startswith("16") else torch.bfloat16
     with (
         _first_bad(model) as bad,
-        torch.autocast(run.device.type, dtype=dtype, enabled=run.precision.endswith("mixed")),
+        torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.precision.endswith("mixed")),
     ):
         out = model(batch["input_ids"], positions=batch["positions"], document_ids=batch["document_ids"])
         loss = linear_cross_entropy(out.hidden, model.lm_head.weight, batch["labels"])

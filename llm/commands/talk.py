@@ -78,7 +78,7 @@ def check_lengths(trained: TrainedModel, prompts: list[str], max_new_tokens: int
     Raises:
         ConfigError: the prompt, or prompt and continuation together, are too long.
     """
-    length = trained.config["context_length"]
+    length = trained.config.run.context_length
     reach = trained.model.reach(length)
     longest = max(len(ids) for ids in encode_prompts(prompts, trained.tokenizer))
     remedy = "read with model/position=rerope"

@@ -1,4 +1,4 @@
-"""Configuration to objects: build, save, load. The only file in llm/ that imports Hydra or OmegaConf."""
+"""Builds the objects of a run from the nodes of its configuration."""
 
 import inspect
 from collections.abc import Mapping
@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from llm.config.pieces import instantiate, suited_rule
+from llm.config.pieces import instantiate, piece_at, suited_rule
 from llm.config.run import run_config
-from llm.config.sizes import accelerator, batch_ramp, topology
+from llm.config.sizes import Sizes
+from llm.contracts import TrainerChecker
 from llm.errors import ConfigError
 from llm.model.transformer import Transformer
-from llm.ops.precision import resolve_precision
+from llm.scaling import rules
+from llm.scaling.batching import BatchRamp
 from llm.scaling.half_life import half_life_note, keep_half_life
 from llm.scaling.rates import Rates
 
@@ -46,7 +48,7 @@ def build_tokenizer(cfg: Mapping[str, Any]) -> Any:
     return instantiate(cfg["tokenizer"])
 
 
-def build_data(cfg: Mapping[str, Any], micro_batch_size: int) -> Any:
+def build_data(cfg: Mapping[str, Any], sizes: Sizes) -> Any:
     """Build the data module: a source, a tokenizer, and the loader that turns them into windows."""
     run = run_config(cfg)
     return instantiate(cfg["loader"])(
@@ -54,9 +56,9 @@ def build_data(cfg: Mapping[str, Any], micro_batch_size: int) -> Any:
         tokenizer=build_tokenizer(cfg),
         context_length=run.context_length,
         batch_tokens=run.batch_tokens,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=sizes.plan.micro_batch_size,
         seed=run.seed,
-        ramp=batch_ramp(cfg),
+        ramp=sizes.ramp,
     )
 
 
@@ -68,7 +70,7 @@ def build_model(cfg: Mapping[str, Any], vocab_size: int) -> Transformer:
     return model
 
 
-def module_factories(cfg: Mapping[str, Any]) -> dict[str, Any]:
+def module_factories(cfg: Mapping[str, Any], ramp: BatchRamp) -> dict[str, Any]:
     """Return the optimizer, schedule and scaling factories with the rates that the optimizer's node states."""
     optimizer = cfg["optimizer"]
     return {
@@ -77,7 +79,7 @@ def module_factories(cfg: Mapping[str, Any]) -> dict[str, Any]:
         "weight_decay": float(optimizer["weight_decay"]),
         "schedule": instantiate(cfg["schedule"]),
         "scaling": instantiate(cfg["scaling"]),
-        "ramp": batch_ramp(cfg),
+        "ramp": ramp,
         "rates": build_rates(cfg),
         "spikes": instantiate(cfg["spikes"]) if cfg.get("spikes") else None,
     }
@@ -89,7 +91,7 @@ def retuned_optimizer(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     ratio = cfg["batch_tokens"] / base
     lr_scale = instantiate(cfg["scaling"])(cfg["batch_tokens"])
     kept = keep_half_life(node, ratio=ratio, lr_scale=lr_scale) if cfg.get("keep_half_life") else node
-    is_scaled = cfg["scaling"]["_target_"] != "llm.scaling.rules.none" or kept != node
+    is_scaled = piece_at(cfg["scaling"]["_target_"]) is not rules.none or kept != node
     return kept, half_life_note(node, kept, ratio=ratio, lr_scale=lr_scale) if is_scaled else ""
 
 
@@ -112,11 +114,18 @@ def build_averaging(cfg: Mapping[str, Any]) -> list[Any]:
     """
     if not cfg.get("averaging"):
         return []
-    if "deepspeed" in str(cfg["trainer"].get("strategy")).lower() or "llm.distributed.strategy" in str(cfg["trainer"]):
+    if is_sharded(cfg["trainer"]):
         raise ConfigError(
             "averaging: sharded weights are not averaged; use trainer=ddp, or eval.py average=5 afterwards"
         )
     return [instantiate(cfg["averaging"])]
+
+
+def is_sharded(trainer: Mapping[str, Any]) -> bool:
+    """Whether a trainer node runs DeepSpeed: through this project's factory, or through Lightning's own strategy."""
+    strategy = trainer.get("strategy")
+    name = strategy.get("_target_", "").rpartition(".")[2] if isinstance(strategy, Mapping) else str(strategy)
+    return isinstance(piece_at(trainer["_target_"]), TrainerChecker) or name.lower().startswith("deepspeed")
 
 
 def build_loggers(cfg: Mapping[str, Any], **supplied: Any) -> list[Any]:
@@ -136,10 +145,10 @@ def finish(piece: Any, **supplied: Any) -> Any:
     return piece(**{name: value for name, value in supplied.items() if name in asked and name not in piece.keywords})
 
 
-def build_trainer(cfg: Mapping[str, Any], **arguments: Any) -> Any:
+def build_trainer(cfg: Mapping[str, Any], sizes: Sizes, **arguments: Any) -> Any:
     """Build the Lightning trainer of the chosen node; `arguments` are what the run decides."""
     node = dict(cfg["trainer"])
-    node["precision"] = resolve_precision(node["precision"], accelerator=accelerator(node))
+    node["precision"] = sizes.precision
     if not isinstance(node.get("devices"), list):
-        node["devices"], node["num_nodes"] = topology(node)
+        node["devices"], node["num_nodes"] = sizes.devices, sizes.num_nodes
     return instantiate(node, **arguments)

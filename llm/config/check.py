@@ -9,8 +9,9 @@ from typing import Any, get_type_hints
 import torch
 
 from llm.config.build import GROUPS, build_averaging, build_evaluations, build_meta_model, build_rates, build_tokenizer
+from llm.config.checked import CheckedConfig
 from llm.config.pieces import instantiate
-from llm.config.run import RunConfig
+from llm.config.run import RunConfig, run_config
 from llm.config.safety import escaping_paths, secrets_in
 from llm.config.signatures import (
     check_node,
@@ -29,7 +30,7 @@ from llm.config.sizes import (
     least_micro_batches,
     micro_batch_sizes,
     needs_probe,
-    planned_steps,
+    sizes_of,
     world_size,
 )
 from llm.errors import ConfigError, CrucibleError
@@ -42,8 +43,8 @@ REMEDIES = {"base_batch_tokens": "the tokens per update at which optimizer.lr wa
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
 
 
-def check(cfg: Mapping[str, Any]) -> None:
-    """Find every mistake in a plain configuration before data or model exist, and report them together.
+def check(cfg: Mapping[str, Any]) -> CheckedConfig:
+    """Validate a plain configuration before any data or model is built, and return it with what follows from it.
 
     Raises:
         ConfigError: one line a problem, each naming key, value, rule and remedy.
@@ -60,6 +61,7 @@ def check(cfg: Mapping[str, Any]) -> None:
     problems += _check_together(mended, unsound={re.split(r"[.=]", problem)[0] for problem in left})
     if problems:
         raise ConfigError("\n".join(problems))
+    return CheckedConfig(tree=cfg, run=run_config(cfg), sizes=sizes_of(cfg))
 
 
 def _without_unknown_keys(cfg: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -108,7 +110,7 @@ def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
     """
     run_keys = {"max_steps", "max_tokens", "batch_tokens", "context_length", "micro_batch_size"}
     probes: list[tuple[set[str], Callable[[], Any]]] = [
-        (run_keys | {"batch_schedule"}, lambda: planned_steps(cfg)),
+        (run_keys | {"batch_schedule"}, lambda: batch_ramp(cfg)),
         (run_keys | {"batch_schedule", "trainer"}, lambda: check_ramp(plan=batch_plan(cfg), ramp=batch_ramp(cfg))),
         (run_keys | {"callbacks", "trainer"}, lambda: _check_micro_batches(cfg)),
         ({"optimizer", "on_nonfinite", "trainer"}, lambda: _check_optimizer(cfg)),
@@ -152,7 +154,7 @@ def _check_micro_batches(cfg: Mapping[str, Any]) -> None:
 
 
 def _check_schedule(cfg: Mapping[str, Any]) -> None:
-    steps = planned_steps(cfg)
+    steps = batch_ramp(cfg).total_steps
     schedule = instantiate(cfg["schedule"])
     for step in (0, steps - 1):
         schedule(step, total_steps=steps)
@@ -170,11 +172,12 @@ def _check_scaling(cfg: Mapping[str, Any]) -> None:
     ]
     if lines:
         raise ConfigError("\n".join(lines))
-    if needs_probe(cfg):
+    ramp = batch_ramp(cfg)
+    if needs_probe(cfg, ramp):
         _check_probe(cfg)
         node["noise_scale"] = float(cfg["batch_tokens"])
     scaling = instantiate(node)
-    for _, _, batch_tokens in batch_ramp(cfg).stages:
+    for _, _, batch_tokens in ramp.stages:
         scaling(batch_tokens)
 
 

@@ -1,14 +1,89 @@
-"""The sizes of a run, derived once from its configuration: processes, batch plan, ramp and steps."""
+"""The sizes of a run, computed once from its configuration: device, processes, batch plan, ramp and steps."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from llm.config.pieces import instantiate, piece_at
+from llm.contracts import MicroBatchComparer
 from llm.distributed.launch import find_launch
 from llm.errors import ConfigError
+from llm.ops.precision import resolve_precision
 from llm.scaling.batching import BatchPlan, BatchRamp, micro_batch_candidates, plan_batch, plan_ramp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Everything that follows from the configuration by arithmetic; computed once and handed down.
+
+    Args:
+        accelerator: kind of device, cpu or cuda.
+        precision: Lightning's name of the arithmetic, with `auto` resolved.
+        devices: processes per node, one for each device.
+        num_nodes: number of nodes.
+        plan: how one update becomes micro-batches.
+        ramp: tokens of each update of the run.
+        micro_batch_sizes: what `micro_batch_size=auto` may choose from, largest first.
+        needs_probe: whether the learning rate depends on a noise scale that is still to be measured.
+    """
+
+    accelerator: str
+    precision: str
+    devices: int
+    num_nodes: int
+    plan: BatchPlan
+    ramp: BatchRamp
+    micro_batch_sizes: tuple[int, ...]
+    needs_probe: bool
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes of the run."""
+        return self.devices * self.num_nodes
+
+    @property
+    def total_steps(self) -> int:
+        """Number of optimizer updates of the run."""
+        return self.ramp.total_steps
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        launch = find_launch()
+        if launch is not None and self.accelerator == "cuda":
+            return torch.device("cuda", launch.local_rank)
+        return torch.device(self.accelerator)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which a forward pass runs at the precision of the run, outside Lightning."""
+        return torch.autocast(self.accelerator, torch.bfloat16, enabled=self.precision.endswith("mixed"))
+
+    def with_micro_batch_size(self, micro_batch_size: int) -> "Sizes":
+        """Return these sizes with the micro-batch size that was found."""
+        return replace(self, plan=replace(self.plan, micro_batch_size=micro_batch_size))
+
+
+def sizes_of(cfg: Mapping[str, Any]) -> Sizes:
+    """Return the sizes of a plain configuration; `micro_batch_size=auto` counts as its largest candidate.
+
+    Raises:
+        ConfigError: sizes that do not fit one another or this machine.
+    """
+    kind = accelerator(cfg["trainer"])
+    devices, num_nodes = topology(cfg["trainer"])
+    ramp = batch_ramp(cfg)
+    return Sizes(
+        accelerator=kind,
+        precision=resolve_precision(cfg["trainer"]["precision"], accelerator=kind),
+        devices=devices,
+        num_nodes=num_nodes,
+        plan=batch_plan(cfg),
+        ramp=ramp,
+        micro_batch_sizes=tuple(micro_batch_sizes(cfg)),
+        needs_probe=needs_probe(cfg, ramp),
+    )
 
 
 def accelerator(trainer: Mapping[str, Any]) -> str:
@@ -24,21 +99,13 @@ def accelerator(trainer: Mapping[str, Any]) -> str:
     return "cuda" if wanted in ("gpu", "cuda") or (wanted == "auto" and available) else "cpu"
 
 
-def world_size(trainer: Mapping[str, Any]) -> int:
-    """Return the number of processes that a trainer node will run.
-
-    Raises:
-        ConfigError: more devices than there are.
-    """
-    devices, nodes = topology(trainer)
-    return devices * nodes
-
-
 def topology(trainer: Mapping[str, Any]) -> tuple[int, int]:
-    """Return devices a node, and nodes; what a launcher has started settles what the trainer node leaves open.
+    """Return the devices per node and the number of nodes.
+
+    What the trainer node leaves open follows from the launcher that started this process.
 
     Raises:
-        ConfigError: more devices than there are, or another number than a launcher has started processes.
+        ConfigError: more devices than are visible, or another number than a launcher has started processes for.
     """
     devices, launch = trainer.get("devices", 1), find_launch()
     visible = torch.cuda.device_count() if accelerator(trainer) == "cuda" else None
@@ -56,6 +123,12 @@ def topology(trainer: Mapping[str, Any]) -> tuple[int, int]:
     return int(count), nodes
 
 
+def world_size(trainer: Mapping[str, Any]) -> int:
+    """Return the number of processes that a trainer node will run; see `topology`."""
+    devices, nodes = topology(trainer)
+    return devices * nodes
+
+
 def batch_ramp(cfg: Mapping[str, Any]) -> BatchRamp:
     """Return the tokens of each update of the run."""
     node = cfg.get("batch_schedule")
@@ -63,16 +136,14 @@ def batch_ramp(cfg: Mapping[str, Any]) -> BatchRamp:
     return plan_ramp(changes, max_steps=cfg["max_steps"], max_tokens=cfg["max_tokens"])
 
 
-def planned_steps(cfg: Mapping[str, Any]) -> int:
-    """Return the optimizer updates of the run."""
-    return batch_ramp(cfg).total_steps
-
-
 def least_micro_batches(cfg: Mapping[str, Any]) -> tuple[int, str]:
-    """Return how many micro-batches an update must have over all devices, and the callback that asks for them."""
-    nodes = {key: node for key, node in (cfg["callbacks"] or {}).items() if isinstance(node, Mapping)}
-    asked = {key: getattr(piece_at(str(node.get("_target_"))), "least_micro_batches", 1) for key, node in nodes.items()}
-    return max(((count, key) for key, count in asked.items()), default=(1, ""))
+    """Return how many micro-batches an update needs over all devices, and the name of the callback that needs them."""
+    least = (1, "")
+    for name, node in (cfg["callbacks"] or {}).items():
+        piece = piece_at(str(node.get("_target_"))) if isinstance(node, Mapping) else None
+        if isinstance(piece, MicroBatchComparer):
+            least = max(least, (piece.least_micro_batches, name))
+    return least
 
 
 def micro_batch_sizes(cfg: Mapping[str, Any]) -> list[int]:
@@ -86,14 +157,18 @@ def micro_batch_sizes(cfg: Mapping[str, Any]) -> list[int]:
 
 
 def batch_plan(cfg: Mapping[str, Any]) -> BatchPlan:
-    """Return the plan of an update; `micro_batch_size=auto` is taken as its largest candidate."""
-    sizes = {key: cfg[key] for key in ("batch_tokens", "context_length")}
-    sizes["world_size"], micro = world_size(cfg["trainer"]), cfg["micro_batch_size"]
-    return plan_batch(**sizes, micro_batch_size=micro_batch_sizes(cfg)[0] if micro == "auto" else micro)
+    """Return the plan of an update; `micro_batch_size=auto` counts as its largest candidate."""
+    micro = cfg["micro_batch_size"]
+    return plan_batch(
+        batch_tokens=cfg["batch_tokens"],
+        context_length=cfg["context_length"],
+        world_size=world_size(cfg["trainer"]),
+        micro_batch_size=micro_batch_sizes(cfg)[0] if micro == "auto" else micro,
+    )
 
 
-def needs_probe(cfg: Mapping[str, Any]) -> bool:
-    """Whether the run's rates wait for a noise scale: one that is to be measured, and a batch other than the base."""
+def needs_probe(cfg: Mapping[str, Any], ramp: BatchRamp) -> bool:
+    """Whether a noise scale is to be measured, and an update has another size than the base batch."""
     node = cfg["scaling"]
-    sizes = {batch_tokens for _, _, batch_tokens in batch_ramp(cfg).stages}
+    sizes = {batch_tokens for _, _, batch_tokens in ramp.stages}
     return node.get("noise_scale") == "measured" and sizes != {node.get("base_batch_tokens")}

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from llm.config.build import build_data
+from llm.config.checked import CheckedConfig
 from llm.config.conf import conf_folder
 from llm.config.pieces import instantiate
 
@@ -14,19 +15,19 @@ TEXT = conf_folder() / "data" / "text.yaml"
 TOKENIZER = "tokenizer.json"
 
 
-def open_source(cfg: Mapping[str, Any], folder: Path, files: str, share: float | None) -> Any:
+def open_source(checked: CheckedConfig, folder: Path, files: str, share: float | None) -> Any:
     """Return a data module, set up, whose held-out part is a share of some files.
 
     A document is held out by its content alone, so what is held out of a part of the run's corpus was held out of the
     whole as well.
 
     Args:
-        cfg: the run's configuration.
+        checked: the run's configuration.
         folder: the run folder, which holds the tokenizer.
         files: a path or glob.
         share: of the documents to read, or None for the run's own share.
     """
-    cfg = dict(cfg)
+    cfg = dict(checked.tree)
     cfg["data"] = {**_text_node(cfg["data"]), "files": files}
     if (folder / TOKENIZER).is_file() and not cfg["tokenizer"]["_target_"].endswith("ByteTokenizer"):
         bos_token = cfg["tokenizer"].get("bos_token")
@@ -34,7 +35,7 @@ def open_source(cfg: Mapping[str, Any], folder: Path, files: str, share: float |
         cfg["tokenizer"] = {"_target_": target, "path": str(folder / TOKENIZER), "bos_token": bos_token}
     if share is not None:
         cfg["loader"] = {**cfg["loader"], "val_fraction": share}
-    data = build_data(cfg, cfg["micro_batch_size"])
+    data = build_data(cfg, checked.sizes)
     data.prepare_data()
     data.setup("validate")
     return data

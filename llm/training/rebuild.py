@@ -9,9 +9,9 @@ import torch
 
 from llm.config.build import build_data, build_model, build_tokenizer
 from llm.config.check import check
+from llm.config.checked import CheckedConfig
 from llm.config.files import load
-from llm.config.run import run_config
-from llm.config.sizes import accelerator, batch_plan, world_size
+from llm.config.sizes import batch_plan, world_size
 from llm.errors import CheckpointError, ConfigError
 from llm.model.transformer import Transformer
 from llm.ops.precision import resolve_precision
@@ -28,7 +28,7 @@ class Trained:
     """What a run folder says of itself, and where and in which precision it is to be computed here."""
 
     folder: Path
-    config: dict[str, Any]
+    config: CheckedConfig
     device: torch.device
     precision: str
 
@@ -65,13 +65,13 @@ def rebuild_model(
         ConfigError: the folder holds no run, or its configuration is not valid.
         CheckpointError: the checkpoint is missing, damaged, or does not fit the configuration or the tokenizer.
     """
-    cfg = read_config(folder, **changes)
+    checked = read_config(folder, **changes)
     weights = checkpoint_folder(folder, checkpoint)
     state = trained_state(folder, weights, average)
-    tokenizer = saved_tokenizer(folder, cfg)
+    tokenizer = saved_tokenizer(folder, checked.tree)
     check_vocabulary(state, tokenizer.vocab_size, weights)
-    model = _model_with(cfg, tokenizer.vocab_size, state, weights)
-    own = _own(folder, cfg, device)
+    model = _model_with(checked.tree, tokenizer.vocab_size, state, weights)
+    own = _own(folder, checked, device)
     return TrainedModel(**own, model=model.to(own["device"]).eval(), tokenizer=tokenizer)
 
 
@@ -88,29 +88,29 @@ def rebuild(folder: Path, checkpoint: str, *, average: int = 1, **changes: Any) 
         ConfigError: the folder holds no run, or its configuration is not valid.
         CheckpointError: the checkpoint is missing, damaged, or does not fit the configuration or the tokenizer.
     """
-    cfg = read_config(folder, **changes)
+    checked = read_config(folder, **changes)
     weights = checkpoint_folder(folder, checkpoint)
-    data = build_data(cfg, batch_plan(cfg).micro_batch_size)
+    data = build_data(checked.tree, checked.sizes)
     data.prepare_data()
     data.setup("validate")
     state = trained_state(folder, weights, average)
     check_vocabulary(state, data.tokenizer.vocab_size, weights)
-    model = _model_with(cfg, data.tokenizer.vocab_size, state, weights)
-    module = build_module(cfg, run_config(cfg), model, data.tokenizer)
-    own = _own(folder, cfg, device=None)
+    model = _model_with(checked.tree, data.tokenizer.vocab_size, state, weights)
+    module = build_module(checked, model, data.tokenizer)
+    own = _own(folder, checked, device=None)
     return TrainedRun(**own, data=data, module=module.to(own["device"]).eval())
 
 
-def _own(folder: Path, cfg: dict[str, Any], device: str | None) -> dict[str, Any]:
+def _own(folder: Path, checked: CheckedConfig, device: str | None) -> dict[str, Any]:
     """Return the fields of `Trained`."""
-    place = torch.device(device or accelerator(cfg["trainer"]))
-    precision = resolve_precision(cfg["trainer"]["precision"], accelerator=place.type)
-    return {"folder": folder, "config": cfg, "device": place, "precision": precision}
+    place = torch.device(device or checked.sizes.accelerator)
+    precision = resolve_precision(checked.tree["trainer"]["precision"], accelerator=place.type)
+    return {"folder": folder, "config": checked, "device": place, "precision": precision}
 
 
 def read_config(
     folder: Path, *, position: Mapping[str, Any] | None = None, context_length: int | None = None
-) -> dict[str, Any]:
+) -> CheckedConfig:
     """Return a run's checked configuration, without the callbacks that watched it train.
 
     Args:
@@ -127,8 +127,7 @@ def read_config(
         _set_context_length(cfg, context_length)
     if "path" in cfg.get("tokenizer", {}) and (folder / TOKENIZER).is_file():  # made elsewhere; the run keeps a copy
         cfg["tokenizer"]["path"] = str(folder / TOKENIZER)
-    check(cfg)
-    return cfg
+    return check(cfg)
 
 
 def _set_context_length(cfg: dict[str, Any], context_length: int) -> None:

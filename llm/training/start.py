@@ -1,7 +1,6 @@
 """Prepares a run's first state: initial weights, the micro-batch size and a measured noise scale."""
 
 import logging
-from collections.abc import Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 
 from llm.config.build import module_factories
+from llm.config.checked import CheckedConfig
 from llm.config.run import RunConfig
-from llm.config.sizes import accelerator, batch_ramp, micro_batch_sizes, needs_probe, planned_steps
+from llm.config.sizes import Sizes
 from llm.distributed.launch import find_launch
 from llm.distributed.rendezvous import agree, smallest
 from llm.errors import ConfigError
@@ -22,7 +22,6 @@ from llm.model.ffn.balance.base import without_statistics
 from llm.model.transformer import Transformer
 from llm.ops.loss import linear_cross_entropy
 from llm.ops.memory import SavedBytes
-from llm.ops.precision import resolve_precision
 from llm.run_folder.checkpoint import compare_state, find_last, load_model
 from llm.run_folder.folder import RunFolder
 from llm.scaling.noise_scale import PROBE_REMEDY
@@ -58,30 +57,28 @@ def model_state(folder: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in load_model(folder).items()}
 
 
-def chosen_micro_batch_size(cfg: dict[str, Any], run: RunConfig, model: Transformer, folder: RunFolder) -> int:
-    """Return micro_batch_size; where it is auto, the largest that fits every rank, tried in the run's own precision."""
-    if run.micro_batch_size != "auto":
-        return run.micro_batch_size
-    launch, device = find_launch(), torch.device(accelerator(cfg["trainer"]))
-    if launch is not None and device.type == "cuda":
-        device = torch.device("cuda", launch.local_rank)
-    precision = resolve_precision(cfg["trainer"]["precision"], accelerator=device.type)
-    trial = partial(trial_step, model.to(device), device=device, precision=precision, context_length=run.context_length)
-    sizes = micro_batch_sizes(cfg)
-    found = find_micro_batch_size(trial, candidates=sizes, device=device, context_length=run.context_length)
+def chosen_micro_batch_size(checked: CheckedConfig, model: Transformer, folder: RunFolder) -> int:
+    """Return micro_batch_size; for auto the largest that fits on every rank, tried at the run's own precision."""
+    if checked.run.micro_batch_size != "auto":
+        return checked.run.micro_batch_size
+    sizes, launch = checked.sizes, find_launch()
+    context_length, device = checked.run.context_length, sizes.device
+    trial = partial(trial_step, model.to(device), sizes=sizes)
+    candidates = sizes.micro_batch_sizes
+    found = find_micro_batch_size(trial, candidates=candidates, device=device, context_length=context_length)
     return found if launch is None else smallest(found, launch, about=f"micro_batch_size of {folder.path}")
 
 
-def measured_scaling(cfg: Mapping[str, Any], model: Transformer, data: Any, folder: RunFolder) -> dict[str, Any]:
-    """Return the scaling rule's node; where a noise scale is to be measured and is needed, with that of a probe.
+def measured_scaling(checked: CheckedConfig, model: Transformer, data: Any, folder: RunFolder) -> dict[str, Any]:
+    """Return the node of the scaling rule, with the noise scale of a probe where one has to be measured.
 
-    Of several ranks the first measures, and the others wait for what it finds.
+    On several ranks the first one measures and the others wait for its result.
     """
-    node, launch = dict(cfg["scaling"]), find_launch()
-    if not needs_probe(cfg):
+    node, launch = dict(checked.tree["scaling"]), find_launch()
+    if not checked.sizes.needs_probe:
         return node
     try:
-        found = probe_noise_scale(cfg, model, data) if launch is None or launch.rank == 0 else ""
+        found = probe_noise_scale(checked, model, data) if launch is None or launch.rank == 0 else ""
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             "scaling.noise_scale=measured: the probe trains a copy of the model on one device, which has no room for "
@@ -94,38 +91,37 @@ def measured_scaling(cfg: Mapping[str, Any], model: Transformer, data: Any, fold
     return node
 
 
-def probe_noise_scale(cfg: Mapping[str, Any], model: Transformer, data: Any) -> str:
+def probe_noise_scale(checked: CheckedConfig, model: Transformer, data: Any) -> str:
     """Return the noise scale in tokens, to three digits, from a probe on this process's device."""
-    base = cfg["scaling"]["base_batch_tokens"]
-    factories, total = module_factories(cfg), max(planned_steps(cfg), PROBE_UPDATES)
-    device = torch.device(accelerator(cfg["trainer"]))
-    precision = resolve_precision(cfg["trainer"]["precision"], accelerator=device.type)
-    dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
+    sizes, context_length = checked.sizes, checked.run.context_length
+    base = checked.tree["scaling"]["base_batch_tokens"]
+    factories, total = module_factories(checked.tree, sizes.ramp), max(sizes.total_steps, PROBE_UPDATES)
+    device = torch.device(sizes.accelerator)
     dataset = data.windows("train")
-    enough = -(-PROBE_UPDATES * base // batch_ramp(cfg).batch_tokens_at(0))
+    enough = -(-PROBE_UPDATES * base // sizes.ramp.batch_tokens_at(0))
     groups = partial(rated_groups, **{key: factories[key] for key in ("rates", "optimizer", "lr", "weight_decay")})
     windows = measure_noise_scale(
         model.to(device),
         windows=chain.from_iterable(data.train_sampler(total_steps=enough)),
         read=lambda part: {name: tensor.to(device) for name, tensor in dataset.__getitems__(part).items()},  # type: ignore
-        windows_per_update=base // cfg["context_length"],
+        windows_per_update=base // context_length,
         micro_batch_size=data.micro_batch_size,
         build_optimizer=lambda probe: factories["optimizer"](groups(probe)),
         lr_factor=lambda step: factories["schedule"](step, total_steps=total),
-        clip=cfg["trainer"].get("gradient_clip_val"),
-        autocast=lambda: torch.autocast(device.type, dtype=dtype, enabled=precision.endswith("mixed")),
+        clip=checked.tree["trainer"].get("gradient_clip_val"),
+        autocast=sizes.autocast,
     )
-    return f"{windows * cfg['context_length']:.3g}"
+    return f"{windows * context_length:.3g}"
 
 
-def trial_step(model: Transformer, windows: int, *, device: torch.device, precision: str, context_length: int) -> int:
+def trial_step(model: Transformer, windows: int, *, sizes: Sizes) -> int:
     """Run forward and backward on `windows` windows of zeros; return the bytes kept for the backward pass."""
-    ids = torch.zeros(windows, context_length, dtype=torch.long, device=device)
-    positions = torch.arange(context_length, device=device).expand(windows, -1)
-    dtype = torch.float16 if precision.startswith("16") else torch.bfloat16
+    device = next(model.parameters()).device
+    ids = torch.zeros(windows, sizes.plan.context_length, dtype=torch.long, device=device)
+    positions = torch.arange(ids.shape[1], device=device).expand(windows, -1)
     random_state = torch.get_rng_state()
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a codebook takes its codes from zeros
-    with torch.autocast(device.type, dtype=dtype, enabled=precision.endswith("mixed")), SavedBytes(model) as saved:
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a codebook would learn from zeros
+    with sizes.autocast(), SavedBytes(model) as saved:
         hidden = model(ids, positions=positions, document_ids=torch.zeros_like(ids)).hidden
         loss = linear_cross_entropy(hidden, model.lm_head.weight, ids)
     loss.backward()

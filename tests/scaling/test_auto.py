@@ -58,9 +58,9 @@ def test_a_run_says_which_rule_acted_in_its_log_its_receipt_and_its_configuratio
 
 def test_a_plan_says_how_the_rate_follows(composed, tiny):
     assert "lr 4.0e-3 -> 8.0e-3: sqrt rule, batch 64 -> 256 tokens" in describe_plan(
-        composed(*tiny, "scaling.base_batch_tokens=64")
+        check(composed(*tiny, "scaling.base_batch_tokens=64"))
     )
-    probed = describe_plan(composed(*tiny, "scaling=sign", "scaling.base_batch_tokens=64"))
+    probed = describe_plan(check(composed(*tiny, "scaling=sign", "scaling.base_batch_tokens=64")))
     assert "lr 4.0e-3 at the base batch; the rest follows from a noise scale" in probed
 
 

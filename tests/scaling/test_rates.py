@@ -9,6 +9,7 @@ from llm.config.build import build_model, module_factories
 from llm.config.check import check
 from llm.config.files import to_plain
 from llm.config.pieces import instantiate
+from llm.config.sizes import batch_ramp
 from llm.errors import ConfigError
 from llm.ops.loss import linear_cross_entropy
 from llm.scaling.rates import Tensor, update_of
@@ -30,7 +31,7 @@ def setting(composed, optimizer, rates, width, *further, base=64):
     decay = ("optimizer.weight_decay=0",) if rates == "amos" else ()
     chosen = (f"optimizer={optimizer}", f"rates={rates}", *known, *decay, *further)
     cfg = composed("tokenizer=bytes", *wide(width), *chosen)
-    model, factories = build_model(cfg, vocab_size=256), module_factories(cfg)
+    model, factories = build_model(cfg, vocab_size=256), module_factories(cfg, batch_ramp(cfg))
     rating = {key: factories[key] for key in ("rates", "optimizer", "lr", "weight_decay")}
     return model, factories["optimizer"], rated_groups(model, **rating), cfg
 

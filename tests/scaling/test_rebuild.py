@@ -17,4 +17,4 @@ def test_a_run_whose_rates_follow_from_its_batch_reads_windows_of_another_length
     train(composed(*tiny, "max_steps=2", "val_every=2", *choices), tmp_path)
     for context_length in (None, 64, 128):
         found = rebuild(tmp_path, "last", context_length=context_length)
-        assert found.config["context_length"] == (context_length or 32)
+        assert found.config.tree["context_length"] == (context_length or 32)
