@@ -87,7 +87,7 @@ def test_the_end_of_a_run_tells_loss_bits_text_and_folder(tiny, tmp_path):
     result = call("train.py", *tiny, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     (folder,) = (tmp_path / "runs").iterdir()
-    for part in ("nats a token", "bits per byte", str(folder), "parameters", "--- step 8 ---"):
+    for part in ("nats per token", "bits per byte", str(folder), "parameters", "--- step 8 ---"):
         assert part in result.stdout, part
     judged = call("eval.py", f"run_dir={folder}", "eval.samples.max_new_tokens=8", cwd=tmp_path)
     assert judged.returncode == 0, judged.stderr

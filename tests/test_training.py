@@ -126,7 +126,7 @@ def test_a_finished_run_says_so_and_trains_nothing(run, composed, tiny, caplog):
     before = (folder / "metrics.jsonl").read_text()
     with caplog.at_level("WARNING"):
         assert train({**composed(*tiny), "resume": str(folder)}, folder) == loss
-    assert "already complete at step 8; to go on, raise max_steps" in caplog.text
+    assert "already complete at step 8; to train longer, raise max_steps" in caplog.text
     assert (folder / "metrics.jsonl").read_text() == before
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from llm.config.renamed import with_present_targets
 from llm.errors import ConfigError
 
 
@@ -23,7 +24,7 @@ def save(cfg: Mapping[str, Any], path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a configuration that `save` wrote.
+    """Return a configuration that `save` wrote, also in an older version, with present `_target_`s.
 
     Raises:
         ConfigError: a file that is missing or is no mapping.
@@ -33,4 +34,4 @@ def load(path: Path) -> dict[str, Any]:
     cfg = yaml.safe_load(path.read_text())
     if not isinstance(cfg, dict):
         raise ConfigError(f"{path}: not a configuration; name a run folder that train.py made")
-    return cfg
+    return with_present_targets(cfg)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from llm.config.renamed import with_present_targets
 from llm.errors import ConfigError
 from llm.report.sweeps import holds_sweep
 from llm.run_folder.folder import RunFolder
@@ -180,7 +181,7 @@ class RunReader:
         job = _json(folder / "job.json")
         return RunRecord(
             folder=folder,
-            config=flatten(_yaml(folder / "config.yaml")),
+            config=flatten(with_present_targets(_yaml(folder / "config.yaml"))),
             choices={k.split("@")[0]: str(v) for k, v in choices.items() if not k.startswith("hydra/") and v},
             overrides=tuple(str(o).lstrip("+~").split("=")[0] for o in job.get("overrides", overrides)),
             summary=_json(folder / "summary.json"),

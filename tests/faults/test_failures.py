@@ -87,7 +87,7 @@ def test_a_device_without_memory_is_answered_with_what_takes_less_and_the_run_go
     with pytest.raises(OutOfMemoryError) as error:
         run("broken")
     told = str(error.value)
-    assert told.startswith("micro_batch_size=4: no memory is left at step 8 (CUDA out of memory. Tried to allocate 2")
+    assert told.startswith("micro_batch_size=4: out of memory at step 8 (CUDA out of memory. Tried to allocate 2")
     assert f"resume={tmp_path}/broken micro_batch_size=2" in told
     assert "model.activation_checkpointing=true" in told
     assert status(tmp_path / "broken").startswith("failed: CUDA out of memory")

@@ -36,7 +36,7 @@ def test_a_run_killed_while_it_saves_goes_on_and_leaves_nothing_half_written(fau
     damage(done.folder)
     again = fault.run(f"resume={fault.folder}")
     assert again.status == 0, again.err
-    assert "passed over step-00000040: model.safetensors" in again.said
+    assert "skipped step-00000040: model.safetensors" in again.said
     assert again.losses == steady
 
 
@@ -122,5 +122,5 @@ def test_a_bit_flipped_anywhere_in_a_checkpoint_is_noticed(fault, steady):
         done = fault.run(f"resume={fault.folder}")
         # a flipped bit in the manifest's own notes (a version) changes nothing that is loaded
         assert done.status == 0, done.err
-        assert "passed over step-" in done.said or victim.name == "manifest.json"
+        assert "skipped step-" in done.said or victim.name == "manifest.json"
         assert done.losses == steady

@@ -195,7 +195,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, monkeypatch, tmp_path, caplog)
     with caplog.at_level("WARNING"):
         (entry,) = noted(run("back"))
     assert (entry["step"], entry["to"], entry["left_out"]) == (8, 3, [24, 64])
-    assert "passed over step-00000006: training.pt is empty" in caplog.text
+    assert "skipped step-00000006: training.pt is empty" in caplog.text
 
 
 def test_a_run_that_goes_back_too_often_stops_with_its_checkpoints(run, monkeypatch, tmp_path):

@@ -1,0 +1,35 @@
+"""Maps the `_target_`s of older versions to the present ones, so that their config.yaml still loads."""
+
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED = {
+    "llm.attention.": "llm.model.attention.",
+    "llm.ffn.": "llm.model.ffn.",
+    "llm.init.": "llm.model.init.",
+    "llm.norm.": "llm.model.norm.",
+    "llm.position.": "llm.model.position.",
+    "llm.schedule.": "llm.scaling.schedule.",
+    "llm.spikes.": "llm.training.spikes.",
+    "llm.strategy.": "llm.distributed.strategy.",
+    "llm.transformer.": "llm.model.transformer.",
+}
+"""Former prefix of a `_target_` -> present prefix; version 0.1 wrote the former ones."""
+
+
+def present_target(target: str) -> str:
+    """Return the present name of a `_target_`."""
+    for former, present in RENAMED.items():
+        if target.startswith(former):
+            return present + target.removeprefix(former)
+    return target
+
+
+def with_present_targets(node: Any) -> Any:
+    """Return a plain configuration with every `_target_` under its present name."""
+    if isinstance(node, Mapping):
+        return {
+            key: present_target(value) if key == "_target_" and isinstance(value, str) else with_present_targets(value)
+            for key, value in node.items()
+        }
+    return [with_present_targets(value) for value in node] if isinstance(node, list) else node
