@@ -33,7 +33,8 @@ def disturb(monkeypatch, change, *, step, micro_step=None):
         loss = plain(self, batch, batch_idx)
         if self.global_step != step - 1 or micro_step not in (None, batch_idx % self.trainer.accumulate_grad_batches):
             return loss
-        self._pending["train/loss"][-1] = change(self._pending["train/loss"][-1])
+        losses = self._update._pending["train/loss"]
+        losses[-1] = change(losses[-1])
         return change(loss)
 
     monkeypatch.setattr(LanguageModule, "training_step", disturbed)

@@ -14,6 +14,7 @@ from llm.errors import CheckpointError, ConfigError, SpikeError
 from llm.run_folder.checkpoint import load_model
 from llm.run_folder.rollback import FILE as ROLLBACKS
 from llm.training.module import LanguageModule
+from llm.training.step_guard import StepGuard
 from llm.training.train import train
 
 SHORT = ("spikes=rollback", "spikes.window=3", "spikes.sigma=1e3", "max_steps=10", "checkpoint_every=3", "val_every=10",
@@ -71,7 +72,8 @@ def spoil(monkeypatch, change, *, numbers):
             order["bad"] = {int(run_windows(number, number + 1, **kept)[0]) for number in numbers}
         if not order["bad"] & set(data.windows_of_step(self.global_step)):
             return loss
-        self._pending["train/loss"][-1] = change(self._pending["train/loss"][-1])
+        losses = self._update._pending["train/loss"]
+        losses[-1] = change(losses[-1])
         return change(loss)
 
     monkeypatch.setattr(LanguageModule, "training_step", spoiled)
@@ -185,13 +187,13 @@ def test_without_a_checkpoint_the_run_begins_anew_past_the_windows(run, monkeypa
 
 def test_a_damaged_checkpoint_is_passed_over(run, monkeypatch, tmp_path, caplog):
     spoil(monkeypatch, not_a_number, numbers=[60])
-    plain, newest = LanguageModule._refuse_update, tmp_path / "back/checkpoints/step-00000006/training.pt"
+    plain, newest = StepGuard._judge_nonfinite, tmp_path / "back/checkpoints/step-00000006/training.pt"
 
-    def refuse(self, gradients, **figures):
+    def judge(self, *arguments):
         newest.write_bytes(b"")
-        plain(self, gradients, **figures)
+        return plain(self, *arguments)
 
-    monkeypatch.setattr(LanguageModule, "_refuse_update", refuse)
+    monkeypatch.setattr(StepGuard, "_judge_nonfinite", judge)
     with caplog.at_level("WARNING"):
         (entry,) = noted(run("back"))
     assert (entry["step"], entry["to"], entry["left_out"]) == (8, 3, [24, 64])
