@@ -27,6 +27,8 @@ def announce(checked: CheckedConfig, folder: RunFolder, module: LanguageModule, 
     log.info("steps        %s, %s tokens, %.2f epochs", f"{steps:_}", f"{tokens:_}", tokens / data.train_tokens)
     for line in module.lr_derivation:
         log.info(line)
+    for line in module.model.cautions(context_length=plan.context_length, is_training=True):
+        log.warning(line)
     warning = mismatch(rule_and_settings(module.scaling)[0], getattr(module.build_optimizer, "func", object))
     if warning and any("->" in line for line in module.lr_derivation):
         log.warning(warning)
