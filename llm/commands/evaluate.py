@@ -110,7 +110,7 @@ def load_subject(config: EvalConfig, folder: Path, checkpoint: str) -> Subject:
         position=(config.model or {}).get("position"),
         context_length=config.context_length,
     )
-    for line in run.module.model.cautions(context_length=run.config["context_length"], is_training=False):
+    for line in run.module.model.cautions(context_length=run.config.run.context_length, is_training=False):
         log.warning(line)
     return subject_of(run)
 
