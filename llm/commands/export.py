@@ -104,34 +104,6 @@ def _is_rounded(name: str, tensor: Tensor) -> bool:
     return tensor.is_floating_point() and not name.endswith("e_score_correction_bias")
 
 
-<<<<<<< HEAD
-=======
-def sample_ids(trained: TrainedModel, tokens: int) -> Tensor:
-    """Return windows of random ids, about as many as asked for, each beginning a document."""
-    length = trained.config.run.context_length
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(trained.model.vocab_size, (max(1, tokens // length), length), generator=generator)
-    ids[:, 0] = trained.tokenizer.bos_id
-    return ids
-
-
-@torch.no_grad()
-def compare_logits(trained: TrainedModel, folder: Path, ids: Tensor) -> float:
-    """Return the largest difference between our logits and those of the folder as `transformers` loads it, in fp32."""
-    from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
-    from transformers.utils import logging as their_logging  # pyright: ignore[reportMissingImports]
-
-    their_logging.disable_progress_bar()
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    worst = 0.0
-    for row, places in zip(ids.split(1), positions.split(1), strict=True):
-        ours = trained.model.logits(trained.model(row, positions=places).hidden)
-        worst = max(worst, float((theirs(input_ids=row).logits - ours).abs().max()))
-    return worst
-
-
->>>>>>> 3189730 (One frozen CheckedConfig with Sizes goes from check to the first update; train changes no configuration; one count of parameters)
 def check_export(cfg: Mapping[str, Any]) -> ExportConfig:
     """Return the settings, or raise ConfigError with every mistake in them."""
     from llm.config.settings import settings
