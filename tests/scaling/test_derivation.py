@@ -1,3 +1,4 @@
+import re
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from llm.scaling.derivation import INSTEAD, SUITS, derivation, family_of, mismat
 from llm.scaling.rules import linear, none, sign
 
 
-def test_one_line_says_how_the_rate_came_about():
+def test_one_line_describes_how_the_rate_was_derived():
     rule = partial(sign, base_batch_tokens=16_000, noise_scale=41_000, alignment=1.0)
     assert derivation(rule, lr=3e-3, batch_tokens=64_000) == (
         "lr 3.0e-3 -> 4.4e-3: sign rule, batch 16k -> 64k tokens, noise scale 41k"
@@ -22,7 +23,7 @@ def test_one_line_says_how_the_rate_came_about():
     assert derivation(rule, lr=0.1, batch_tokens=512) == "lr 1.0e-1 -> 6.3e-3: linear rule, batch 8.19k -> 512 tokens"
 
 
-def test_a_rate_that_is_not_changed_is_said_to_be_as_given():
+def test_an_unchanged_rate_is_described_as_given():
     rule = partial(linear, base_batch_tokens=8192)
     assert (
         derivation(rule, lr=4e-3, batch_tokens=8192)
@@ -33,30 +34,49 @@ def test_a_rate_that_is_not_changed_is_said_to_be_as_given():
 
 
 @pytest.mark.parametrize("name", options("optimizer"))
-def test_every_optimizer_says_what_its_steps_are_made_of(name):
+def test_every_optimizer_states_the_kind_of_its_steps(name):
     factory = instantiate(OmegaConf.load(CONF / "optimizer" / f"{name}.yaml"), _convert_="all")
     assert family_of(factory.func) in INSTEAD
 
 
-def test_a_rule_that_was_made_for_another_optimizer_is_warned_of_with_the_reason_and_a_better_one():
+def test_a_rule_that_does_not_suit_is_warned_of_with_the_reason_and_a_better_one():
     warning = mismatch("linear", Lion)
     assert warning is not None
-    assert "not derived for Lion, whose steps are of the kind sign: steps that do not grow" in warning
-    assert warning.endswith("try scaling=sign")
-    assert "try scaling=variance" in (mismatch("sqrt", SGD) or "")
+    assert "does not suit Lion, whose steps are of the kind sign: a step that does not grow" in warning
+    assert "use scaling=sqrt, which lost less" in warning
+    assert "use scaling=none" in (mismatch("sqrt", SGD) or "")
+
+
+REGRETS = re.search(
+    r"^\| \| adamw \| lion \| muon \| sgd \|$.*?\n\n", (CONF.parent / "docs" / "scaling.md").read_text(), re.M | re.S
+)
+"""The table of measured regrets in docs/scaling.md."""
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "sgd"])
+def test_the_recommended_rule_lost_less_than_each_rule_that_is_warned_of(name):
+    column = ["adamw", "lion", "muon", "sgd"].index(name)
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", REGRETS[0], re.M)
+    regret = {rule: float(cells.split(" | ")[column].strip("*")) for rule, cells in rows}
+    optimizer = instantiate(OmegaConf.load(CONF / "optimizer" / f"{name}.yaml"), _convert_="all").func
+    recommended = regret[INSTEAD[family_of(optimizer)]]
+    warned_of = [rule for rule in SUITS if mismatch(rule, optimizer)]
+    assert warned_of
+    assert all(recommended < regret[rule] for rule in warned_of)
 
 
 @pytest.mark.parametrize(
-    ("rule", "optimizer"), [("linear", SGD), ("sqrt", torch.optim.AdamW), ("sign", Muon), ("none", Lion)]
+    ("rule", "optimizer"),
+    [("linear", SGD), ("sqrt", torch.optim.AdamW), ("sign", Muon), ("variance", Muon), ("none", Lion)],
 )
-def test_a_rule_that_suits_is_not_warned_of(rule, optimizer):
+def test_a_rule_that_suits_gives_no_warning(rule, optimizer):
     assert mismatch(rule, optimizer) is None
 
 
-def test_an_optimizer_that_says_nothing_of_its_steps_is_not_warned_of():
+def test_no_rule_is_warned_of_for_an_optimizer_with_unknown_steps():
     assert mismatch("linear", torch.optim.LBFGS) is None
 
 
-def test_what_is_recommended_instead_suits():
+def test_the_recommended_rule_suits():
     for family, rule in INSTEAD.items():
-        assert family in SUITS[rule][0]
+        assert rule == "none" or family in SUITS[rule][0]
