@@ -108,6 +108,23 @@ def train_here(tmp_path, monkeypatch, capsys):
     return make
 
 
+@pytest.fixture
+def foreign():
+    """Return a function that writes foreign files: `foreign(folder, names)`. At the end, all must be unchanged."""
+    written = {}
+
+    def write(folder, names):
+        for name in names:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"mine: {name}")
+            written[path] = path.read_bytes()
+
+    yield write
+    lost = [str(path) for path, content in written.items() if not path.is_file() or path.read_bytes() != content]
+    assert lost == []
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -71,7 +71,7 @@ def test_a_folder_with_a_run_is_refused_unless_it_is_resumed(tmp_path):
     folder.claim()
     folder.write_summary({"status": "finished"})
     folder.release()
-    with pytest.raises(ConfigError, match=r"already holds a run \(status 'finished'\).*resume="):
+    with pytest.raises(ConfigError, match=r"already has a run \(status 'finished'\).*resume="):
         RunFolder(tmp_path).claim()
     RunFolder(tmp_path).claim(resume=True)
 

@@ -137,7 +137,7 @@ def test_resuming_a_folder_without_a_checkpoint_is_refused(composed, tiny, tmp_p
 
 def test_two_runs_cannot_share_a_folder(run):
     run("run")
-    with pytest.raises(ConfigError, match="already holds a run"):
+    with pytest.raises(ConfigError, match="already has a run"):
         run("run")
 
 

@@ -16,12 +16,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llm.commands.compose import CONFIG_DIR, compose_plain, default_config
+from llm.commands.compose import CONFIG_DIR, compose_plain, default_config, value_of
 from llm.commands.help import help_page
 from llm.commands.multirun import is_multirun, run_sweep
 from llm.commands.overrides import as_if_meant, diagnose, keys_set_by, not_overrides
 from llm.config.check import check_name
 from llm.config.files import load, to_plain
+from llm.config.quoting import quote
 from llm.config.resume import merge_resumed
 from llm.config.sizes import world_size
 from llm.distributed.launch import Launch, adopt, find_launch, note_failure, start_processes
@@ -29,7 +30,7 @@ from llm.distributed.rendezvous import agree
 from llm.errors import ConfigError, CrucibleError
 from llm.run_folder.checkpoint_files import list_checkpoints
 from llm.run_folder.folder import RunFolder
-from llm.run_folder.where import discard_empty
+from llm.run_folder.ownership import HYDRA_NOTES, discard_empty, remember_contents
 from llm.sweep.follow import follow_parent
 
 EXIT_MISTAKE = 2
@@ -102,7 +103,10 @@ def run_command(
             resume_dir += _as_one_of_several(launch, [*arguments, *resume_dir], config_name)
         elif not resume_dir and not {"-m", "--multirun"} & set(arguments):
             _check_all([a for a in arguments if not a.startswith("-")], config_name, check)
+            if HydraConfig.get().output_subdir is not None:  # a new run, not an evaluation inside a run folder
+                RunFolder(HydraConfig.get().run.dir, is_writer=False).check_free(*HYDRA_NOTES)
         sys.argv[1:] = [*arguments, *resume_dir]
+        remember_contents(_output_folder(sys.argv[1:]))
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
         if mistakes:
             raise mistakes[0]
@@ -188,7 +192,7 @@ def _run_job(task: Callable[[dict[str, Any], Path], float | None], cfg: DictConf
 
 def _start_ranks(processes: int, folder: Path, stopped: list[int]) -> float | None:
     """Run this command once a device, all in this run's folder; return the validation loss."""
-    own = [f"hydra.run.dir='{folder}'", "hydra.output_subdir=null"]
+    own = [f"hydra.run.dir={quote(str(folder))}", "hydra.output_subdir=null"]
     status = start_processes(
         [sys.executable, str(Path(sys.argv[0]).resolve()), *sys.argv[1:], *own], processes=processes
     )
@@ -207,7 +211,16 @@ def _as_one_of_several(launch: Launch, arguments: list[str], config_name: str) -
         return own
     compose_plain(config_name, [a for a in arguments if not a.startswith("-")])
     folder = agree(str(HydraConfig.get().run.dir), launch)
-    return [f"hydra.run.dir='{folder}'", *own]
+    return [f"hydra.run.dir={quote(folder)}", *own]
+
+
+def _output_folder(arguments: list[str]) -> Path:
+    """Return the folder that Hydra will write to, or one with the same parent where its name has a time stamp."""
+    is_multirun = bool({"-m", "--multirun"} & set(arguments))
+    given = value_of("hydra.sweep.dir" if is_multirun else "hydra.run.dir", arguments)
+    if given is None:
+        given = "multirun/new" if is_multirun else str(HydraConfig.get().run.dir)
+    return Path(given)
 
 
 def _check_names(arguments: list[str]) -> None:
@@ -218,13 +231,13 @@ def _check_names(arguments: list[str]) -> None:
 
 def _resume_dir(arguments: list[str], config_name: str) -> list[str]:
     """Return the override that puts a resumed run back into its own folder."""
-    given = [a.split("=", 1)[1] for a in arguments if a.startswith("resume=")]
-    if not given or given[-1] in ("", "null"):
+    given = value_of("resume", arguments)
+    if given in (None, "", "null"):
         return []
-    folder = _newest_run(arguments, config_name) if given[-1] == "auto" else Path(given[-1])
+    folder = _newest_run(arguments, config_name) if given == "auto" else Path(given)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"resume={folder}: holds no config.yaml; name a run folder, such as runs/<folder>")
-    return [f"hydra.run.dir='{folder}'"]
+    return [f"hydra.run.dir={quote(str(folder))}"]
 
 
 def _newest_run(arguments: list[str], config_name: str) -> Path:

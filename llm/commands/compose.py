@@ -1,11 +1,13 @@
 """Composes a configuration from conf/ and a command line's overrides."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from llm.config.conf import conf_folder
@@ -25,6 +27,18 @@ def compose_plain(config_name: str, overrides: list[str]) -> dict[str, Any]:
         plain = to_plain(cfg)
     GlobalHydra.instance().clear()
     return plain
+
+
+def value_of(key: str, arguments: Sequence[str]) -> str | None:
+    """Return the last value of `key` on a command line as text without quotes, None where it is not given."""
+    given = [argument for argument in arguments if argument.lstrip("+").startswith(f"{key}=")]
+    if not given:
+        return None
+    try:
+        value = OverridesParser.create().parse_override(given[-1]).value()
+    except HydraException:  # text that has to be quoted, taken as it is
+        return given[-1].partition("=")[2]
+    return value if isinstance(value, str) else given[-1].partition("=")[2]
 
 
 def default_config(config_name: str) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """`-m`: Hydra's sweepers and launchers choose and place the jobs; each is a plain run, kept apart from the others."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -19,11 +20,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from llm.config.quoting import quote
 from llm.config.resume import merge_resumed
 from llm.report.report_folder import write_report
 from llm.sweep.job import run_job
 from llm.sweep.manifest import MANIFEST, SweepJob, read_notes, read_sweep
-from llm.sweep.options import SweepOptions, split_options
+from llm.sweep.options import split_options
 from llm.sweep.plan import SweepPlan, plain_command
 from llm.sweep.sweep import exit_status, open_sweep, resolve_folder, resumed_command
 
@@ -70,7 +72,7 @@ def run_sweep(arguments: Sequence[str], *, task: Task, config_name: str, config_
         open_sweep(folder, command, ahead.jobs, ahead.swept, options.line_every, pruning) as monitor,
         _leaving_in_order(),
     ):
-        sys.argv[1:] = ["-m", *command, *_hydra_overrides(ahead, options, folder)]
+        sys.argv[1:] = ["-m", *command, *_hydra_overrides(ahead, folder)]
         function = JobFunction(plan, None if options.isolate else task)
         with _without_a_best_trial(folder):
             hydra.main(version_base="1.3", config_path=str(config_dir), config_name=config_name)(function)()
@@ -97,8 +99,8 @@ class JobFunction:
         folder = Path(own.runtime.output_dir)
         here = None if self.task is None else partial(self._here, self.task, cfg)
         value = run_job(self.plan, tuple(map(str, own.overrides.task)), folder, here)
-        if folder.is_dir() and not any(folder.iterdir()):  # the job has a folder of an earlier start
-            folder.rmdir()
+        if folder.is_dir() and not any(folder.iterdir()) and folder.stat().st_ctime >= self.plan.started:
+            folder.rmdir()  # Hydra created it, but the job has another folder
         return value
 
     @staticmethod
@@ -108,7 +110,31 @@ class JobFunction:
         plain = to_plain(cfg)
         if is_resumed:
             plain = merge_resumed(load(path / "config.yaml"), plain | {"resume": str(path)}, [f"resume={path}"])
-        return task(plain, path)
+        with _hydra_notes(cfg, path):
+            return task(plain, path)
+
+
+@contextlib.contextmanager
+def _hydra_notes(cfg: DictConfig, path: Path) -> Iterator[None]:
+    """Write Hydra's notes and the log of a job into the job's own folder.
+
+    Hydra itself would write them into a folder of its choice, before it is known whether that folder is free.
+    """
+    own = HydraConfig.get()
+    (path / ".hydra").mkdir(exist_ok=True)
+    notes = {"config": cfg, "hydra": OmegaConf.create({"hydra": own}), "overrides": own.overrides.task}
+    for name, note in notes.items():
+        OmegaConf.save(note, path / ".hydra" / f"{name}.yaml")
+    root, level = logging.getLogger(), logging.getLogger().level
+    handler = logging.FileHandler(path / f"{own.job.name}.log")
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()
 
 
 def look_ahead(overrides: Sequence[str], *, config_name: str, config_dir: Path) -> Ahead:
@@ -189,20 +215,16 @@ def _devices() -> tuple[str, ...]:
     return devices if len(devices) > 1 else ()
 
 
-def _hydra_overrides(ahead: Ahead, options: SweepOptions, folder: Path) -> list[str]:
+def _hydra_overrides(ahead: Ahead, folder: Path) -> list[str]:
     """Return what Hydra itself is told: where, and to leave console and notes to the jobs."""
-    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    told = [f"hydra.sweep.dir='{quoted}'", "hydra/hydra_logging=disabled"]
-    told += ["hydra/job_logging=disabled", "hydra.output_subdir=null"] if options.isolate else _FILE_ALONE
+    told = [f"hydra.sweep.dir={quote(str(folder))}", "hydra/hydra_logging=none"]
+    told += ["hydra/job_logging=none", "hydra.output_subdir=null"]
     if "max_failure_rate" in ahead.hydra.sweeper:  # Optuna: a failed trial is a result as well
         told.append("hydra.sweeper.max_failure_rate=1.0")
     sampler = ahead.hydra.sweeper.get("sampler") or {}
     if sampler.get("seed", 0) is None:  # a resumed study asks for the same trials again
         told.append("hydra.sweeper.sampler.seed=0")
     return told
-
-
-_FILE_ALONE = ["hydra.job_logging.root.handlers=[file]"]
 
 
 def _split_flags(command: Sequence[str]) -> tuple[list[str], list[str]]:

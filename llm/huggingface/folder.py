@@ -1,7 +1,6 @@
 """Reads and writes Hugging Face folders: weights in safetensors, config.json and the tokenizer."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llm.errors import CheckpointError
+from llm.run_folder.files import use_default_mode
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 
@@ -93,19 +93,12 @@ def write_folder(
         context_length: tokens per window in training.
     """
     save_file(dict(weights), str(folder / WEIGHTS), metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors creates files that only their owner can read
+    use_default_mode(folder / WEIGHTS)
     _write_json(folder / CONFIG, config)
     ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(folder / "generation_config.json", ends)
     tokenizer.save(folder)
     _write_tokenizer(folder, bos_id=tokenizer.bos_id, context_length=context_length)
-
-
-def _umask() -> int:
-    """Return the process's umask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _write_tokenizer(folder: Path, *, bos_id: int, context_length: int) -> None:

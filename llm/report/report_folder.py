@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from llm.errors import ConfigError
 from llm.report.board import to_csv, to_text
 from llm.report.findings import Findings, analyze
 from llm.report.fits import fits_text
@@ -42,15 +43,23 @@ def write_report(
         refresh_seconds: seconds after which the page reloads itself, None for never.
 
     Raises:
-        ConfigError: a folder is missing or contains no run.
+        ConfigError: a folder is missing or contains no run, or `out` has other files of a report's names.
     """
+    out = out or folders[0] / "report"
+    _refuse_other_files(out)
     findings = analyze(folders, reader or RunReader(), target)
     made = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-    out = out or folders[0] / "report"
     out.mkdir(parents=True, exist_ok=True)
     replace_text(out / "leaderboard.csv", to_csv(findings.rows))
     replace_text(out / "index.html", to_html(report_data(findings, made=made), refresh_seconds))
     return Report(_text(findings), out / "index.html", findings.is_open)
+
+
+def _refuse_other_files(out: Path) -> None:
+    """Refuse a folder whose files of a report's names were not written by a report."""
+    for name, mark in (("index.html", "<title>Crucible report</title>"), ("leaderboard.csv", "rank,group,lr,")):
+        if (out / name).exists() and mark not in (out / name).read_text(encoding="utf-8", errors="replace")[:2000]:
+            raise ConfigError(f"{out / name}: not written by a report; choose another folder with --out")
 
 
 def _text(findings: Findings) -> str:

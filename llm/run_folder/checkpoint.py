@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llm.errors import CheckpointError
-from llm.run_folder.checkpoint_files import list_checkpoints, publish, read_manifest, verify
+from llm.run_folder.checkpoint_files import MODEL, TRAINING, list_checkpoints, publish, read_manifest, verify
+from llm.run_folder.files import use_default_mode
 from llm.run_folder.plain import map_tensors, plain, tensors_in
 
-MODEL, TRAINING = "model.safetensors", "training.pt"
 _MAX_LISTED = 8  # names per error message
 
 
@@ -86,6 +86,7 @@ def write_contents(folder: Path, contents: Contents, *, manifest: Mapping[str, A
     needed = sum(t.numel() * t.element_size() for t in [*tensors.values(), *tensors_in(training)])
     with publish(folder, manifest=dict(manifest) | {"tied": tied}, needed=needed) as temporary:
         save_file(tensors, str(temporary / MODEL), metadata={"format": "pt"})
+        use_default_mode(temporary / MODEL)
         with open(temporary / TRAINING, "wb") as file:
             torch.save(training, file)
 

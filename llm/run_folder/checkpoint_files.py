@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -12,10 +14,13 @@ from typing import Any
 
 from llm.errors import CheckpointError
 from llm.run_folder.files import read_object, temporary_path
-from llm.run_folder.full_disk import is_full_disk
+from llm.run_folder.full_disk import FULL, REMEDY, refusal_cause
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+MODEL, TRAINING = "model.safetensors", "training.pt"
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -31,15 +36,33 @@ def list_checkpoints(checkpoints: Path) -> list[tuple[int, Path]]:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint. It loses its name first, so a kill never leaves a partial checkpoint under that name."""
-    doomed = temporary_path(folder, "old-")
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    """Delete a checkpoint. It loses its name first, so a kill never leaves a partial checkpoint under that name.
+
+    A folder without a manifest is no checkpoint of a run and stays. So does a folder with other files, without its
+    checkpoint.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
+    own = {folder / name for name in (MODEL, TRAINING, MANIFEST)}
+    if {*folder.rglob("*")} <= own:
+        doomed = temporary_path(folder, "old-")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        return
+    log.warning("%s: only the checkpoint in it was removed, because the folder has other files", folder)
+    for path in sorted(own):  # the manifest first, without which there is no checkpoint
+        path.unlink(missing_ok=True)
 
 
 def point(link: Path, target: Path) -> None:
-    """Make `link` a relative symlink to its sibling `target` in one step, so that the link is valid at any moment."""
+    """Make `link` a relative symlink to its sibling `target` in one step, so that the link is valid at any moment.
+
+    A file or folder of that name that is no link to a checkpoint stays as it is.
+    """
+    if os.path.lexists(link) and not (link.is_symlink() and _STEP.fullmatch(os.readlink(link))):
+        log.warning("%s: not updated, because it is not a link of this run", link)
+        return
     temporary = temporary_path(link)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
@@ -56,12 +79,12 @@ def publish(folder: Path, *, manifest: Mapping[str, Any], needed: int) -> Iterat
         needed: bytes that will be written, which are compared with the free space first.
 
     Raises:
-        CheckpointError: the disk or quota is full.
+        CheckpointError: the disk or quota is full, or a file-size limit is reached.
     """
     temporary = temporary_path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if needed > (free := shutil.disk_usage(folder.parent).free):
-        raise _full_disk(folder, needed, free)
+        raise _refused(folder, FULL, needed, free)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -69,10 +92,11 @@ def publish(folder: Path, *, manifest: Mapping[str, Any], needed: int) -> Iterat
         _write_manifest(temporary, manifest)
         _swap_in(temporary, folder)
     except Exception as error:
-        if not is_full_disk(error):
+        cause = refusal_cause(error)
+        if cause is None:
             raise
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _full_disk(folder, needed, shutil.disk_usage(folder.parent).free) from error
+        raise _refused(folder, cause, needed, shutil.disk_usage(folder.parent).free) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -103,9 +127,14 @@ def _write_manifest(temporary: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _swap_in(temporary: Path, folder: Path) -> None:
-    """Rename the complete folder to its final name, and remove an older folder of that name before."""
+    """Rename the complete folder to its final name, and remove an older checkpoint of that name before.
+
+    An older folder that has other files is renamed as well, so that they stay.
+    """
+    remove_checkpoint(folder)
     if folder.exists():
-        remove_checkpoint(folder)
+        names = (folder.with_name(f"{folder.name}.other-files-{n}") for n in itertools.count(1))
+        os.rename(folder, next(name for name in names if not name.exists()))
     os.rename(temporary, folder)
     _fsync(folder.parent)
 
@@ -127,10 +156,10 @@ def _file_problem(folder: Path, name: str, entry: Any) -> str | None:
     return None if _sha256(path) == entry.get("sha256") else f"{name} differs from its sha256"
 
 
-def _full_disk(folder: Path, needed: int, free: int) -> CheckpointError:
+def _refused(folder: Path, cause: str, needed: int, free: int) -> CheckpointError:
     return CheckpointError(
-        f"checkpoint={folder}: the disk or quota is full, {needed:,} bytes needed and {free:,} free; "
-        "free space and resume; earlier checkpoints are unchanged"
+        f"checkpoint={folder}: {cause}, {needed:,} bytes needed and {free:,} free; "
+        f"{REMEDY[cause]} and resume; earlier checkpoints are unchanged"
     )
 
 

@@ -32,6 +32,17 @@ def replace_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def use_default_mode(path: Path) -> None:
+    """Give a file the permissions of a file that `open` creates. safetensors gives its files mode 0600.
+
+    The permissions are those of a new file, because reading the umask would change it for other threads.
+    """
+    probe = temporary_path(path, "mode-")
+    probe.touch()
+    path.chmod(probe.stat().st_mode & 0o777)
+    probe.unlink()
+
+
 def replace_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     """Write `value` to `path` as JSON in one step."""
     replace_text(path, json.dumps(value, indent=indent) + "\n")

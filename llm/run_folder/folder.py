@@ -11,9 +11,10 @@ from typing import Any
 
 from llm.errors import ConfigError
 from llm.run_folder.files import TEMPORARY, json_value, read_object, replace_json, replace_text
-from llm.run_folder.full_disk import is_full_disk
+from llm.run_folder.full_disk import REMEDY, refusal_cause
 from llm.run_folder.metrics_file import MetricsFile
 from llm.run_folder.owner import OwnerFile
+from llm.run_folder.ownership import INCOMPLETE, WRITTEN, refuse_occupied
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class RunFolder:
         """
         if not self.is_writer:
             return
+        if not resume:
+            self.check_free()  # before the first write into the folder
         self._probe()
         with self._owner.exclusive():
             owner = self._owner.other_owner()
@@ -80,13 +83,24 @@ class RunFolder:
                     f"hydra.run.dir={self.path}: process {owner['pid']} on {owner['host']} is writing here; wait for "
                     f"it, choose another folder, or delete {self._owner.path.name} if that machine no longer runs"
                 )
-            if not resume and (trace := self._trace_of_a_run()):
-                raise ConfigError(
-                    f"hydra.run.dir={self.path}: already holds a run ({trace}); choose another folder, "
-                    f"or continue that run with resume={self.path}"
-                )
+            if not resume:
+                self.check_free()
             self._owner.take()
         self.remove_leftovers()
+
+    def check_free(self, *others: str) -> None:
+        """Refuse the folder for a new run where it has a run, or files that the run or the `others` would replace.
+
+        Raises:
+            ConfigError: the folder has such files.
+        """
+        if trace := self._trace_of_a_run():
+            raise ConfigError(
+                f"hydra.run.dir={self.path}: already has a run ({trace}); choose another folder, "
+                f"or continue that run with resume={self.path}"
+            )
+        names = [name for name in WRITTEN if name != "run.lock" or self._owner.is_foreign()]
+        refuse_occupied(self.path, [*names, *others])
 
     def release(self) -> None:
         """Remove the lock if this process owns the folder."""
@@ -98,8 +112,12 @@ class RunFolder:
         return self._owner.other_owner() is not None
 
     def remove_leftovers(self) -> list[str]:
-        """Delete incomplete files of a run that was killed, and return their names."""
-        left = [path for folder in (self.path, self.checkpoints) for path in folder.glob(TEMPORARY + "*")]
+        """Delete incomplete files of a run that was killed, and return their names.
+
+        Only names that a run gives to incomplete files are deleted, because other files belong to the user.
+        """
+        found = [path for folder in (self.path, self.checkpoints) for path in folder.glob(TEMPORARY + "*")]
+        left = [path for path in found if INCOMPLETE.fullmatch(path.name)]
         for path in left:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -166,14 +184,15 @@ class RunFolder:
 
     @contextlib.contextmanager
     def unless_full(self, name: str) -> Iterator[None]:
-        """Warn once instead of raising where the disk has no space for the file `name`."""
+        """Warn once instead of raising where a full disk or a file-size limit refuses the file `name`."""
         try:
             yield
         except OSError as error:
-            if not is_full_disk(error):
+            cause = refusal_cause(error)
+            if cause is None:
                 raise
             if not self._was_full:
-                log.warning("%s: the disk or quota is full and this file is incomplete; free space", self.path / name)
+                log.warning("%s: %s and this file is incomplete; %s", self.path / name, cause, REMEDY[cause])
             self._was_full = True
         else:
             self._was_full = False

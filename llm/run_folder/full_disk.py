@@ -1,21 +1,27 @@
-"""Recognizes a full disk among the errors that different writers raise for it."""
+"""Recognizes a full disk and a file-size limit among the errors that different writers raise for them."""
 
 import errno
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FULL_WORDS = ("no space left", "quota exceeded", "file too large", "os error 28", "os error 27", "os error 122")
+_FULL = ({errno.ENOSPC, errno.EDQUOT}, ("no space left", "quota exceeded", "os error 28", "os error 122"))
+_LIMIT = ({errno.EFBIG}, ("file too large", "os error 27"))
+
+FULL = "the disk or quota is full"
+LIMIT = "the file-size limit of this process is reached (`ulimit -f` shows it)"
+REMEDY = {FULL: "free space", LIMIT: "raise the limit with `ulimit -f unlimited`"}
+"""What a user can do, per cause."""
 
 
-def is_full_disk(error: BaseException) -> bool:
-    """Return whether a full disk or quota caused an error.
+def refusal_cause(error: BaseException) -> str | None:
+    """Return `FULL` or `LIMIT` where one of them caused an error, else None.
 
     Python raises OSError. safetensors and torch raise errors of their own, which name the cause in their text alone.
     """
     chain: BaseException | None = error
     while chain is not None:
-        if isinstance(chain, OSError) and chain.errno in _FULL:
-            return True
-        if any(words in str(chain).lower() for words in _FULL_WORDS):
-            return True
+        for cause, (numbers, words) in ((FULL, _FULL), (LIMIT, _LIMIT)):
+            if isinstance(chain, OSError) and chain.errno in numbers:
+                return cause
+            if any(word in str(chain).lower() for word in words):
+                return cause
         chain = chain.__cause__ or chain.__context__
-    return False
+    return None

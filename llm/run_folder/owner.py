@@ -50,6 +50,10 @@ class OwnerFile:
         """Make this process the owner."""
         replace_text(self.path, json.dumps(_this_process()))
 
+    def is_foreign(self) -> bool:
+        """Return whether a file of this name exists that no run wrote."""
+        return self.path.exists() and not {"pid", "host"} <= (read_object(self.path) or {}).keys()
+
     def release(self) -> None:
         """Remove the lock if this process is the owner."""
         if read_object(self.path) == _this_process():

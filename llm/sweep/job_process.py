@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from llm.config.quoting import quote
 from llm.sweep.follow import PARENT
 from llm.sweep.manifest import SweepJob
 from llm.sweep.plan import SweepPlan
@@ -38,8 +39,8 @@ class Ended(NamedTuple):
 
 def run_process(plan: SweepPlan, job: SweepJob, path: Path, is_resumed: bool) -> Ended:
     """Run the job as a plain run and return how it ended."""
-    quoted = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    own = [f"resume={path}"] if is_resumed else [*job.overrides, f"hydra.run.dir='{quoted}'"]
+    folder = quote(str(path))
+    own = [f"resume={folder}"] if is_resumed else [*job.overrides, f"hydra.run.dir={folder}"]
     log = path / CONSOLE
     console_start = log.stat().st_size if log.exists() else 0
     with _device_share(plan) as devices, open(log, "ab") as console:

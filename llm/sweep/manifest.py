@@ -108,7 +108,7 @@ def read_sweep(sweep: Path) -> Manifest:
         ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
-            f"sweep.resume={sweep}: its {MANIFEST} is not that of a sweep ({error}); choose another folder"
+            f"{sweep / MANIFEST}: not the manifest of a sweep ({error}); choose another folder"
         ) from error
     return replace(manifest, jobs=merge(jobs, read_notes(sweep)))
 
@@ -119,7 +119,7 @@ def read_notes(sweep: Path) -> list[SweepJob]:
     for path in sorted(sweep.rglob(NOTE)):
         try:
             notes.append(replace(_job(json.loads(path.read_text())), folder=str(path.parent.relative_to(sweep))))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, KeyError):
             continue  # not a job's note, or removed meanwhile
     return notes
 

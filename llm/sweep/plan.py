@@ -1,6 +1,7 @@
 """Settings that all jobs of a sweep share."""
 
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ class SweepPlan:
         environment: environment variables of each job.
         swept: keys that differ between jobs.
         raises: whether a failed job raises, which some sweepers need. Otherwise its value is NaN.
+        started: time of the sweep's start, in seconds since 1970.
         prune: the rule that ends jobs early, None for no rule.
     """
 
@@ -34,6 +36,7 @@ class SweepPlan:
     environment: Mapping[str, str] = field(default_factory=dict)
     swept: tuple[str, ...] = ()
     raises: bool = False
+    started: float = field(default_factory=time.time)
     prune: Pruning | None = None
 
 

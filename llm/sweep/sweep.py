@@ -16,6 +16,8 @@ from llm.sweep.manifest import DONE, MANIFEST, Manifest, SweepJob, find_unfinish
 from llm.sweep.monitor import Monitor
 from llm.sweep.prune import Pruning
 
+WRITTEN = (".sweep.lock", "multirun.yaml", "optimization_results.yaml", "report")
+"""Names in a sweep's folder that a sweep writes, besides its manifest and the folders of its jobs."""
 GRACE_SECONDS = 60.0
 """Seconds that a stopped sweep waits for jobs that are saving a checkpoint."""
 LOCK = ".sweep.lock"
@@ -114,6 +116,10 @@ def open_sweep(
 
 def _locked(folder: Path) -> FileLock:
     """Return the acquired lock of a sweep's folder."""
+    if not (folder / MANIFEST).exists() and (found := [name for name in WRITTEN if (folder / name).exists()]):
+        raise ConfigError(
+            f"hydra.sweep.dir={folder}: has {', '.join(found)}, which a sweep would replace; choose another folder"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK, timeout=0)

@@ -37,7 +37,11 @@ def test_a_disk_that_fills_in_the_middle_of_a_run_stops_it_with_the_checkpoint_b
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cache", "answer"), [("kept", "disk or quota is full"), ("new", "cannot be written ([Errno 27] File too large)")]
+    ("cache", "answer"),
+    [
+        ("kept", "the file-size limit of this process is reached"),
+        ("new", "cannot be written ([Errno 27] File too large)"),
+    ],
 )
 def test_a_quota_that_a_checkpoint_or_the_tokens_do_not_fit_is_named(fault, steady, tmp_path, cache, answer):
     assert steady  # that run has left its tokens

@@ -56,7 +56,7 @@ def test_failed_and_killed_jobs_are_resumed_to_the_leaderboard_of_an_undisturbed
         is_first_try = "kind=good" in job.overrides
         assert job.attempts == (1 if is_first_try else 2)
         again = [start["argv"] for start in starts(first / job.folder)[1:]]
-        assert again == ([] if is_first_try else [[f"resume={first / job.folder}"]])
+        assert again == ([] if is_first_try else [[f"resume='{first / job.folder}'"]])
         steps = [json.loads(line)["step"] for line in (first / job.folder / "metrics.jsonl").read_text().splitlines()]
         assert steps == [*range(1, 11)]
 
