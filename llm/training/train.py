@@ -81,8 +81,9 @@ def _train_until_spike(checked: CheckedConfig, folder: RunFolder) -> CheckedConf
     data.micro_batch_size = chosen_micro_batch_size(checked, model, folder)
     checked = checked.with_micro_batch_size(data.micro_batch_size)
     checked = checked.with_scaling(measured_scaling(checked, model, data, folder))
-    save(checked.tree, folder.path / "config.yaml")
-    data.tokenizer.save(folder.path)
+    if folder.is_writer:  # another rank may arrive here before the first one has claimed the folder
+        save(checked.tree, folder.path / "config.yaml")
+        data.tokenizer.save(folder.path)
     module = build_module(checked, model, data.tokenizer)
     trainer = build_run_trainer(checked, folder)
     announce(checked, folder, module, data)
