@@ -333,3 +333,14 @@ def test_a_dictionary_from_lightning_is_stored_and_loaded_unchanged(tmp_path):
     assert (manifest["step"], manifest["world_size"], manifest["config_hash"]) == (12, 1, "abc")
     plugin.remove_checkpoint(folder)
     assert not folder.exists()
+
+
+def test_the_files_of_a_checkpoint_have_the_mode_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = save(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == dict.fromkeys(
+        ["model.safetensors", "training.pt", "manifest.json"], "0o640"
+    )
