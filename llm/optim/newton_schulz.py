@@ -93,7 +93,7 @@ def orthogonalize(
     flat = x.reshape(-1, *x.shape[-2:])
     # on a CPU one product after another is faster, but for stacks of matrices that leave each product too little to do
     if x.device.type == "cpu" and min(x.shape[-2:]) >= (PANEL_ROWS // 2 if len(flat) == 1 else PANEL_ROWS):
-        pieces = [iterate_unscaled(matrix, found, dtype) for matrix in flat]
+        pieces = [iterate(normalized(matrix, margin=found.margin, dtype=dtype), found) for matrix in flat]
         out = torch.stack(pieces) if len(pieces) > 1 else pieces[0]
     else:
         out = iterate(normalized(flat, margin=found.margin, dtype=dtype), found)
@@ -122,14 +122,6 @@ def normalized(
     return torch.mul(x, 1 / torch.where(norm > 0, margin * norm, 1.0), out=torch.empty_like(x, dtype=dtype))
 
 
-def iterate_unscaled(x: Float[Tensor, "rows columns"], iteration: Iteration, dtype: torch.dtype) -> Tensor:
-    """Run all steps on a matrix of any size, dividing by its norm inside the first products rather than before them."""
-    norm = torch.linalg.vector_norm(x, dtype=torch.float32).item()
-    if SAFE_NORM < norm < 1 / SAFE_NORM:
-        return iterate(x.to(dtype), iteration, scale=1 / (iteration.margin * norm))
-    return iterate(normalized(x, margin=iteration.margin, dtype=dtype), iteration)
-
-
 @cache
 def sections(iteration: Iteration, *, ratio: float, share: float) -> tuple[int, ...]:
     """How many steps to take on each Gram matrix before it is computed anew: the cheaper of one, and several at first.
@@ -148,8 +140,12 @@ def sections(iteration: Iteration, *, ratio: float, share: float) -> tuple[int, 
     return min(plans, key=cost)
 
 
-def iterate(x: Tensor, iteration: Iteration, *, scale: float = 1.0) -> Tensor:
-    """Run all steps on scale · x, a matrix or a stack; on the right of a tall one, where its Gram matrix is small."""
+def iterate(x: Tensor, iteration: Iteration) -> Tensor:
+    """Run all steps on a matrix or a stack, from the right for a tall one, whose small Gram matrix is there.
+
+    No product has a scalar that depends on data. oneDNN compiles alpha and beta of a bf16 product into its kernel, so
+    a norm handed over as alpha would compile and keep a new kernel for each matrix at each update.
+    """
     rows, columns = sorted(x.shape[-2:])
     panels = count_panels(x)
     share = (panels + 1) / (2 * panels)
@@ -160,27 +156,23 @@ def iterate(x: Tensor, iteration: Iteration, *, scale: float = 1.0) -> Tensor:
         else (1,) * len(iteration.coefficients)
     )
     for length in plan:
-        x = run_section(x, iteration.coefficients[step : step + length], panels, scale)
-        step, scale = step + length, 1.0
+        x = run_section(x, iteration.coefficients[step : step + length], panels)
+        step += length
     return x
 
 
-def run_section(
-    x: Tensor, coefficients: tuple[tuple[float, float, float], ...], panels: int, scale: float = 1.0
-) -> Tensor:
-    """Take the given steps on one Gram matrix of scale · x."""
+def run_section(x: Tensor, coefficients: tuple[tuple[float, float, float], ...], panels: int) -> Tensor:
+    """Take the given steps on one Gram matrix of x."""
     is_tall = x.shape[-2] > x.shape[-1]
     wide = x.mT if is_tall else x
     gram = symmetric_product(wide, wide, panels=panels)
-    if scale != 1:
-        gram.mul_(scale * scale)
     total = None
     for i, (a, b, c) in enumerate(coefficients):
         update = symmetric_product(gram, gram, add=gram, beta=b, alpha=c, panels=panels)  # b·A + c·A²
         if len(coefficients) == 1:
             pair = (x, update.mT) if is_tall else (update, x)
             # not with a on the diagonal of the update: rounded to bfloat16 there, it breaks the bounds
-            return multiply(*pair, add=x, beta=a * scale, alpha=scale)
+            return multiply(*pair, add=x, beta=a)
         if i < len(coefficients) - 1:
             half = symmetric_product(update, gram, add=gram, beta=a, panels=panels)  # P·A; A and P commute
             gram = symmetric_product(update, half, add=half, beta=a, panels=panels)
@@ -191,7 +183,6 @@ def run_section(
             total = symmetric_product(update, total, add=total, beta=a, panels=panels)
     if total is None:
         return x
-    total = total.mul_(scale) if scale != 1 else total
     return x @ total.mT if is_tall else total @ x  # `total` is not quite symmetric by now
 
 
