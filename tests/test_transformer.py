@@ -112,7 +112,7 @@ def test_flops_count_two_for_each_weight_used_and_the_mean_number_of_keys(compos
         ("model.dropout=1.0", r"model.dropout=1.0: must lie in \[0, 1\)"),
         ("model.head_dim=0", r"model.head_dim=0: must be at least 1, or null"),
         ("model.init.embedding_std=-1", r"model.init.embedding_std=-1: must be at least 0 and finite"),
-        ("model.head_dim=5", r"model.head_dim=5: rotary positions turn pairs"),
+        ("model.head_dim=5", r"model.head_dim=5: rotary positions rotate pairs of elements"),
     ],
 )
 def test_dimensions_that_do_not_fit_are_named(composed, override, message):

@@ -15,13 +15,13 @@ class Block(nn.Module):
     Args:
         attention: built attention sublayer.
         ffn: built feed-forward sublayer.
-        norm: called as `norm()`, gives a fresh norm of the residual width.
+        norm: factory, called without arguments for a new norm of the residual width.
         dropout: probability with which an element of a sublayer's output is zeroed in training.
 
     Source: Xiong et al., "On Layer Normalization in the Transformer Architecture", arXiv:2002.04745, figure 1b.
     """
 
-    attention: Any  # the attention and feed-forward contracts ask for more than nn.Module knows
+    attention: Any  # both contracts have methods that nn.Module does not declare
     ffn: Any
 
     def __init__(self, *, attention: nn.Module, ffn: nn.Module, norm: Callable[[], nn.Module], dropout: float) -> None:
@@ -48,5 +48,5 @@ class Block(nn.Module):
         )
 
     def flops_per_token(self, context_length: int) -> float:
-        """Forward FLOPs a token."""
+        """Return forward FLOPs per token."""
         return self.attention.flops_per_token(context_length) + self.ffn.flops_per_token(context_length)

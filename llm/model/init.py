@@ -1,4 +1,4 @@
-"""How weights start."""
+"""Initial values of the weights."""
 
 import math
 
@@ -8,34 +8,32 @@ from torch import nn
 from llm.errors import ConfigError
 
 RESIDUAL_OUTPUTS = ("o_proj", "down_proj")
-"""Names of the projections that write into the residual stream."""
+"""Names of the projections that write to the residual stream."""
 
 
 @torch.no_grad()
 def fan_in_normal(model: nn.Module, *, num_layers: int, embedding_std: float, head_std: float) -> dict[str, float]:
     """Draw every matrix from N(0, 1/d_in), so that a unit-RMS input gives a unit-RMS output at any width.
 
-    Projections into the residual stream are divided by sqrt(2 num_layers) more, so that the sum over all sublayers
-    has unit variance. Expert stacks [experts, d_out, d_in] are drawn expert by expert with the same rule. Gains start
-    at 1 and biases at 0, as their modules made them. Returned are the standard deviations, by name.
+    The standard deviation of projections into the residual stream is divided by sqrt(2 num_layers), so that the sum
+    over all sublayers has unit variance. Expert stacks [experts, d_out, d_in] follow the same rule per expert. Gains
+    and biases keep the values that their modules set. The result maps names to standard deviations.
 
     Args:
-        model: whose parameters are drawn in place, in the order of `named_parameters`.
-        num_layers: depth; each layer writes into the residual stream twice.
-        embedding_std: of the token embedding.
-        head_std: of an untied head; small, so that the first predictions are near uniform.
+        model: model whose parameters are drawn in place, in the order of `named_parameters`.
+        num_layers: depth; each layer writes to the residual stream twice.
+        embedding_std: standard deviation of the token embedding.
+        head_std: standard deviation of an untied head; small, so that the first predictions are almost uniform.
 
     Raises:
-        ConfigError: a standard deviation that is negative or not finite.
+        ConfigError: a standard deviation is negative or not finite.
 
     Source: He et al., arXiv:1502.01852, eq. 10 without the rectifier's 2; depth factor of Radford et al.,
     "Language Models are Unsupervised Multitask Learners" (GPT-2), section 2.3.
     """
     for key, std in {"embedding_std": embedding_std, "head_std": head_std}.items():
         if not 0 <= std < math.inf:
-            raise ConfigError(
-                f"model.init.{key}={std}: must be at least 0 and finite; see conf/model for what is usual"
-            )
+            raise ConfigError(f"model.init.{key}={std}: must be at least 0 and finite; 0.02 is the default")
     stds = {}
     for name, parameter in model.named_parameters():
         *_, owner, _ = ("", *name.split("."))

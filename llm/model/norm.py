@@ -1,4 +1,4 @@
-"""Normalisation over the last axis: RMSNorm and LayerNorm."""
+"""Norms over the last axis: RMSNorm and LayerNorm."""
 
 from typing import ClassVar
 
@@ -11,10 +11,10 @@ from llm.ops.functional import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """Scales each vector to unit root-mean-square, then by a learned gain: y = g · x / sqrt(mean(x²) + eps).
+    """A norm to unit root-mean-square with a learned gain: y = g · x / sqrt(mean(x²) + eps).
 
     Args:
-        dim: length of the normalised axis.
+        dim: length of the last axis.
         eps: added to the mean square.
 
     Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467, eq. 4.
@@ -32,12 +32,12 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Centres and scales each vector, then applies a learned gain and, if asked, a bias: y = g · (x − μ)/σ + b.
+    """A norm to mean 0 and variance 1 with a learned gain and an optional bias: y = g · (x − μ)/σ + b.
 
     Args:
-        dim: length of the normalised axis.
+        dim: length of the last axis.
         eps: added to the variance.
-        bias: whether b is learned.
+        bias: whether b is learned; else there is none.
 
     Source: Ba et al., "Layer Normalization", arXiv:1607.06450, eq. 4.
     """

@@ -1,4 +1,4 @@
-"""The decoder-only Transformer: embedding, layers, final norm, head."""
+"""The decoder-only Transformer: embedding, layers, final norm and head."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +16,7 @@ from llm.ops.products import is_read_only, read_only_product
 
 
 class TransformerOutput(NamedTuple):
-    """The last hidden states, and what the sublayers returned beside theirs, named `layer<i>/<name>`."""
+    """The last hidden states, with losses and metrics of the sublayers under the names `layer<i>/<name>`."""
 
     hidden: Float[Tensor, "batch time d_model"]
     losses: dict[str, Tensor]
@@ -30,29 +30,29 @@ class Head(nn.Linear):
 
 
 class Transformer(nn.Module):
-    """Composes a decoder from factories, handing each the dimensions it needs.
+    """A decoder composed from factories, each of which receives the dimensions that it needs.
 
     Args:
-        vocab_size: tokens in the vocabulary.
+        vocab_size: number of tokens in the vocabulary.
         d_model: width of the residual stream.
         num_layers: number of blocks.
-        num_heads: query heads.
-        num_kv_heads: key/value heads, or None for num_heads.
+        num_heads: number of query heads.
+        num_kv_heads: number of key/value heads, or None for num_heads.
         head_dim: size of a head, or None for d_model / num_heads.
-        tie_embeddings: whether the head is the embedding's own matrix (arXiv:1608.05859).
-        dropout: of each sublayer's output, in [0, 1).
-        activation_checkpointing: recompute blocks in the backward pass instead of keeping their activations: true for
+        tie_embeddings: whether the head shares the matrix of the embedding (arXiv:1608.05859).
+        dropout: probability with which an element of a sublayer's output is zeroed in training, in [0, 1).
+        activation_checkpointing: recompute blocks in the backward pass instead of storing their activations: true for
             all, N >= 1 for every N-th, false for none.
-        attention: factory, called once a layer with the attention contract's arguments.
-        ffn: factory, called once a layer with d_model.
+        attention: factory, called once per layer with geometry, position and layer_index.
+        ffn: factory, called once per layer with d_model.
         norm: factory, called with dim.
         position: factory, called once with head_dim.
         init: called once as `init(model, num_layers=…)`; returns the standard deviation of each matrix by name.
-        first_ffn: factory of the feed-forward of the first layers, where they differ from the rest.
-        first_ffn_layers: how many first layers use it, in [0, num_layers].
+        first_ffn: feed-forward factory of the first layers, where they differ from the others.
+        first_ffn_layers: number of first layers that use it, in [0, num_layers].
 
     Raises:
-        ConfigError: dimensions that do not fit one another.
+        ConfigError: a dimension is out of range, or two do not match.
     """
 
     def __init__(
@@ -77,12 +77,11 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         head_dim = resolve_head_dim(d_model=d_model, num_heads=num_heads, head_dim=head_dim)
-        check_geometry(vocab_size=vocab_size, d_model=d_model, num_layers=num_layers, dropout=dropout)
-        if activation_checkpointing < 0:
-            raise ConfigError(
-                f"model.activation_checkpointing={activation_checkpointing}: must be true, false, or N above 0 to "
-                "recompute every N-th block; try 2"
-            )
+        check_decoder(
+            {"vocab_size": vocab_size, "d_model": d_model, "num_layers": num_layers},
+            dropout=dropout,
+            activation_checkpointing=activation_checkpointing,
+        )
         self.vocab_size, self.d_model, self.recompute_every = vocab_size, d_model, int(activation_checkpointing)
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position = position(head_dim=head_dim)
@@ -104,7 +103,7 @@ class Transformer(nn.Module):
         self.initial_stds = init(self, num_layers=num_layers)
 
     def blocks(self) -> list[Block]:
-        """The layers, in order."""
+        """Return the layers in order."""
         return [cast(Block, layer) for layer in self.layers]
 
     def forward(
@@ -115,9 +114,9 @@ class Transformer(nn.Module):
         document_ids: Int[Tensor, "batch time"] | None = None,
         caches: Sequence[LayerCache] | None = None,
     ) -> TransformerOutput:
-        """Return hidden states after the final norm; `logits` turns them into scores.
+        """Return hidden states after the final norm; `logits` projects them to vocabulary scores.
 
-        Without `document_ids` each row is one document. With `caches`, input_ids are the tokens that follow.
+        Without `document_ids` each row is one document. With `caches`, input_ids are the next tokens.
         """
         x = self.token_embedding(input_ids)
         losses: dict[str, Tensor] = {}
@@ -136,7 +135,7 @@ class Transformer(nn.Module):
         return TransformerOutput(hidden=self.final_norm(x), losses=losses, metrics=metrics)
 
     def logits(self, hidden: Float[Tensor, "batch time d_model"]) -> Float[Tensor, "batch time vocab"]:
-        """Vocabulary scores of hidden states."""
+        """Return the vocabulary scores of hidden states."""
         weight = self.lm_head.weight
         is_plain = torch.is_autocast_enabled(hidden.device.type)
         if is_plain or not is_read_only(hidden, weight, hidden.numel() * self.vocab_size):
@@ -144,7 +143,7 @@ class Transformer(nn.Module):
         return read_only_product(hidden, weight)
 
     def new_caches(self, *, batch: int, max_length: int, dtype: torch.dtype) -> list[LayerCache]:
-        """Empty caches, one a layer, for decoding up to max_length tokens."""
+        """Return one empty cache per layer, for decoding up to max_length tokens."""
         device = self.token_embedding.weight.device
         return [
             layer.attention.new_cache(batch=batch, max_length=max_length, device=device, dtype=dtype)
@@ -165,10 +164,10 @@ class Transformer(nn.Module):
         return list(dict.fromkeys(lines))
 
     def flops_per_token(self, context_length: int) -> float:
-        """Forward FLOPs a token in a window of context_length: two for each weight used, and attention's mixing.
+        """Return forward FLOPs per token in a window of context_length: two per weight used, and the mixing.
 
-        Norms, activations and the embedding lookup are left out, as is usual (Kaplan et al., arXiv:2001.08361,
-        table 1). Training takes three times as many.
+        Norms, activations and the embedding lookup are excluded, as is usual (Kaplan et al., arXiv:2001.08361,
+        table 1). Training needs three times as many.
         """
         layers = sum(layer.flops_per_token(context_length) for layer in self.blocks())
         return layers + 2.0 * self.lm_head.weight.numel()
@@ -178,7 +177,7 @@ def resolve_head_dim(*, d_model: int, num_heads: int, head_dim: int | None) -> i
     """Return head_dim, or d_model / num_heads where it is None.
 
     Raises:
-        ConfigError: num_heads or head_dim below 1 or, where head_dim is derived, not dividing d_model.
+        ConfigError: num_heads or head_dim is below 1, or num_heads does not divide d_model and head_dim is None.
     """
     if num_heads < 1:
         raise ConfigError(f"model.num_heads={num_heads}: must be at least 1; try 4")
@@ -187,8 +186,8 @@ def resolve_head_dim(*, d_model: int, num_heads: int, head_dim: int | None) -> i
     if head_dim is not None:
         return head_dim
     if d_model % num_heads:
-        legal = [n for n in range(1, d_model + 1) if d_model % n == 0]
-        near = sorted(sorted(legal, key=lambda n: abs(n - num_heads))[:2])
+        divisors = [n for n in range(1, d_model + 1) if d_model % n == 0]
+        near = sorted(sorted(divisors, key=lambda n: abs(n - num_heads))[:2])
         raise ConfigError(
             f"model.num_heads={num_heads}: must divide model.d_model={d_model}; try {' or '.join(map(str, near))}"
         )
@@ -201,21 +200,26 @@ def choose_ffns(
     """Return the feed-forward factory of each layer.
 
     Raises:
-        ConfigError: more first layers than layers, or first layers without their factory.
+        ConfigError: there are more first layers than layers, or first layers have no factory.
     """
     if not 0 <= first_ffn_layers <= num_layers:
         raise ConfigError(
-            f"model.first_ffn_layers={first_ffn_layers}: must lie in [0, model.num_layers={num_layers}]; 0 for none"
+            f"model.first_ffn_layers={first_ffn_layers}: must lie in [0, model.num_layers={num_layers}]; set 0 for none"
         )
     if first_ffn_layers and first_ffn is None:
         raise ConfigError(f"model.first_ffn_layers={first_ffn_layers}: model.first_ffn is missing; use model=moe")
     return [first_ffn or ffn] * first_ffn_layers + [ffn] * (num_layers - first_ffn_layers)
 
 
-def check_geometry(*, vocab_size: int, d_model: int, num_layers: int, dropout: float) -> None:
-    """Raise ConfigError for a dimension below 1 or a dropout outside [0, 1)."""
-    for key, value in (("vocab_size", vocab_size), ("d_model", d_model), ("num_layers", num_layers)):
+def check_decoder(sizes: dict[str, int], *, dropout: float, activation_checkpointing: bool | int) -> None:
+    """Raise ConfigError for a size below 1, a dropout outside [0, 1) or a negative activation_checkpointing."""
+    for key, value in sizes.items():
         if value < 1:
             raise ConfigError(f"model.{key}={value}: must be at least 1; choose a size with model/size=tiny")
     if not 0 <= dropout < 1:
-        raise ConfigError(f"model.dropout={dropout}: must lie in [0, 1); 0 turns it off")
+        raise ConfigError(f"model.dropout={dropout}: must lie in [0, 1); set 0 to disable it")
+    if activation_checkpointing < 0:
+        raise ConfigError(
+            f"model.activation_checkpointing={activation_checkpointing}: must be true, false, or N above 0 to "
+            "recompute every N-th block; try 2"
+        )

@@ -1,1 +1,1 @@
-"""Arithmetic that knows no model: elementwise functions, matrix products, losses, precision, FLOPs and memory."""
+"""Arithmetic without a model: elementwise functions, matrix products, losses, precision, FLOPs and memory."""

@@ -1,19 +1,20 @@
-"""How the C library hands out memory while a model trains on a CPU."""
+"""Settings of the C library's memory allocator for training on a CPU."""
 
 import contextlib
 import ctypes
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Names of settings in glibc's malloc.h."""
+"""Numbers of two settings in glibc's malloc.h."""
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what is freed instead of giving it back to the kernel; say whether it does.
+    """Make glibc keep freed memory instead of returning it to the kernel; return whether it does.
 
-    Blocks of 32 MiB and more are otherwise mapped anew each time, and the kernel clears them page by page: a tenth of a
-    training step, a third of an attention with large intermediate tensors. Each step needs the same blocks again, so
-    the peak stays what it was; a process that has trained does not shrink. With another C library nothing happens.
+    By default glibc maps blocks of 32 MiB and more anew each time, and the kernel clears them page by page. That takes
+    a tenth of a training step, and a third of an attention with large intermediate tensors. Each step needs the same
+    blocks again, so peak memory stays the same, but the process does not shrink after training. Other C libraries are
+    left unchanged.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

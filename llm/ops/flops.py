@@ -1,4 +1,4 @@
-"""What a device could do at most, so that model FLOPs can be given as a share of it (MFU)."""
+"""Peak FLOP/s of devices, of which model FLOPs utilization (MFU) is a share."""
 
 import time
 
@@ -21,10 +21,10 @@ GPU_PEAKS = {
     "RTX 4090": (165.2, 82.6),
     "RTX 3090": (71.0, 35.6),
 }
-"""Dense bf16 and fp32 peaks in TFLOP/s by a part of the device's name; the longest part that fits counts.
+"""Dense bf16 and fp32 peaks in TFLOP/s by a part of the device's name; the longest part that matches is used.
 
-Sources: NVIDIA's data sheets for H200, H100 (SXM, PCIe, NVL), GH200, B200, A100, A10, L40S, L40 and L4 (dense, that is
-half of the figures given with sparsity), the Ada whitepaper v2.1 (RTX 4090, bf16 with fp32 accumulation) and the GA102
+Sources: NVIDIA's data sheets for H200, H100 (SXM, PCIe, NVL), GH200, B200, A100, A10, L40S, L40 and L4 (dense, which
+is half of the figures with sparsity), the Ada whitepaper v2.1 (RTX 4090, bf16 with fp32 accumulation) and the GA102
 whitepaper v2.1 (RTX 3090, likewise).
 """
 
@@ -33,8 +33,8 @@ def peak_flops(device: torch.device, *, bf16: bool) -> float | None:
     """Return the dense peak of one device in FLOP/s: GPUs from the table, a CPU by measurement, None if unknown.
 
     Args:
-        device: where the model runs.
-        bf16: whether its matrix products are in bf16; else in fp32.
+        device: device of the model.
+        bf16: whether matrix products are in bf16; else they are in fp32.
     """
     if device.type == "cpu":
         return measured_matmul_flops(torch.bfloat16 if bf16 else torch.float32)
@@ -44,7 +44,7 @@ def peak_flops(device: torch.device, *, bf16: bool) -> float | None:
 
 
 def table_peak(name: str, *, bf16: bool) -> float | None:
-    """Return the peak of the GPU called `name` in FLOP/s, or None where the table has no such GPU."""
+    """Return the peak of the GPU with this name in FLOP/s, or None where the table does not have it."""
     words = name.replace("-", " ")
     fitting = [part for part in GPU_PEAKS if all(word in words.split() for word in part.split())]
     if not fitting:
@@ -53,7 +53,7 @@ def table_peak(name: str, *, bf16: bool) -> float | None:
 
 
 def measured_matmul_flops(dtype: torch.dtype, *, size: int = 1536, repeats: int = 7) -> float:
-    """Return the best rate at which this CPU multiplied two square matrices, in FLOP/s: what no model can exceed."""
+    """Return the best measured rate of this CPU for a product of two square matrices, in FLOP/s."""
     left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     seconds = []
     with torch.inference_mode():

@@ -1,8 +1,8 @@
-"""Elementwise pieces of a layer in one pass over the cache, each beside the plain form that defines it.
+"""Fused elementwise functions of a layer for CPUs, each next to the plain form that defines it.
 
-On a CPU, a chain of elementwise operations is bound by memory: run over pieces that fit a core's cache, and with a
-hand-written backward pass that keeps only its inputs, the same arithmetic takes a fraction of the time and memory.
-Elsewhere, for small tensors, and under torch.compile, which fuses by itself, the plain form runs.
+On a CPU, a chain of elementwise operations is bound by memory. The fused forms work on chunks that fit into the cache
+of a core, and their hand-written backward passes store only the inputs. The same arithmetic then takes a fraction of
+the time and memory. The plain form runs on other devices, for small tensors and under torch.compile, which fuses too.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 CHUNK = 1 << 18
-"""Elements worked on at a time: a mebibyte of fp32."""
+"""Elements per chunk: 1 MiB of fp32, which fits into the cache of one core."""
 
 WORTHWHILE = 1 << 16
-"""Elements below which the plain form is as fast."""
+"""Number of elements below which the plain form is as fast."""
 
 
 def runs_fused(x: Tensor) -> bool:
-    """Whether the fused form serves a tensor: on a CPU, large, not under the compiler or a function transform."""
+    """Return whether a tensor takes the fused form: large, on a CPU, outside the compiler and function transforms."""
     transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
     is_eager = not torch.compiler.is_compiling() and not transform
     return x.device.type == "cpu" and x.numel() >= WORTHWHILE and is_eager
@@ -30,7 +30,7 @@ def runs_fused(x: Tensor) -> bool:
 def rms_norm(x: Float[Tensor, "*shape dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "*shape dim"]:
     """Scale to unit root-mean-square, then by a gain: y = g · x / sqrt(mean(x²) + eps), computed in at least fp32.
 
-    Under autocast y has its dtype, since what follows a norm is a product; else that of x.
+    Under autocast y has the dtype of autocast, because a product follows a norm; otherwise it has the dtype of x.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -40,7 +40,7 @@ def rms_norm(x: Float[Tensor, "*shape dim"], weight: Float[Tensor, " dim"], eps:
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """The definition."""
+    """Compute the function by plain operations: the definition."""
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.rms_norm(precise, weight.shape, weight.to(precise.dtype), eps).to(dtype)
 
@@ -50,9 +50,9 @@ def rotate(
     cos: Float[Tensor, "#batch #time half"],
     sin: Float[Tensor, "#batch #time half"],
 ) -> Float[Tensor, "batch time heads head_dim"]:
-    """Turn the pair (x_m, x_{m+half}) by its angle, computing in fp32 and answering in the dtype of x.
+    """Rotate the pair (x_m, x_{m+half}) by its angle, computed in fp32 and returned in the dtype of x.
 
-    The gradient is the turn backwards. The fused result lies head by head in memory, as attention reads it.
+    The gradient is rotated by the opposite angle. The fused result is stored head by head, as attention reads it.
     """
     if not runs_fused(x):
         return plain_rotate(x, cos, sin)
@@ -60,21 +60,21 @@ def rotate(
 
 
 def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The definition."""
+    """Compute the function by plain operations: the definition."""
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def swiglu(gate: Float[Tensor, "*shape d_ff"], up: Float[Tensor, "*shape d_ff"]) -> Float[Tensor, "*shape d_ff"]:
-    """Return silu(gate) ⊙ up; the backward pass keeps gate and up alone and computes silu again."""
+    """Return silu(gate) ⊙ up; the backward pass stores only gate and up, and recomputes silu."""
     if not runs_fused(gate):
         return plain_swiglu(gate, up)
     return FusedSwiGLU.apply(gate, up)
 
 
 def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """The definition."""
+    """Compute the function by plain operations: the definition."""
     return F.silu(gate) * up
 
 
@@ -89,7 +89,7 @@ class FusedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        """Normalise rows; r is kept for the backward pass."""
+        """Normalize rows; save r for the backward pass."""
         precise = torch.promote_types(x.dtype, torch.float32)
         rows, gain = x.reshape(-1, x.shape[-1]), weight.to(precise)
         out = torch.empty(x.shape, dtype=dtype)
@@ -121,11 +121,11 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 class FusedRotation(torch.autograd.Function):
-    """The turn by an angle; its gradient is the turn by the opposite angle."""
+    """A rotation by an angle; its gradient is the rotation by the opposite angle."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turn x."""
+        """Rotate x."""
         ctx.save_for_backward(cos, sin)
         batch, time, heads, head_dim = x.shape
         out = x.new_empty(batch, heads, time, head_dim).transpose(1, 2)
@@ -133,7 +133,7 @@ class FusedRotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Turn the gradient back; positions carry none."""
+        """Rotate the gradient back; positions have no gradient."""
         cos, sin = ctx.saved_tensors
         return _turn(grad, cos, -sin, grad.new_empty(grad.shape)), None, None
 

@@ -1,4 +1,4 @@
-"""The linear layer whose fp32 products on a CPU go through oneDNN."""
+"""A linear layer whose fp32 products on a CPU run in oneDNN."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from llm.ops.products import is_read_only, product_nn, product_nt, product_tn, r
 
 
 class Linear(nn.Linear):
-    """y = W x + b, as `torch.nn.Linear`; large fp32 products on a CPU take `llm.ops.products`, forward and backward."""
+    """A linear layer y = W x + b; large fp32 products on a CPU use `llm.ops.products`, forward and backward."""
 
     def forward(self, input: Float[Tensor, "*shape d_in"]) -> Float[Tensor, "*shape d_out"]:
         """Project the last axis."""
@@ -21,7 +21,7 @@ class Linear(nn.Linear):
 
 
 def linear(x: Float[Tensor, "*shape d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "*shape d_out"]:
-    """Return x Wᵀ, large fp32 products on a CPU through `llm.ops.products`."""
+    """Return x Wᵀ; large fp32 products on a CPU use `llm.ops.products`."""
     multiplications = x.numel() * weight.shape[0]
     if is_read_only(x, weight, multiplications):
         return read_only_product(x, weight)
@@ -69,5 +69,5 @@ onednn_linear.register_autograd(_backward, setup_context=_save)
 
 
 def plain_linear(x: Float[Tensor, "*shape d_in"], weight: Float[Tensor, "d_out d_in"]) -> Tensor:
-    """The definition."""
+    """Return x Wᵀ by torch's own product: the definition."""
     return F.linear(x, weight)

@@ -1,4 +1,4 @@
-"""The vocabulary projection and cross-entropy in one, never holding the scores of all tokens."""
+"""The vocabulary projection and cross-entropy in one function, which never stores the scores of all tokens."""
 
 from typing import Any, Literal, get_args
 
@@ -12,7 +12,7 @@ from llm.errors import ConfigError, ShapeError
 from llm.ops.products import product_nn, product_nt, product_tn
 
 CHUNK_SCORES = 1 << 23
-"""Vocabulary scores held at a time, where `chunk_tokens` is not given."""
+"""Vocabulary scores in memory at a time, where `chunk_tokens` is None: 32 MiB in fp32."""
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -24,7 +24,7 @@ def reference_linear_cross_entropy(
     *,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """The definition: project, then cross-entropy in fp32, all scores in memory. Arguments as the fast form."""
+    """Project, then take the cross-entropy in fp32 with all scores in memory: the definition of the fast form."""
     logits = F.linear(hidden, weight).flatten(0, -2)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
@@ -41,26 +41,25 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     chunk_tokens: int | None = None,
 ) -> Float[Tensor, "*result"]:
-    """Cross-entropy of softmax(hidden weightᵀ) in nats, a chunk of tokens at a time.
+    """Return the cross-entropy of softmax(hidden weightᵀ) in nats, computed one chunk of tokens at a time.
 
-        loss = − Σ_n log softmax(W h_n)[label_n] / N,   N = labels that are not IGNORED_LABEL
+        loss = − Σ_n log softmax(W h_n)[label_n] / N,   N = number of labels that are not IGNORED_LABEL
 
-    When a gradient is wanted it is computed in the forward pass, while a chunk's scores are at hand: dh and dW are
-    kept in place of the scores, and the backward pass only multiplies them by the incoming gradient.
-    With no valid label the loss is 0 and so are the gradients.
+    Gradients are computed in the forward pass, from the scores of each chunk. They are stored instead of the scores.
+    The backward pass only multiplies them by the incoming gradient. Without a valid label, loss and gradients are 0.
 
     Args:
         hidden: last hidden states.
         weight: the vocabulary projection.
         labels: token ids; IGNORED_LABEL carries no loss.
-        reduction: "mean" over valid labels, "sum", or "none": a loss for each token (0 where ignored), no gradient.
-        chunk_tokens: tokens projected at a time; None holds about CHUNK_SCORES scores.
+        reduction: "mean" over valid labels, "sum", or "none" for one loss per token (0 where ignored) and no gradient.
+        chunk_tokens: tokens per chunk; None for about CHUNK_SCORES scores.
 
     Raises:
-        ConfigError: an unknown reduction, a chunk below 1 token, or "none" where a gradient is wanted.
-        ShapeError: labels that do not match hidden.
+        ConfigError: reduction is unknown, chunk_tokens is below 1, or reduction is "none" and a gradient is required.
+        ShapeError: labels do not match hidden.
 
-    Source: the idea of gradients in the forward pass: Hsu et al., "Liger Kernel", arXiv:2410.10989, section 3.2.
+    Source: gradients in the forward pass as in Hsu et al., "Liger Kernel", arXiv:2410.10989, section 3.2.
     """
     chunk = CHUNK_SCORES // weight.shape[0] if chunk_tokens is None else chunk_tokens
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -89,7 +88,7 @@ def _cross_entropy(
     dtype: torch.dtype,
     wants_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the summed loss, each token's loss, and the gradients of the sum (empty unless wanted)."""
+    """Return the summed loss, the loss per token, and the gradients of the sum (empty unless wants_grad)."""
     total, losses, grad_hidden, grad_weight = _empty_results(hidden, weight, labels, chunk, dtype, wants_grad)
     grad_weight.zero_()
     projection = weight.to(dtype)
@@ -129,10 +128,10 @@ def loss_and_byte_sums(
 def _slope_and_loss(
     scores: Float[Tensor, "chunk vocab"], ids: Int[Tensor, " chunk"]
 ) -> tuple[Float[Tensor, "chunk vocab"], Float[Tensor, " chunk"]]:
-    """Return d loss / d scores = softmax - one-hot of the label, and each token's loss, 0 where ignored.
+    """Return d loss / d scores = softmax - one-hot of the label, and the loss per token, 0 where ignored.
 
-    The softmax is taken in at least fp32. Its log-sum-exp is the largest score minus the logarithm of that score's
-    probability, which cannot underflow. Slopes of ignored labels are left for the caller to leave out.
+    The softmax is computed in at least fp32. Its log-sum-exp is the largest score minus the logarithm of the
+    probability of that score, which cannot underflow. The caller masks the slopes of ignored labels.
     """
     precise = torch.promote_types(scores.dtype, torch.float32)
     is_ignored = ids == IGNORED_LABEL
@@ -166,7 +165,9 @@ def _check(hidden: Tensor, labels: Tensor, reduction: str, chunk_tokens: int | N
     if reduction not in get_args(Reduction):
         raise ConfigError(f"loss reduction={reduction}: unknown; use one of {', '.join(get_args(Reduction))}")
     if chunk_tokens is not None and chunk_tokens < 1:
-        raise ConfigError(f"loss chunk_tokens={chunk_tokens}: must be at least 1; leave it out to fit the vocabulary")
+        raise ConfigError(
+            f"loss chunk_tokens={chunk_tokens}: must be at least 1; leave it unset to choose it by the vocabulary"
+        )
     if reduction == "none" and wants_grad:
         raise ConfigError("loss reduction=none: gives no gradient; use mean or sum, or torch.no_grad()")
     if hidden.shape[:-1] != labels.shape:

@@ -1,4 +1,4 @@
-"""Bytes that training takes, counted: optimizer state by small stand-ins, activations by what autograd keeps."""
+"""Counts the bytes of training: optimizer state by small stand-ins, activations by the tensors that autograd saves."""
 
 import resource
 import sys
@@ -11,9 +11,9 @@ from llm.contracts import ParamGroup
 
 
 class SavedBytes:
-    """Counts the bytes that autograd keeps for the backward pass, each storage once, weights left out.
+    """A counter of the bytes that autograd saves for the backward pass, each storage once, without weights.
 
-    Use as a context manager around a forward pass; `total` holds the count.
+    Use it as a context manager around a forward pass; `total` is the count.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -25,7 +25,7 @@ class SavedBytes:
         key = tensor.untyped_storage()._cdata
         if key not in self._seen:
             self._seen.add(key)
-            self._kept.append(tensor)  # alive, so that its storage's address is not used again
+            self._kept.append(tensor)  # a living tensor keeps its address from being used again
             self.total += tensor.untyped_storage().nbytes()
         return tensor
 
@@ -40,7 +40,7 @@ class SavedBytes:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the device's peak; on a CPU the process's largest resident size."""
+    """Return the peak memory of the device; on a CPU, the largest resident size of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -50,10 +50,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 def optimizer_state_bytes(
     groups: list[ParamGroup], build: Callable[[list[ParamGroup]], torch.optim.Optimizer]
 ) -> dict[str, int]:
-    """Return bytes of optimizer state by kind of parameter.
+    """Return the bytes of optimizer state per kind of parameter.
 
-    The optimizer takes one step on stand-ins that have the parameters' number of axes and a few elements; each axis
-    of the state that follows the stand-in's is given its true length.
+    The optimizer takes one step on stand-ins with the same number of axes and a few elements. Each axis of the state
+    that is as long as the axis of the stand-in is then counted with its true length.
     """
     proxies = [{**group, "params": [_stand_in(p) for p in group["params"]]} for group in groups]
     optimizer = build(proxies)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Which arithmetic a device does fastest."""
+"""Precisions of a run, and the fastest one of a device."""
 
 import torch
 
@@ -8,13 +8,13 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "64-true")
 
 
 def resolve_precision(precision: str | int, *, accelerator: str) -> str:
-    """Return `precision`, or for `auto` bf16-mixed where the device multiplies bf16 in hardware, else 32-true.
+    """Return `precision`; `auto` is bf16-mixed where the device multiplies bf16 in hardware, else 32-true.
 
-    On CPUs with AVX512-BF16 or AMX a training step measured several times faster in bf16; without them bf16 is
-    emulated and slower than fp32 (see docs/performance.md).
+    On CPUs with AVX512-BF16 or AMX a training step is several times faster in bf16. Without them bf16 is emulated and
+    slower than fp32 (measured in docs/performance.md).
 
     Raises:
-        ConfigError: an unknown precision.
+        ConfigError: the precision is unknown.
     """
     if str(precision) not in PRECISIONS:
         raise ConfigError(f"trainer.precision={precision}: unknown; choose one of {' '.join(PRECISIONS)}")
@@ -26,7 +26,7 @@ def resolve_precision(precision: str | int, *, accelerator: str) -> str:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has bf16 dot products (AVX512-BF16, AMX, or Arm's BF16 extension)."""
+    """Return whether this CPU multiplies bf16 in hardware: AVX512-BF16, AMX, or Arm's BF16 extension."""
     read = getattr(torch.cpu, "get_capabilities", None)
     if read is None:
         return bool(torch.cpu._is_avx512_bf16_supported())

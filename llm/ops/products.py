@@ -1,7 +1,7 @@
-"""Matrix products in fp32 on a CPU through oneDNN, where torch would call MKL.
+"""Matrix products in fp32 on a CPU by oneDNN, where torch would call MKL.
 
-On processors that MKL does not know well (AMD with AVX-512) oneDNN multiplies fp32 about twice as fast, at the same
-precision. Every other dtype and device takes torch's own product.
+On processors for which MKL is not tuned (AMD with AVX-512), oneDNN multiplies fp32 about twice as fast at the same
+precision. Every other dtype and device uses torch's own product.
 """
 
 import os
@@ -11,35 +11,35 @@ from jaxtyping import Float
 from torch import Tensor
 
 WORTHWHILE = 1 << 22
-"""Multiplications below which the call costs more than the product."""
+"""Number of multiplications below which the call costs more than the product saves."""
 
 WORTHWHILE_READING = 1 << 18
-"""Likewise without a gradient, where the product is called directly."""
+"""The same bound for products without a gradient, which are called directly."""
 
 COMPILED_PRODUCTS = 4096
-"""Shapes of products that oneDNN keeps compiled. 64 experts whose loads are uneven need more than its own 1024."""
+"""Number of product shapes that oneDNN keeps compiled; 64 experts with uneven loads need more than the default 1024."""
 
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def keep_compiled_products() -> None:
-    """Let oneDNN keep COMPILED_PRODUCTS shapes, unless the environment says how many; before the first product only.
+    """Make oneDNN cache COMPILED_PRODUCTS shapes, unless the environment sets another number.
 
-    It compiles a product for each new shape, and forgets those used least recently. Memory is taken for shapes that
-    occur.
+    Call it before the first product. oneDNN compiles a product per new shape and evicts the least recently used one.
+    Memory is allocated only for shapes that occur.
     """
     if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(COMPILED_PRODUCTS))
 
 
 def uses_onednn(*tensors: Tensor, multiplications: int) -> bool:
-    """Whether a product of these tensors goes through oneDNN."""
+    """Return whether a product of these tensors runs in oneDNN."""
     is_fp32 = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
     return _ONEDNN and is_fp32 and multiplications >= WORTHWHILE
 
 
 def is_read_only(x: Tensor, weight: Tensor, multiplications: int) -> bool:
-    """Whether a product that no gradient will ask for goes through oneDNN: of one token with one matrix already."""
+    """Return whether a product without a gradient runs in oneDNN; that of a single token with a matrix already does."""
     if torch.is_grad_enabled() or multiplications < WORTHWHILE_READING or not _ONEDNN:
         return False
     is_fp32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
@@ -49,7 +49,7 @@ def is_read_only(x: Tensor, weight: Tensor, multiplications: int) -> bool:
 def read_only_product(
     x: Float[Tensor, "*shape inner"], weight: Float[Tensor, "columns inner"]
 ) -> Float[Tensor, "*shape columns"]:
-    """Return x weightᵀ where `is_read_only`."""
+    """Return x weightᵀ, for tensors that satisfy `is_read_only`."""
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 
@@ -68,5 +68,5 @@ def product_nn(a: Float[Tensor, "rows inner"], b: Float[Tensor, "inner columns"]
 
 
 def product_tn(a: Float[Tensor, "inner rows"], b: Float[Tensor, "inner columns"]) -> Float[Tensor, "rows columns"]:
-    """Return aᵀ b, the shape of a weight's gradient."""
+    """Return aᵀ b, as for the gradient of a weight."""
     return product_nt(a.t(), b.t())

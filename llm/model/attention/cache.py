@@ -1,4 +1,4 @@
-"""The key/value cache: what attention over stored keys remembers between decoding calls."""
+"""The key/value cache, which attention over stored keys uses for decoding."""
 
 import torch
 from jaxtyping import Float, Int
@@ -9,16 +9,16 @@ from llm.errors import ShapeError
 
 
 class KeyValueCache:
-    """Holds the keys of each position view, the values and the document ids of all tokens seen.
+    """A cache of the keys of each position view, the values and the document ids of all tokens seen.
 
-    A view's key depends on its own position alone, so it is stored as the view made it and never turned again.
+    A view's key depends on its own position alone, so it is stored as the view returns it and never rotated again.
     Buffers are allocated at the first call, when the number of views and the head sizes are known.
 
     Args:
-        batch: rows.
-        max_length: tokens that fit.
-        device: where the buffers live.
-        dtype: of keys and values.
+        batch: number of rows.
+        max_length: largest number of tokens.
+        device: device of the buffers.
+        dtype: dtype of keys and values.
     """
 
     def __init__(self, *, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -31,7 +31,7 @@ class KeyValueCache:
 
     @property
     def length(self) -> int:
-        """Tokens seen so far."""
+        """Number of tokens seen so far."""
         return self._length
 
     def append(
@@ -40,16 +40,16 @@ class KeyValueCache:
         v: Float[Tensor, "batch time kv_heads value_dim"],
         document_ids: Int[Tensor, "batch time"] | None,
     ) -> tuple[tuple[PositionView, ...], Tensor, Tensor | None]:
-        """Store the new tokens; return views whose keys, values and document ids cover all tokens seen.
+        """Store the new tokens; return views, values and document ids that cover all tokens seen.
 
-        The ids are None as long as none were given: every row is one document.
+        The ids are None while no call has passed any: every row is one document.
 
         Raises:
-            ShapeError: more tokens than max_length.
+            ShapeError: the cache would exceed max_length tokens.
         """
         start, end = self._length, self._length + v.shape[1]
         if end > self.max_length:
-            raise ShapeError(f"cache length={end}: holds max_length={self.max_length} tokens; allocate a longer cache")
+            raise ShapeError(f"cache length={end}: exceeds max_length={self.max_length}; allocate a longer cache")
         if self._values is None:
             self._keys = [self._buffer(view.k) for view in views]
             self._values = self._buffer(v)
@@ -74,6 +74,6 @@ class KeyValueCache:
         self.batch = len(rows)
 
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Return the bytes of all buffers."""
         tensors = [*self._keys, self._document_ids, *([] if self._values is None else [self._values])]
         return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,4 +1,4 @@
-"""The codebook that keys are quantised with, and the ways to learn it."""
+"""The codebook that quantises keys, and the estimators that learn it."""
 
 from collections.abc import Callable
 from typing import ClassVar, Literal, NamedTuple
@@ -9,54 +9,55 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from llm.errors import ConfigError
+from llm.model.attention.key_draws import draw_keys
+from llm.model.attention.rotation_trick import rotate_to_codes
 
 Estimator = Literal["ema", "straight_through", "rotation", "simvq"]
 
 ASSIGN_TOKENS = 4096
-"""Keys whose distances to all codes are held at a time."""
+"""Number of keys whose distances to all codes are in memory at a time: 8 MiB per head for 512 codes in fp32."""
 
 DEAD_SHARE = 0.05
-"""A code is dead when keys choose it less often than this share of the mean."""
+"""A code is dead when its average count is below this share of the mean count of its head."""
 
 
 class Quantized(NamedTuple):
-    """Keys replaced by their nearest codes."""
+    """The keys of a batch, replaced by their nearest codes."""
 
     keys: Float[Tensor, "batch time kv_heads head_dim"]
-    """The codes in value; gradients pass to the keys as the estimator says."""
+    """Equal to the codes in value; the estimator defines the gradient with respect to the original keys."""
     code_ids: Int[Tensor, "batch time kv_heads"]
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
 
 
 class Codebook(nn.Module):
-    """Replaces each key by the nearest of `codebook_size` codes of its head, and learns the codes.
+    """A codebook that replaces each key by the nearest of `codebook_size` codes of its head, and learns the codes.
 
         z = argmin_s ‖k − C_s‖²,   loss: commitment_weight · ‖k − sg(C_z)‖²/head_dim  [+ ‖sg(k) − C_z‖²/head_dim]
 
-    How keys get their gradient, and how codes are learned:
+    The estimator defines the gradient of keys and how codes are learned:
 
-    - ema: straight through; C_s is the moving average of its keys, updated once an optimizer step.
-    - straight_through: k̂ = k + sg(C_z − k), dk̂/dk = 1; codes follow the loss in brackets.
-    - rotation: dk̂/dk is the rotation and stretch that take k to C_z; codes as before.
-    - simvq: straight through; C = B M with frozen B and one learned matrix M a head, so every code moves.
+    - ema: straight through; C_s is the moving average of its keys, updated once per optimizer step.
+    - straight_through: k̂ = k + sg(C_z − k), dk̂/dk = 1; codes minimize the loss in brackets.
+    - rotation: dk̂/dk is the rotation and scaling that take k to C_z; codes minimize the same loss.
+    - simvq: straight through; C = B M with frozen B and one learned matrix M per head, so that every code moves.
 
-    Codes start from random keys of the first training batch, each another one (except that M starts as the identity).
-    With revival, every `revive_every` optimizer steps the codes that hardly any key chooses are put on random keys of
-    the next batch.
+    Codes start at distinct random keys of the first training batch; M starts as the identity. Every `revive_every`
+    optimizer steps, codes that few keys choose are moved to random keys of the next batch.
 
     Args:
-        num_heads: key/value heads, each with codes of its own.
+        num_heads: number of key/value heads; each has its own codes.
         head_dim: size of a code.
-        codebook_size: codes a head, at least 2.
+        codebook_size: codes per head, at least 2.
         estimator: ema | straight_through | rotation | simvq.
-        commitment_weight: how strongly keys are drawn to their codes; of the mean over tokens and heads.
-        ema_decay: of the moving averages of counts and keys, in [0, 1).
+        commitment_weight: weight of the loss that draws keys to their codes, a mean over tokens and heads.
+        ema_decay: decay of the moving averages of counts and keys per optimizer step, in [0, 1).
         revive_every: optimizer steps between revivals of dead codes, or None for never.
-        seed: of the choice of keys.
+        seed: seed of the choice of keys.
 
     Raises:
-        ConfigError: a setting out of its range.
+        ConfigError: a setting is out of range.
 
     Source: van den Oord et al., "Neural Discrete Representation Learning", arXiv:1711.00937, eq. 3 and appendix A.1;
     Fifty et al., "Restructuring Vector Quantization with the Rotation Trick", arXiv:2410.06424, section 4; Zhu et al.,
@@ -89,7 +90,7 @@ class Codebook(nn.Module):
         self.revive_every, self.seed = revive_every, seed
         shape = (num_heads, codebook_size, head_dim)
         generator = torch.Generator().manual_seed(seed)
-        # parameters are never written but by the optimizer: what is set from keys is a buffer that is added to them
+        # only the optimizer writes parameters: values that come from keys are buffers, which are added to them
         self.codes = nn.Parameter(torch.zeros(shape)) if estimator in ("straight_through", "rotation") else None
         self.mixing = nn.Parameter(torch.zeros(num_heads, head_dim, head_dim)) if estimator == "simvq" else None
         self.register_buffer("base", torch.randn(shape, generator=generator, device="cpu"))
@@ -100,11 +101,11 @@ class Codebook(nn.Module):
         self.register_buffer("key_sums", torch.zeros(shape) if estimator == "ema" else None)
         self.register_buffer("pending", torch.ones(shape[:2], dtype=torch.bool))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self.may_be_pending, self.num_steps = True, 0  # plain copies, so that a forward waits for no device
+        self.may_be_pending, self.num_steps = True, 0  # plain copies: forward never synchronizes with the GPU
         self.register_load_state_dict_post_hook(lambda module, _: module.read_state())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Codebook":
-        """Move or cast as asked, but keep averages and codes in fp32: bf16 would lose what an update adds."""
+        """Move or cast as asked, but keep averages and codes in fp32: bf16 would round updates away."""
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
             if buffer is not None and buffer.dtype in (torch.bfloat16, torch.float16):
@@ -112,7 +113,7 @@ class Codebook(nn.Module):
         return self
 
     def read_state(self) -> None:
-        """Take over what buffers say after they were loaded."""
+        """Refresh the plain copies of buffers after a checkpoint was loaded."""
         self.may_be_pending, self.num_steps = bool(self.pending.any()), int(self.steps)
 
     def all_codes(self) -> Float[Tensor, "kv_heads codes head_dim"]:
@@ -129,14 +130,14 @@ class Codebook(nn.Module):
             codes = self.all_codes()
             code_ids = self.nearest(exact.detach())
             chosen = codes[torch.arange(codes.shape[0], device=codes.device), code_ids].to(exact.dtype)
-            passed = _rotated(exact, chosen.detach()) if self.estimator == "rotation" else exact
+            passed = rotate_to_codes(exact, chosen.detach()) if self.estimator == "rotation" else exact
             losses = self._losses(exact, chosen) if self.training else {}
             metrics = self._metrics(exact.detach(), chosen.detach(), code_ids)
             return Quantized((passed + (chosen - passed).detach()).to(keys.dtype), code_ids, losses, metrics)
 
     @torch.no_grad()
     def nearest(self, keys: Float[Tensor, "batch time kv_heads head_dim"]) -> Int[Tensor, "batch time kv_heads"]:
-        """Return which code is nearest to each key: the largest k·C − ‖C‖²/2, the first where several are."""
+        """Return the nearest code of each key: the largest k·C − ‖C‖²/2, the first of equals."""
         codes = self.all_codes().to(keys.dtype)
         half_norms = codes.square().sum(-1) / 2
         flat = keys.flatten(0, 1)
@@ -148,11 +149,11 @@ class Codebook(nn.Module):
     def soft_assignment(
         self, keys: Float[Tensor, "batch time kv_heads head_dim"], temperature: float
     ) -> Float[Tensor, "batch time kv_heads codes"]:
-        """Return shares that are 1 for the nearest code and 0 else, with the gradient of a softmax over distances.
+        """Return shares that are 1 for the nearest code and 0 otherwise, with the gradient of a softmax over distances.
 
             share_s = softmax_s(−‖k − C_s‖² / (2 · temperature · head_dim))
 
-        As the temperature falls the softmax tends to the shares; it is Performer's key feature for ω_s = C_s divided
+        The softmax tends to the shares as the temperature falls. It is Performer's key feature for ω_s = C_s, divided
         by its sum over features (kexue.fm/archives/9862).
         """
         with torch.autocast(keys.device.type, enabled=False):
@@ -170,7 +171,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def _metrics(self, keys: Tensor, chosen: Tensor, code_ids: Tensor) -> dict[str, Tensor]:
-        """Share and perplexity of the codes in use, relative error, and in training the sums that updates need."""
+        """Return usage and perplexity of the codes, the relative error and, in training, the sums for an update."""
         counts = torch.zeros_like(self.counts)
         by_head = code_ids.flatten(0, 1).T
         counts.scatter_add_(1, by_head, torch.ones_like(by_head, dtype=counts.dtype))
@@ -207,9 +208,9 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def place_pending(self, keys: Float[Tensor, "batch time kv_heads head_dim"]) -> None:
-        """Put the codes that wait for it on random keys of this batch; on every rank those of the first."""
+        """Move pending codes to random keys of this batch, on every rank to those of rank 0."""
         self.may_be_pending = False
-        codes = _draw(
+        codes = draw_keys(
             keys.flatten(0, 1).to(self.base.dtype), self.codebook_size, seed=self.seed + 1_000_003 * self.num_steps
         )
         if dist.is_available() and dist.is_initialized():
@@ -223,7 +224,7 @@ class Codebook(nn.Module):
         self.pending.zero_()
 
     def _put(self, codes: Float[Tensor, "kv_heads codes head_dim"], where: Bool[Tensor, "kv_heads codes"]) -> None:
-        """Change the buffers so that `all_codes` returns these codes where asked."""
+        """Change the buffers so that `all_codes` returns these codes where `where` is true."""
         if self.codes is not None:
             codes = codes - self.codes
         elif self.mixing is not None:
@@ -234,51 +235,8 @@ class Codebook(nn.Module):
         self.base.copy_(torch.where(where[..., None], codes, self.base))
 
 
-def _draw(keys: Float[Tensor, "tokens kv_heads head_dim"], count: int, *, seed: int) -> Tensor:
-    """Return `count` random keys a head, [kv_heads count head_dim], no key twice before each was drawn once."""
-    generator = torch.Generator().manual_seed(seed)  # of its own: a recomputed forward must not shift dropout's
-    rounds = -(-count // keys.shape[0])
-    draws = []
-    for head in keys.unbind(1):
-        order = torch.cat([_distinct_first(head, generator) for _ in range(rounds)])
-        draws.append(head[order[:count]])
-    return torch.stack(draws)
-
-
-def _distinct_first(keys: Float[Tensor, "tokens head_dim"], generator: torch.Generator) -> Int[Tensor, " tokens"]:
-    """Return a random order in which keys that repeat an earlier one, to the precision of bf16, come last.
-
-    Equal tokens have equal keys where no position is in them, and of two equal codes one would stay unused.
-    """
-    order = torch.randperm(len(keys), generator=generator, device="cpu").to(keys.device)
-    _, group = torch.unique(keys[order].bfloat16().float(), dim=0, return_inverse=True)
-    places = torch.arange(len(keys), device=keys.device)
-    first = torch.full_like(places, len(keys)).scatter_reduce(0, group, places, "amin")
-    return order[(first[group] != places).long().argsort(stable=True)]
-
-
-def _rotated(
-    keys: Float[Tensor, "batch time kv_heads head_dim"], codes: Float[Tensor, "batch time kv_heads head_dim"]
-) -> Float[Tensor, "batch time kv_heads head_dim"]:
-    """Return λ R k, with R the rotation from k to its code and λ the ratio of their lengths, both held constant.
-
-        R = I − 2 ŵ ŵᵀ + 2 ĉ k̂ᵀ,   w = k̂ + ĉ,   hats: of length 1
-
-    Source: Fifty et al., arXiv:2410.06424, eq. 4.
-    """
-    tiny = torch.finfo(keys.dtype).tiny ** 0.5
-    with torch.no_grad():
-        key_norm, code_norm = (x.norm(dim=-1, keepdim=True).clamp_min(tiny) for x in (keys, codes))
-        key_unit, code_unit = keys / key_norm, codes / code_norm
-        middle = key_unit + code_unit
-        middle = middle / middle.norm(dim=-1, keepdim=True).clamp_min(tiny)
-    turned = keys - 2 * (keys * middle).sum(-1, keepdim=True) * middle
-    turned = turned + 2 * (keys * key_unit).sum(-1, keepdim=True) * code_unit
-    return turned * (code_norm / key_norm)
-
-
 def check_codebook(codebook_size: int, commitment_weight: float, ema_decay: float, revive_every: int | None) -> None:
-    """Raise ConfigError for a setting out of its range."""
+    """Raise ConfigError for a setting that is out of range."""
     key = "model.attention.codebook"
     if codebook_size < 2:
         raise ConfigError(f"{key}.codebook_size={codebook_size}: must be at least 2; 512 is usual")

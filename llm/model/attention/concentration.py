@@ -1,4 +1,4 @@
-"""How concentrated attention is: the same measure for softmax and linear kinds, which may have negative weights."""
+"""Measures how concentrated attention is, alike for softmax and for linear kinds, whose weights may be negative."""
 
 from functools import partial
 from typing import Any
@@ -39,14 +39,14 @@ def concentration_by_layer(
     document_ids: Int[Tensor, "batch time"] | None,
     first_key: int = 16,
 ) -> list[dict[str, float]]:
-    """Run the decoder once; return each layer's means over rows, heads and tokens that see `first_key` keys or more.
+    """Run the decoder once; return means per layer over rows, heads and tokens that see at least `first_key` keys.
 
     Args:
-        model: a decoder with `layers` that have an `attention`.
+        model: the decoder.
         input_ids: tokens.
-        positions: as the decoder takes them.
-        document_ids: as the decoder takes them.
-        first_key: tokens with fewer keys to choose from say nothing and are left out.
+        positions: position of each token within its document.
+        document_ids: document of each token, or None where every row is one document.
+        first_key: tokens that see fewer keys are excluded, because they have little choice.
     """
     found: list[dict[str, float]] = []
     hooks = [

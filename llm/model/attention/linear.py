@@ -1,4 +1,4 @@
-"""Linear attention: a feature map in the place of the softmax, so that the past fits in one matrix a head."""
+"""Linear attention: a feature map in place of the softmax, so that one matrix per head stores the past."""
 
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +19,7 @@ from llm.model.position.base import Position
 
 FeatureMap = Literal["elu", "softmax", "relu", "identity"]
 POSITIVE_MAPS = ("elu", "softmax")
-"""Maps whose features are above 0, so that the sum of weights is."""
+"""Maps with features above 0, so that the sum of weights is above 0."""
 
 
 def features(x: Tensor, feature_map: FeatureMap) -> Tensor:
@@ -38,22 +38,23 @@ class LinearAttention(RecurrentAttention):
         S_i = γ S_{i−1} + φ(k_i) v_iᵀ,   z_i = γ z_{i−1} + φ(k_i)
         o_i = φ(q_i)ᵀ S_i / φ(q_i)ᵀ z_i,   with output_norm: o_i = RMSNorm(φ(q_i)ᵀ S_i)
 
-    A rotary position turns φ(q) and φ(k) in the numerator alone: the sum of weights must stay positive.
+    A rotary position rotates φ(q) and φ(k) in the numerator alone: the sum of weights must stay positive.
 
     Args:
         geometry, position, layer_index, qk_norm, key_norm: see `Attention`.
         feature_map: φ: elu (elu(x) + 1) | softmax | relu | identity.
-        decay: γ of each key/value head: none (1), fixed (1 − 2^(−5−h), h from 0 to 3 over the heads), or learned, which
-            starts there.
-        output_norm: normalise each head's output instead of dividing by the sum of weights; relu and identity need it.
+        decay: γ of each key/value head: none (1), fixed (1 − 2^(−5−h), h from 0 to 3 over the heads), or learned from
+            that start.
+        output_norm: normalize the output of each head instead of dividing by the sum of weights; relu and identity
+            require it.
         chunk_size: tokens that are computed as one product in training; the result does not depend on it.
 
     Raises:
-        ConfigError: a position with two views or a log-n scale, or weights whose sum may be 0.
+        ConfigError: the position has two views or scales queries, or the sum of weights may be 0.
 
     Source: Katharopoulos et al., "Transformers are RNNs", arXiv:2006.16236, eq. 7-10 and 16-20; decay and output norm
     of Sun et al., "Retentive Network", arXiv:2307.08621, eq. 8; rotary numerators of arXiv:2104.09864, eq. 19.
-    Differs: states reset where a document ends; RMSNorm in the place of RetNet's group norm, without its gate.
+    Differs: states reset where a document ends; RMSNorm replaces RetNet's group norm, without its gate.
     """
 
     option = "linear"
@@ -77,8 +78,8 @@ class LinearAttention(RecurrentAttention):
         )
         if not output_norm and feature_map not in POSITIVE_MAPS:
             raise ConfigError(
-                f"model.attention.feature_map={feature_map}: weights may sum to 0; set "
-                f"model.attention.output_norm=true, or a map that is positive, {' or '.join(POSITIVE_MAPS)}"
+                f"model.attention.feature_map={feature_map}: the sum of its weights may be 0; set "
+                f"model.attention.output_norm=true, or a positive map, {' or '.join(POSITIVE_MAPS)}"
             )
         if chunk_size < 1:
             raise ConfigError(f"model.attention.chunk_size={chunk_size}: must be at least 1; 64 is fast")
@@ -90,31 +91,31 @@ class LinearAttention(RecurrentAttention):
         self.register_buffer("fixed_decay_logit", logits if decay == "fixed" else None, persistent=False)
 
     def check_position(self, position: Position) -> None:
-        """One view, and no scale of queries."""
+        """Accept positions with one view that do not scale queries."""
         super().check_position(position)
         if position.scales_queries:
             raise ConfigError(
-                f"model.position.log_n={position.log_n.mode}: model.attention=linear has no softmax to sharpen, so a "
+                f"model.position.log_n={position.log_n.mode}: model.attention=linear has no softmax, so a "
                 "scale of the query cancels; use model.position.log_n=none"
             )
         if position.amplitude != 1:
             raise ConfigError(
-                f"model.position.attention_factor={position.amplitude:.6g}: model.attention=linear has no softmax to "
-                "sharpen, so it would scale the output; set model.position.attention_factor=1.0"
+                f"model.position.attention_factor={position.amplitude:.6g}: model.attention=linear has no softmax, "
+                "so this factor would scale the output; set model.position.attention_factor=1.0"
             )
 
     fixed_decay_logit: Tensor | None
 
     @property
     def log_decay(self) -> Tensor | None:
-        """log γ of each key/value head, or None without decay."""
+        """The log of γ per key/value head, or None without decay."""
         logit = self.fixed_decay_logit if self.decay_logit is None else self.decay_logit
         return None if logit is None else F.logsigmoid(logit.float())
 
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, ids: Tensor, cache: StateCache
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Values, and weights where there is no output norm; see `RecurrentAttention`."""
+        """Mix values, and sum weights where there is no output norm; see `RecurrentAttention`."""
         phi_q, phi_k = features(q, self.feature_map), features(k, self.feature_map)
         (view,) = self.position(phi_q, phi_k, positions)
         options: dict[str, Any] = {
@@ -138,7 +139,7 @@ class LinearAttention(RecurrentAttention):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
     ) -> Float[Tensor, "batch heads time time"]:
-        """φ(q)·φ(k) under the decay, over its sum where there is no output norm; see `Attention`."""
+        """Return φ(q)·φ(k) with decay, divided by its sum where there is no output norm; see `Attention`."""
         phi_q, phi_k = features(q, self.feature_map), features(k, self.feature_map)
         (view,) = self.position(phi_q, phi_k, positions)
         group, time = self.num_heads // self.num_kv_heads, q.shape[1]
@@ -163,12 +164,12 @@ class LinearAttention(RecurrentAttention):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
     ) -> Float[Tensor, "batch time heads head_dim"]:
-        """See `Attention`; normalised where attend normalises."""
+        """Mix as in `Attention`, and apply the output norm where `attend` does."""
         mixed = super().reference_attend(q, k, v, positions=positions, document_ids=document_ids)
         return mixed if self.out_norm is None else self.out_norm(mixed)
 
     def new_cache(self, *, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
-        """Return empty states: one matrix a key/value head, kept in fp32, whatever max_length is."""
+        """Return empty states: one fp32 matrix per key/value head, of the same size at any max_length."""
         state_dtype = torch.promote_types(dtype, torch.float32)
         shapes = {"values": self.head_dim} | ({} if self.out_norm is not None else {"weights": 1})
         states = {
@@ -178,7 +179,7 @@ class LinearAttention(RecurrentAttention):
         return StateCache(batch=batch, states=states, device=device)
 
     def mixing_flops_per_token(self, context_length: int) -> float:
-        """Products inside a chunk, half of them masked, and those with the state."""
+        """Count products inside a chunk (half of them masked) and products with the state."""
         chunk = min(self.chunk_size, context_length)
         inside = 2.0 * self.num_heads * chunk * 2 * self.head_dim
         return inside + 4.0 * self.num_heads * self.head_dim * self.head_dim

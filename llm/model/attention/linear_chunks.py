@@ -1,4 +1,4 @@
-"""Linear attention in chunks: products inside a chunk, one state between chunks."""
+"""Linear attention in chunks: products inside a chunk, and one state between chunks."""
 
 import torch
 from jaxtyping import Float, Int
@@ -27,11 +27,11 @@ def chunked_linear(
         q: query features; consecutive heads share a key/value head.
         k: key features.
         v: values.
-        document_ids: ascending along a row.
-        log_decay: log γ <= 0 of each key/value head, or None for 1.
-        chunk_size: tokens a chunk; time need not be a multiple.
-        initial: the state before the first token.
-        before: the document it is of.
+        document_ids: document of each token, ascending along a row.
+        log_decay: log γ <= 0 per key/value head, or None for γ = 1.
+        chunk_size: tokens per chunk; time need not be a multiple.
+        initial: state before the first token.
+        before: document of that state.
 
     Source: Yang et al., "Gated Linear Attention", arXiv:2312.06635, section 4.1 (the chunkwise form).
     """
@@ -58,11 +58,11 @@ def chunked_linear(
 
 
 class Decay:
-    """Powers of γ inside a chunk; exponents are never positive, so nothing overflows.
+    """The powers of γ inside a chunk; no exponent of e is positive, so nothing overflows.
 
     Args:
-        log_decay: log γ of each key/value head.
-        size: tokens a chunk.
+        log_decay: log γ per key/value head.
+        size: tokens per chunk.
     """
 
     def __init__(self, log_decay: Float[Tensor, " kv_heads"], size: int) -> None:
@@ -88,7 +88,7 @@ def _inside(q: Tensor, k: Tensor, v: Tensor, documents: Documents, decay: Decay 
 
 
 def _from_state(q: Tensor, states: Tensor, documents: Documents, decay: Decay | None) -> Tensor:
-    """Read the state that each chunk was given, where it is of the token's own document."""
+    """Read the state that each chunk receives, where it belongs to the token's own document."""
     mixed = torch.einsum("bcigne,cbged->bcignd", q, states)
     if decay is not None:
         mixed = mixed * decay.since_start[:, :, None, None]
@@ -96,7 +96,7 @@ def _from_state(q: Tensor, states: Tensor, documents: Documents, decay: Decay | 
 
 
 def _updates(k: Tensor, v: Tensor, documents: Documents, decay: Decay | None) -> Tensor:
-    """What each chunk adds to the state, [batch chunks kv_heads features value_dim]."""
+    """Return what each chunk adds to the state, [batch chunks kv_heads features value_dim]."""
     k = torch.where(documents.is_carried[..., None, None], k, 0.0)
     if decay is not None:
         k = k * decay.until_end[..., None]
@@ -104,6 +104,6 @@ def _updates(k: Tensor, v: Tensor, documents: Documents, decay: Decay | None) ->
 
 
 def _keep(documents: Documents, decay: Decay | None) -> Tensor:
-    """What share of the state passes through each chunk, [chunks batch kv_heads or 1, 1, 1]."""
+    """Return the factor on the state through each chunk, [chunks batch kv_heads or 1, 1, 1]."""
     keep = documents.continues.transpose(0, 1)[..., None, None, None]
     return keep.float() if decay is None else keep * decay.whole[:, None, None]

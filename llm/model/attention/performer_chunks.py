@@ -1,4 +1,4 @@
-"""Causal attention by positive features in chunks, in logarithms, so that no size of query or key overflows."""
+"""Causal attention by positive features in chunks, in logarithms, so that no query or key overflows."""
 
 import torch
 from jaxtyping import Float, Int
@@ -7,7 +7,7 @@ from torch import Tensor
 from llm.model.attention.states import Documents, carry_states
 
 EMPTY = -1e30
-"""The running maximum of a state that has seen nothing: finite, so that differences of maxima are numbers."""
+"""The running maximum of an empty state: finite, because differences of infinities would be NaN."""
 
 
 def chunked_performer(
@@ -22,20 +22,20 @@ def chunked_performer(
 ) -> tuple[Float[Tensor, "batch time heads value_dim"], dict[str, Tensor]]:
     """Return o_i = Σ_j w_ij v_j / Σ_j w_ij with w_ij = Σ_f exp(log_q_if + log_k_jf), j ≤ i, and the last state.
 
-    Pairs inside a chunk are scored by log w_ij, each under the maxima of its own query and key. What lies before is a
-    state of sums, each feature under the largest key seen so far. Both parts are merged by their log-sum-exp. No shift
-    depends on a later token. Inside a chunk a pair whose weight is below e^−87 of the product of its largest query and
-    its largest key feature is held at that: fp32 ends there, and attention under qk_norm stays far above it.
+    Pairs inside a chunk are scored by log w_ij, shifted by the maxima of their own query and key. Earlier chunks are a
+    state of sums, each feature shifted by its largest key so far. Both parts are merged by their log-sum-exp. No shift
+    depends on a later token. Inside a chunk, weights below e^−87 times the product of the largest query feature and
+    the largest key feature are clamped to that value, the smallest in fp32. Attention under qk_norm stays far above it.
 
     Args:
         log_q: logarithms of query features; consecutive heads share a key/value head.
         log_k: logarithms of key features.
         v: values.
-        document_ids: ascending along a row.
-        chunk_size: tokens a chunk; time need not be a multiple.
-        initial: the state before the first token: `sums` [batch kv_heads features value_dim + 1] of values and weights
+        document_ids: document of each token, ascending along a row.
+        chunk_size: tokens per chunk; time need not be a multiple.
+        initial: state before the first token: `sums` [batch kv_heads features value_dim + 1] of values and weights
             times exp(−maxima), and `maxima` [batch kv_heads features].
-        before: the document it is of.
+        before: document of that state.
     """
     time = log_q.shape[1]
     whole = time // chunk_size * chunk_size
@@ -63,7 +63,7 @@ def chunked_performer(
 def _states(log_k: Tensor, v: Tensor, documents: Documents, initial: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return sums and maxima before each chunk and after the last, chunks first."""
     log_k = log_k.masked_fill(~documents.is_carried[..., None, None], float("-inf"))
-    with torch.no_grad():  # maxima are shifts: they cancel, so no gradient belongs to them
+    with torch.no_grad():  # maxima are shifts that cancel, so they carry no gradient
         largest = log_k.amax(dim=2).transpose(0, 1)
         continues = documents.continues.transpose(0, 1)[..., None, None]
         maxima = [initial["maxima"]]
@@ -89,7 +89,7 @@ def _inside(log_q: Tensor, log_k: Tensor, v: Tensor, documents: Documents) -> tu
 
 
 def _from_state(log_q: Tensor, sums: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor]:
-    """Mix the values of the state that each chunk was given, and return the log-sum-exp of their weights."""
+    """Mix the values of the state that each chunk receives, and return the log-sum-exp of their weights."""
     shifted = log_q + maxima.transpose(0, 1)[:, :, None, :, None]
     top = shifted.detach().amax(-1, keepdim=True)
     read = torch.einsum("bcignf,cbgfd->bcignd", torch.exp(shifted - top), sums)

@@ -1,4 +1,4 @@
-"""What attentions share that remember running states instead of keys: linear and Performer."""
+"""The base class of attentions that store running states instead of keys: linear and Performer."""
 
 from abc import abstractmethod
 from typing import Any, ClassVar
@@ -14,27 +14,27 @@ from llm.model.position.base import Position
 
 
 class RecurrentAttention(Attention):
-    """Reads a sequence chunk by chunk, each from the states that the one before it left.
+    """An attention that reads a sequence chunk by chunk, each from the states after the previous chunk.
 
-    Training starts from empty states; decoding goes on from the cache's. Both run outside autocast: sums over a whole
-    document need more bits than bf16 has.
+    Training starts from empty states, and decoding continues from the cache. Both run outside autocast, because sums
+    over a whole document need more bits than bf16 has.
     """
 
     option: ClassVar[str]
-    """Name in conf/model/attention, for messages."""
+    """Name of the option in conf/model/attention, for error messages."""
 
     @abstractmethod
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, ids: Tensor, cache: StateCache
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mixed values, and the states after the last token; shapes as in attend, ids of documents."""
+        """Return the mixed values and the states after the last token; shapes as in `attend`, `ids` of documents."""
 
     def check_position(self, position: Position) -> None:
-        """One view."""
+        """Accept positions with one view."""
         if position.far_from is not None:
             raise ConfigError(
-                f"model.position={type(position).__name__}: its far pairs need a score of their own, pair by pair, "
-                f"which model.attention={self.option} never forms; use model/position=rope, or model/attention=softmax"
+                f"model.position={type(position).__name__}: it scores far pairs one by one, which "
+                f"model.attention={self.option} never does; use model/position=rope, or model/attention=softmax"
             )
 
     def attend(
@@ -47,7 +47,7 @@ class RecurrentAttention(Attention):
         document_ids: Int[Tensor, "batch time"] | None,
         cache: Any,
     ) -> tuple[Float[Tensor, "batch time heads head_dim"], dict[str, Tensor], dict[str, Tensor]]:
-        """Mix values chunk by chunk, from the cache's states if there is one."""
+        """Mix values chunk by chunk, starting from the states of the cache if one is given."""
         ids = torch.zeros_like(positions) if document_ids is None else document_ids
         cache = self.new_cache(batch=len(v), max_length=0, device=v.device, dtype=v.dtype) if cache is None else cache
         with torch.autocast(v.device.type, enabled=False):

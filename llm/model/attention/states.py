@@ -1,4 +1,4 @@
-"""Running states: what attention that needs no past keys carries from chunk to chunk, and between decoding calls."""
+"""Running states of attentions that store no keys, carried from chunk to chunk and between decoding calls."""
 
 from typing import Any, NamedTuple
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 class Documents(NamedTuple):
-    """Where documents lie in a row cut into chunks; only the document that ends a chunk is carried on."""
+    """The documents of a row cut into chunks; a state carries only the document that ends its chunk."""
 
     ids: Int[Tensor, "batch chunks size"]
     before: Int[Tensor, "batch chunks"]
-    """Document of the token before each chunk, which is the document of the state that the chunk is given."""
+    """Document of the token before each chunk, which is the document of the state that the chunk receives."""
 
     @classmethod
     def cut(cls, ids: Int[Tensor, "batch time"], *, size: int, before: Int[Tensor, " batch"]) -> "Documents":
@@ -22,17 +22,17 @@ class Documents(NamedTuple):
 
     @property
     def continues(self) -> Tensor:
-        """Whether the given state is of the document that ends the chunk, [batch chunks]."""
+        """Whether the received state belongs to the document that ends the chunk, [batch chunks]."""
         return self.ids[:, :, -1] == self.before
 
     @property
     def reads(self) -> Tensor:
-        """Whether a token is of the document of the given state, [batch chunks size]."""
+        """Whether a token belongs to the document of the received state, [batch chunks size]."""
         return self.ids == self.before[..., None]
 
     @property
     def is_carried(self) -> Tensor:
-        """Whether a token enters the state that the chunk hands on, [batch chunks size]."""
+        """Whether a token enters the state that the chunk passes on, [batch chunks size]."""
         return self.ids == self.ids[:, :, -1:]
 
     @property
@@ -42,7 +42,7 @@ class Documents(NamedTuple):
 
 
 class _CarryStates(torch.autograd.Function):
-    """S_{n+1} = keep_n S_n + update_n, one chunk after another, keeping nothing but the states for the backward."""
+    """The recurrence S_{n+1} = keep_n S_n + update_n over chunks; it saves only the states for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, keep: Tensor, updates: Tensor, initial: Tensor) -> Tensor:
@@ -73,20 +73,20 @@ def carry_states(
     """Return the state before each chunk and after the last: S_{n+1} = keep_n S_n + update_n.
 
     Args:
-        keep: what share of the state stays; 0 where a chunk ends in another document.
-        updates: what each chunk adds.
-        initial: the state before the first chunk.
+        keep: factor on the state; 0 where a chunk ends in another document.
+        updates: tensor that each chunk adds to the state.
+        initial: state before the first chunk.
     """
     return _CarryStates.apply(keep, updates, initial)
 
 
 class StateCache:
-    """Holds running states, the document they are of, and the number of tokens seen: the same size at any length.
+    """A cache of running states, their document and the number of tokens seen; its size is the same at any length.
 
     Args:
-        batch: rows.
-        states: the states of an empty text, first axis batch; kept in their own dtype.
-        device: where they live.
+        batch: number of rows.
+        states: states of an empty text, first axis batch; they keep their own dtype.
+        device: device of the states.
     """
 
     def __init__(self, *, batch: int, states: dict[str, Tensor], device: torch.device) -> None:
@@ -96,11 +96,11 @@ class StateCache:
 
     @property
     def length(self) -> int:
-        """Tokens seen so far."""
+        """Number of tokens seen so far."""
         return self._length
 
     def update(self, states: dict[str, Shaped[Tensor, "..."]], document_ids: Int[Tensor, "batch time"]) -> None:
-        """Take over the states after the tokens of these documents."""
+        """Store the states after the tokens of these documents."""
         self.states, self.document = states, document_ids[:, -1]
         self._length += document_ids.shape[1]
 
@@ -110,6 +110,6 @@ class StateCache:
         self.document = self.document[rows]
 
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Return the bytes of all states."""
         tensors = [*self.states.values(), self.document]
         return sum(t.numel() * t.element_size() for t in tensors)

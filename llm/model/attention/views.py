@@ -1,4 +1,4 @@
-"""Softmax attention over several position views, each distance scored by the view that serves it."""
+"""Softmax attention over several position views, where the distance of a pair decides which view scores it."""
 
 from typing import cast
 
@@ -11,7 +11,7 @@ from llm.model.attention.kernels import causal_attention
 from llm.model.attention.kernels.reference import visible_keys
 
 FEW_QUERIES = 16
-"""Up to this many queries (decoding) all scores are held at once: two products cost less than two passes."""
+"""Up to this many queries (decoding), all scores are in memory at once: two products cost less than two passes."""
 
 
 def attend_views(
@@ -22,19 +22,19 @@ def attend_views(
     scale: float,
     window: int | None = None,
 ) -> Float[Tensor, "batch time heads value_dim"]:
-    """Mix values by one softmax over all keys, without a time x time matrix and without a pair computed twice.
+    """Mix values by one softmax over all keys; no pair is computed twice, and no time x time matrix is stored.
 
-    The near view attends in a band. The far one, distances from w on, is causal attention of sequences shifted by w:
-    query i against the keys up to i − w. Each pass reports the log-sum-exp of its scores, and the two are merged:
+    The near view attends within a band. The far view, for distances from w on, is causal attention of sequences that
+    are shifted by w: query i against the keys up to i − w. Both passes return the log-sum-exp of their scores:
 
         o = g · near + (1 − g) · far,   g = σ(lse_near − lse_far)
 
     Args:
-        views: one or two; query i stands at key time_k − time + i.
+        views: one or two; query i belongs to key time_k − time + i.
         v: values of all keys.
-        document_ids: of all keys, ascending along a row, or None.
+        document_ids: document of each key, ascending along a row, or None where every row is one document.
         scale: factor on the scores.
-        window: keys that a query sees, itself included, or None for all.
+        window: number of keys that a query sees, itself included, or None for all.
 
     Source: merging by log-sum-exp as in FlashAttention, arXiv:2205.14135, algorithm 1; views of kexue.fm/archives/9708.
     """
@@ -60,11 +60,11 @@ def attend_views(
     )
     share = torch.sigmoid(lse[:, time - count :] - far_lse)
     if document_ids is not None and ids is not None:
-        # the key at distance w is of another document: so are all keys beyond it, and what was mixed there is void
+        # where the key at distance w is of another document, so are all keys beyond it: the far result is discarded
         serves = document_ids[:, time_k - count :] == ids[:, time_k - split - count :]
         share = torch.where(serves[..., None], share, 1.0)
     share = share[..., None]
-    merged = share * out[:, time - count :] + (1 - share) * far_out  # where share is 1, exactly the near result
+    merged = share * out[:, time - count :] + (1 - share) * far_out  # exactly the near result where share is 1
     return torch.cat((out[:, : time - count], merged.to(out.dtype)), dim=1)
 
 
@@ -76,7 +76,7 @@ def reference_views(
     scale: float,
     window: int | None = None,
 ) -> Float[Tensor, "batch time heads value_dim"]:
-    """The definition: one softmax over `pair_scores`."""
+    """Mix values by one softmax over `pair_scores`: the slow definition."""
     time, time_k = views[0].q.shape[1], v.shape[1]
     visible = visible_keys(time=time, time_k=time_k, device=v.device, document_ids=document_ids, window=window)
     weights = softmax_weights(pair_scores(views) * scale, visible)
@@ -84,7 +84,7 @@ def reference_views(
 
 
 def pair_scores(views: tuple[PositionView, ...]) -> Float[Tensor, "batch kv_heads group time time_k"]:
-    """Score every pair under every view and take the last that serves its distance, in fp32 (fp64 for fp64)."""
+    """Score every pair by every view and take the last view that applies, in fp32 (fp64 for fp64)."""
     scores = None
     for view in views:
         time, (time_k, kv_heads) = view.q.shape[1], view.k.shape[1:3]

@@ -19,27 +19,27 @@ from llm.model.position.base import Position
 
 
 class VQAttention(Attention):
-    """Attends to all quantised keys exactly, at a cost that grows linearly: far keys are counted, not kept.
+    """Exact attention over quantised keys, at a cost that grows linearly with the length.
 
-    Keys are replaced by the nearest codes. A block of queries attends to the keys of its own and the previous block
-    one by one. All keys before are known by how often each code occurred and by the mean of the values that came with
-    it: a code that n_s keys share is one key with ln n_s added to its score. This equals quadratic attention over
-    quantised keys. In the backward pass far keys get no gradient, their values do; with `soft_gradient` far keys get
-    that of counting them by a softmax over their distances to the codes.
+    Each key is replaced by its nearest code. A block of queries attends to the keys of its own and the previous block
+    one by one. Earlier keys are stored as the count of each code and the mean of its values. A code that n_s keys share
+    is one key with ln n_s added to its score. The result equals quadratic attention over quantised keys. In the
+    backward pass, values of far keys get a gradient and the keys do not. With `soft_gradient`, far keys get the
+    gradient of counting them by a softmax over their distances to the codes.
 
     Args:
         geometry, position, layer_index, qk_norm, key_norm: see `Attention`.
-        block_size: tokens a block.
+        block_size: tokens per block.
         soft_gradient: temperature, above 0, of the softmax that gives far keys their gradient; None for no gradient.
-        codebook: factory, called with num_heads (of keys), head_dim and seed.
+        codebook: factory, called with num_heads (the key/value heads), head_dim and seed.
 
     Raises:
-        ConfigError: a position under which far keys are not bare, so that a code would not stand for them; a
-            temperature that is not above 0.
+        ConfigError: the position rotates far keys, so that a code would not represent them; soft_gradient is not
+            above 0; block_size is below 1.
 
     Source: Lingle, "Transformer-VQ", arXiv:2309.16354, section 3.
-    Differs: keys are split into heads; positions as `model.position` says (none, or ReRoPE, whose far queries turn and
-    whose far keys do not) in the place of XL biases; counts reset where a document ends, so windows may be packed.
+    Differs: keys are split into heads; `model.position` (none, or ReRoPE, which rotates far queries and no far keys)
+    replaces XL biases; counts reset where a document ends, so windows may be packed.
     """
 
     needs_bare_keys = True
@@ -70,17 +70,17 @@ class VQAttention(Attention):
         self.codebook = codebook(num_heads=geometry.num_kv_heads, head_dim=geometry.head_dim, seed=layer_index)
 
     def check_position(self, position: Position) -> None:
-        """Keys beyond the previous block must score the same whatever their position."""
+        """Accept positions under which keys before the previous block score independently of their positions."""
         name, bare = type(position).__name__, position.bare_keys_from
         if bare is None:
             raise ConfigError(
-                f"model.position={name}: turns far keys by their positions, and model.attention=vq keeps only how "
+                f"model.position={name}: rotates far keys by their positions, and model.attention=vq stores only how "
                 "often each code occurred; use model/position=rerope (bare keys beyond its window) or none"
             )
         if bare > self.block_size + 1:
             raise ConfigError(
-                f"model.position.window={bare}: model.attention=vq forgets the positions of keys that are "
-                f"model.attention.block_size={self.block_size} tokens and more behind; use a window of at most "
+                f"model.position.window={bare}: model.attention=vq stores no positions of keys that are "
+                f"model.attention.block_size={self.block_size} or more tokens behind; use a window of at most "
                 f"{self.block_size + 1}, or longer blocks"
             )
 
@@ -118,7 +118,7 @@ class VQAttention(Attention):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
     ) -> Float[Tensor, "batch heads time time"]:
-        """The softmax of scores of quantised keys; those before the previous block are constants; see `Attention`."""
+        """Return the softmax over quantised keys; those before the previous block are constants; see `Attention`."""
         time, keys = q.shape[1], self.codebook(k).keys
         live = pair_scores(self.position(q, keys, positions))
         constant = pair_scores(self.position(q, keys.detach(), positions))
@@ -128,13 +128,13 @@ class VQAttention(Attention):
         return softmax_weights(scores, visible).flatten(1, 2)
 
     def new_cache(self, *, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
-        """Return an empty cache: means and counts of the codes and at most three blocks, whatever max_length is."""
+        """Return an empty cache: means and counts of the codes and at most three blocks, at any max_length."""
         return VQCache(
             batch=batch, block_size=self.block_size, codebook_size=self.codebook.codebook_size, device=device
         )
 
     def mixing_flops_per_token(self, context_length: int) -> float:
-        """Scores and values over the codes and one and a half blocks, the choice of a code, and the sums of values."""
+        """Count scores and values over the codes and 1.5 blocks, the choice of codes, and the sums of values."""
         seen = min((context_length + 1) / 2, 1.5 * self.block_size + self.codebook.codebook_size)
         choice = 2.0 * self.num_kv_heads * self.codebook.codebook_size * self.head_dim
         return 4.0 * self.num_heads * self.head_dim * seen + choice + self.num_kv_heads * self.head_dim

@@ -1,4 +1,4 @@
-"""Attention over quantised keys in blocks: near keys one by one, far keys as counted codes."""
+"""Attention over quantised keys in blocks: near keys one by one, and far keys as counted codes."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,7 @@ from llm.model.attention.states import Documents, carry_states
 from llm.model.attention.views import attend_views
 
 NEVER = -30000.0
-"""Score of a code that no key chose: its weight is 0 in every dtype, and fp16 still holds it."""
+"""The score of a code that no key chose: its weight is 0 in every dtype, and fp16 can represent the score."""
 
 
 def attend_blocks(
@@ -27,19 +27,19 @@ def attend_blocks(
     scale: float,
     assignment: Float[Tensor, "batch time kv_heads codes"] | None = None,
 ) -> Float[Tensor, "batch time heads value_dim"]:
-    """Mix values by the softmax over quantised keys, each document apart, in time linear in the length.
+    """Mix values by the softmax over quantised keys of the same document, in time linear in the length.
 
-    Each block becomes a row of its own whose keys are the codes, the previous block and the block itself.
+    Each block becomes a separate row whose keys are the codes, the previous block and the block itself.
 
     Args:
-        views: of queries and quantised keys; the last view's keys are the codes themselves.
+        views: views of queries and quantised keys; the last view's keys are the codes themselves.
         v: values.
-        code_ids: which code each key is.
+        code_ids: code of each key.
         codes: all codes.
-        document_ids: ascending along a row.
-        block_size: tokens a block.
+        document_ids: document of each token, ascending along a row.
+        block_size: tokens per block.
         scale: factor on the scores.
-        assignment: how much of each key is counted for each code, where that has a gradient; else by code_ids.
+        assignment: share of each key in each code, where that needs a gradient; None counts by code_ids.
 
     Source: Lingle, "Transformer-VQ", arXiv:2309.16354, theorem 3.7 and appendix E (the reduction by blocks).
     """
@@ -80,19 +80,19 @@ def attend_codes(
     state_ids: Int[Tensor, " batch"],
     scale: float,
 ) -> Float[Tensor, "batch time heads value_dim"]:
-    """Attend to keys, and to codes that stand before them, each with ln(count) added to its score.
+    """Attend to codes and to the keys after them; ln(count) is added to the score of each code.
 
-    The logarithm travels as two more components of the key, a rounded one and what rounding left, against two ones in
-    the query: so any attention kernel serves, and bf16 loses nothing.
+    The logarithm becomes two more components of the key, a rounded one and the rounding error, and the query gets two
+    ones. Any attention kernel can compute this, and bf16 loses no precision.
 
     Args:
-        views: as in `attend_views`; queries stand at the end of the keys.
+        views: as in `attend_views`; queries belong to the last keys.
         v: values of the keys.
-        document_ids: of the keys.
+        document_ids: document of each key.
         codes: all codes.
-        counts: how many far keys chose each code.
+        counts: number of far keys per code.
         means: mean value of those keys.
-        state_ids: the document that counts and means are of; queries of another one do not see them.
+        state_ids: document of counts and means; queries of another document do not see them.
         scale: factor on the scores.
     """
     bias = torch.where(counts > 0, counts.clamp_min(1).log() / scale, NEVER)
@@ -111,9 +111,9 @@ def attend_codes(
 def _far_values(
     v: Tensor, choice: Tensor, document_ids: Tensor, *, sum_values: Callable[..., Tensor], block_size: int
 ) -> Float[Tensor, "batch blocks kv_heads codes value_dim_and_count"]:
-    """Return, for every block, the mean value of each code and its count over all tokens before the previous block.
+    """Return, per block, the mean value and the count of each code over all tokens before the previous block.
 
-    Only the document that ends the block before the previous one counts: no other reaches over a whole block.
+    Only the document that ends the block before the previous one counts, because no other spans a whole block.
     """
     whole = v.shape[1] // block_size * block_size
     first = document_ids.new_zeros(len(v))
@@ -127,7 +127,9 @@ def _far_values(
     keep = documents.continues.transpose(0, 1)[..., None, None, None].to(sums.dtype)
     states = carry_states(keep, sums, torch.zeros_like(sums[0]))
     num_blocks = -(-v.shape[1] // block_size)
-    after = (torch.arange(num_blocks, device=v.device) - 1).clamp_min(0)  # block r reads what r − 2 blocks left
+    after = (torch.arange(num_blocks, device=v.device) - 1).clamp_min(
+        0
+    )  # block r reads the state after r − 1 blocks, which is that before the previous block
     totals = states[after].transpose(0, 1)
     return torch.cat((totals[..., :-1] / totals[..., -1:].clamp_min(1.0), totals[..., -1:]), dim=-1)
 
@@ -135,23 +137,23 @@ def _far_values(
 def sum_by_code(
     values: Float[Tensor, "rows time kv_heads dim"], code_ids: Int[Tensor, "rows time kv_heads"], num_codes: int
 ) -> Float[Tensor, "rows kv_heads codes dim"]:
-    """Add up the values that came with each code."""
+    """Sum the values of the keys of each code."""
     index = code_ids.transpose(1, 2)[..., None].expand(-1, -1, -1, values.shape[-1])
     zeros = values.new_zeros(len(values), values.shape[2], num_codes, values.shape[-1])
     return zeros.scatter_add(2, index, values.transpose(1, 2))
 
 
 def _sum_by_share(values: Tensor, shares: Tensor) -> Tensor:
-    """Add up the values that came with each code, each key by its shares."""
+    """Sum the values of the keys of each code, weighted by their shares."""
     return torch.einsum("rtgs,rtgd->rgsd", shares.to(values.dtype), values)
 
 
 def _blocks(x: Tensor, missing: int, block_size: int) -> Tensor:
-    """Cut [batch time heads dim] into [batch blocks block_size heads dim], the end filled with zeros."""
+    """Cut [batch time heads dim] into [batch blocks block_size heads dim], padded with zeros at the end."""
     return F.pad(x, (0, 0, 0, 0, 0, missing)).unflatten(1, (-1, block_size))
 
 
 def _with_previous(x: Tensor, missing: int, block_size: int) -> Tensor:
-    """Return each block behind the previous one, [batch blocks 2·block_size heads dim]; zeros before the first."""
+    """Return each block after its previous one, [batch blocks 2·block_size heads dim]; zeros before the first."""
     blocks = _blocks(x, missing, block_size)
     return torch.cat((F.pad(blocks[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)), blocks), dim=2)

@@ -1,4 +1,4 @@
-"""What Transformer-VQ remembers while decoding: counted codes and a few blocks of keys."""
+"""The decoding cache of Transformer-VQ: counted codes and a few blocks of keys."""
 
 import torch
 from jaxtyping import Float, Int
@@ -9,15 +9,15 @@ from llm.model.attention.vq_blocks import attend_codes, sum_by_code
 
 
 class VQCache:
-    """Holds the last one to three blocks key by key, and of all before them each code's count and mean value.
+    """A cache of the last one to three blocks of keys, and of the count and mean value of each code before them.
 
-    Values are kept as means, not sums, so that their precision does not fall with the length.
+    Values are stored as means, not as sums, so that their precision does not fall with the length.
 
     Args:
-        batch: rows.
+        batch: number of rows.
         block_size: tokens that move into the counts at a time.
-        codebook_size: codes a head.
-        device: where the tensors live.
+        codebook_size: codes per head.
+        device: device of the tensors.
     """
 
     def __init__(self, *, batch: int, block_size: int, codebook_size: int, device: torch.device) -> None:
@@ -31,7 +31,7 @@ class VQCache:
 
     @property
     def length(self) -> int:
-        """Tokens seen so far."""
+        """Number of tokens seen so far."""
         return self._length
 
     def attend(
@@ -82,7 +82,7 @@ class VQCache:
         self._length += new["ids"].shape[1]
 
     def _count_oldest_block(self) -> None:
-        """Move the oldest block from keys into counts and means, of the document that ends it."""
+        """Move the oldest block from keys into counts and means of the document that ends it."""
         assert self._counts is not None
         assert self._means is not None
         oldest = {name: x[:, : self.block_size] for name, x in self._near.items()}
@@ -112,5 +112,5 @@ class VQCache:
         self._state_ids = self._state_ids[rows]
 
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Return the bytes of all tensors."""
         return sum(x.numel() * x.element_size() for x in self._tensors())

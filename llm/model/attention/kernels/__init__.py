@@ -1,4 +1,4 @@
-"""Causal attention over documents: one function that picks the kernel, and the slow form that defines it."""
+"""Causal attention over documents: one function that chooses the kernel, and the slow definition."""
 
 from llm.model.attention.kernels.dispatch import causal_attention
 from llm.model.attention.kernels.reference import reference_attention

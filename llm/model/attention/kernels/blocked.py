@@ -1,7 +1,7 @@
-"""Causal attention in blocks of queries: the CPU's kernel, and the fallback of devices without a better one.
+"""Causal attention in blocks of queries: the kernel of CPUs and of devices without a faster one.
 
-Each block of queries is multiplied by the keys that it needs, and by no others; what is alive at a time is one block
-of scores. The backward pass recomputes the scores of a block rather than keep them.
+Each block of queries is multiplied only by the keys that it needs, and one block of scores is in memory at a time. The
+backward pass recomputes scores instead of storing them.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ def blocked_attention(
     window: int | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the mixed values and, if asked, the log-sum-exp of each query's scores (else an empty tensor)."""
+    """Return mixed values and, with return_lse, the log-sum-exp of each query's scores (else an empty tensor)."""
     out, lse = _empty_results(q, k, v, document_ids, scale, window, return_lse)
     with torch.autocast(q.device.type, enabled=False):
         for tile in tiles(q, k, document_ids, window):
@@ -73,7 +73,7 @@ def blocked_attention_grad(
         ds = p (dp − δ + dlse),   dq = scale · ds K,   dk = scale · dsᵀ Q,   dv = pᵀ dO
 
     Source: Dao, "FlashAttention-2", arXiv:2307.08691, algorithm 2.
-    Differs: a block has its whole row of keys at hand, so p and δ need no stored statistics; ∂lse/∂s = p adds dlse.
+    Differs: a block has all keys of its row, so p and δ need no stored statistics; ∂lse/∂s = p adds dlse.
     """
     dq, dk, dv = _empty_grads(grad_out, grad_lse, q, k, v, document_ids, scale, window)
     with torch.autocast(q.device.type, enabled=False):
@@ -97,7 +97,7 @@ def _tile_grad(
     v: Tensor,
     scale: float,
 ) -> None:
-    """Write one tile's part of dq, dk and dv; sums over blocks are kept in at least fp32."""
+    """Write one tile's part of dq, dk and dv; sums over blocks are at least fp32."""
     dq, dk, dv = results
     queries, grads, keys, values = tile.queries(q), tile.queries(grad_out), tile.keys(k), tile.keys(v)
     slopes = None if grad_lse is None else tile.queries(grad_lse[..., None])
@@ -122,7 +122,7 @@ def _tile_grad(
 def _scores(
     query: Tensor, keys: Tensor, tile: Tile, block: QueryBlock, buffer: Tensor, scale: float
 ) -> Float[Tensor, "tile_heads rows keys"]:
-    """Return scale · q·k of one block in the buffer, -inf where a query does not see a key.
+    """Return scale · q·k of one block in the buffer, with -inf where a query does not see a key.
 
     The product is added to a bias of 0 and -inf: torch fills a broadcast mask at a tenth of the speed of a copy.
     """
@@ -143,7 +143,7 @@ def _scores(
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """Add scale · a b to a sum that may be more precise."""
+    """Add scale · a b to a sum that may have a more precise dtype."""
     if a.dtype == total.dtype:
         total.baddbmm_(a, b, alpha=scale)
     else:

@@ -27,9 +27,10 @@ def cuda_attention(
     window: int | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Pick by what hides keys: nothing but causality, documents or a window in half precision, or anything else.
+    """Choose a kernel by mask and dtype, and run it.
 
-    Without `return_lse` the second result is empty.
+    A causal mask alone runs on SDPA. Documents and windows in half precision run on variable-length flash attention.
+    Everything else runs on FlexAttention. Without `return_lse` the second result is empty.
     """
     whole = q.shape[1] == k.shape[1]
     if not return_lse and whole and document_ids is None and window is None:
@@ -40,7 +41,7 @@ def cuda_attention(
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, is_causal: bool, mask: Tensor | None) -> Tensor:
-    """Torch's own attention, in this seam's axis order."""
+    """Call torch's own attention with axes [batch time heads dim]."""
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
@@ -49,12 +50,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, is_causal: bool, mask
 
 @functools.cache
 def varlen_arguments() -> frozenset[str]:
-    """Names of the arguments that this torch's variable-length attention takes."""
+    """Return the argument names of variable-length attention in the installed torch."""
     return frozenset() if varlen_attn is None else frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def can_use_varlen(q: Tensor, v: Tensor) -> bool:
-    """Whether flash attention over documents laid end to end serves these tensors."""
+    """Return whether variable-length flash attention supports these tensors."""
     if not {"window_size", "scale", "enable_gqa"} <= varlen_arguments():
         return False
     is_flash_shape = q.dtype in HALF and q.shape[-1] == v.shape[-1] <= 256 and q.shape[-1] % 8 == 0
@@ -62,10 +63,10 @@ def can_use_varlen(q: Tensor, v: Tensor) -> bool:
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, *, document_ids: Tensor | None, scale: float, window: int | None) -> Tensor:
-    """Treat each document of each row as a sequence of its own, all laid end to end.
+    """Attend within each document of each row, as sequences that are concatenated.
 
-    The list of starts has one place for each token, the unused ones at the end standing for empty sequences: its
-    length does not depend on the data, so nothing waits for the device and nothing is recompiled.
+    The list of starts has one element per token, and unused ones at its end are empty sequences. Its length does not
+    depend on the data, so nothing synchronizes with the GPU and nothing is recompiled.
     """
     batch, time = q.shape[:2]
     starts_document = torch.ones(batch, time, dtype=torch.bool, device=q.device)
@@ -85,7 +86,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, *, document_ids: Tensor | None, scal
 
 @functools.cache
 def compiled_flex() -> tuple[Any, Any]:
-    """FlexAttention and its mask builder, compiled once; shapes stay dynamic where torch finds that they vary."""
+    """Return FlexAttention and its mask builder, compiled once; torch makes varying shapes dynamic."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     return torch.compile(flex_attention), torch.compile(create_block_mask)
@@ -94,7 +95,7 @@ def compiled_flex() -> tuple[Any, Any]:
 def flex(
     q: Tensor, k: Tensor, v: Tensor, *, document_ids: Tensor | None, scale: float, window: int | None, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """FlexAttention with a block mask: blocks that no query sees are never computed; lse is differentiable."""
+    """Run FlexAttention with a block mask; blocks that no query sees are not computed, and lse has a gradient."""
     batch, time, heads, _ = q.shape
     time_k, offset = k.shape[1], k.shape[1] - time
     ids = torch.zeros(1, time_k, dtype=torch.int32, device=q.device) if document_ids is None else document_ids

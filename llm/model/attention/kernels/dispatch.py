@@ -1,4 +1,4 @@
-"""The one function that attention calls: it checks the shapes and picks the kernel."""
+"""The function that attentions call: it checks shapes and chooses the kernel."""
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +10,7 @@ from llm.model.attention.kernels.cuda import cuda_attention, sdpa
 from llm.model.attention.kernels.reference import visible_keys
 
 FEW_QUERIES = 16
-"""Up to this many queries against stored keys (decoding), one masked product reads the keys where they lie."""
+"""Up to this many queries against stored keys (decoding), one masked product reads the keys without a copy."""
 
 
 def causal_attention(
@@ -27,21 +27,22 @@ def causal_attention(
 
         o_i = Σ_j softmax_j(scale · q_i·k_j) v_j,   lse_i = log Σ_j exp(scale · q_i·k_j)
 
-    On CUDA: SDPA's flash kernel where every row is one document, variable-length flash or FlexAttention for
-    documents and windows. Elsewhere: blocks of queries (`llm.model.attention.kernels.blocked`). No kernel holds a
-    time x time matrix. Gradients flow through both results. Under autocast the inputs are cast to its dtype.
+    CUDA uses SDPA where every row is one document, and variable-length flash attention or FlexAttention for documents
+    and windows. Other devices use blocks of queries (`llm.model.attention.kernels.blocked`). None of these stores a
+    time x time matrix, except SDPA's math kernel, which torch uses for fp32 with grouped heads. Both results have
+    gradients. Under autocast the inputs are cast to its dtype.
 
     Args:
-        q: queries; query i stands at key time_k - time + i, so a chunk can follow stored keys.
+        q: queries; query i belongs to key time_k - time + i, so a chunk can follow stored keys.
         k: keys; kv_heads divides heads, consecutive query heads share a key/value head.
         v: values.
         document_ids: id of each key's document, ascending along a row; None where every row is one document.
         scale: factor on the scores, usually head_dim^-1/2.
-        window: how many keys back a query sees, itself included, at least 1; None for all.
+        window: number of keys that a query sees, itself included, at least 1; None for all.
         return_lse: also return lse in fp32, [batch time heads].
 
     Raises:
-        ShapeError: shapes that do not fit one another, or a window below 1.
+        ShapeError: shapes do not match, or window is below 1.
     """
     _check(q, k, v, window)
     q, k, v = _cast(q, k, v)
@@ -58,7 +59,7 @@ def causal_attention(
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, *, document_ids: Tensor | None, scale: float, window: int | None
 ) -> Tensor:
-    """A few queries against many keys: torch's own attention, under a mask of time x time_k where one is needed."""
+    """Attend from a few queries to many keys by torch's own attention, with a time x time_k mask where needed."""
     if q.shape[1] == 1 and document_ids is None:
         reach = k.shape[1] if window is None else min(window, k.shape[1])
         return sdpa(q, k[:, -reach:], v[:, -reach:], scale=scale, is_causal=False, mask=None)
@@ -69,7 +70,7 @@ def _decode(
 
 
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast to autocast's dtype, as a product would be; else to the dtype of the first."""
+    """Cast to the dtype of autocast, as a product would, or else to the dtype of the first tensor."""
     device = tensors[0].device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[0].dtype
     return tuple(x.to(dtype) for x in tensors)
@@ -82,6 +83,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:
             "[batch time heads dim], with kv_heads dividing heads; check what the position and the projections return"
         )
     if q.shape[1] > k.shape[1]:
-        raise ShapeError(f"attention time={q.shape[1]}: exceeds time_k={k.shape[1]}; pass the queries' own keys too")
+        raise ShapeError(f"attention time={q.shape[1]}: exceeds time_k={k.shape[1]}; pass the keys of the queries too")
     if window is not None and window < 1:
         raise ShapeError(f"attention window={window}: must be at least 1 (a query sees itself); use None for all keys")

@@ -1,4 +1,4 @@
-"""Which keys each block of queries needs: plain integers, decided before any arithmetic."""
+"""Decides which keys each block of queries needs, in plain integers, before any arithmetic."""
 
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
@@ -8,32 +8,33 @@ from jaxtyping import Int
 from torch import Tensor
 
 SHORT_DOCUMENT = 32
-"""Whole documents share a query block, under a mask, until they hold this many tokens: tiny products do not pay."""
+"""Whole documents share a masked query block until it has this many tokens, because tiny products are slow."""
 
 
 SHORT_ROW = 512
-"""Rows up to this many keys whose documents differ share their products, under a mask for each: a batch of small
-products costs less than each row's own, and what the mask hides is little."""
+"""Rows up to this many keys share their products although their documents differ, with a mask per row.
+
+A batch of small products costs less than separate products per row, and the masks hide few pairs."""
 
 
 class QueryBlock(NamedTuple):
-    """Queries [start, stop), which need keys [key_start, key_stop); the last stop - start keys are their own."""
+    """Queries [start, stop) with their keys [key_start, key_stop); the last stop - start keys are their own."""
 
     start: int
     stop: int
     key_start: int
     key_stop: int
     is_masked: bool
-    """Whether anything but causality hides one of these keys from one of these queries."""
+    """Whether a document or a window hides one of these keys from one of these queries."""
 
 
 class RowPlan(NamedTuple):
-    """The blocks of rows that are computed together."""
+    """The query blocks of rows that are computed together."""
 
     rows: list[int]
     blocks: list[QueryBlock]
     is_uniform: bool
-    """Whether their documents start at the same tokens."""
+    """Whether the documents of all rows start at the same tokens."""
 
 
 def plan_batch(
@@ -45,17 +46,17 @@ def plan_batch(
     window: int | None,
     block: int,
 ) -> list[RowPlan]:
-    """Group the rows of a batch by where their documents start, and cut each group into query blocks.
+    """Group the rows of a batch by the starts of their documents, and cut each group into query blocks.
 
-    Short rows are one group, whatever their documents.
+    Short rows form one group, whatever their documents.
 
     Args:
         document_ids: id of each key's document, or None where every row is one document.
         batch: number of rows.
-        time: number of queries; query i stands at key time_k - time + i.
+        time: number of queries; query i belongs to key time_k - time + i.
         time_k: number of keys.
-        window: how many keys back a query sees, itself included; None for all.
-        block: most queries in a block.
+        window: number of keys that a query sees, itself included; None for all.
+        block: largest number of queries in a block.
     """
     boundaries: list[list[int]] = [[] for _ in range(batch)]
     if document_ids is not None:
@@ -72,16 +73,16 @@ def plan_batch(
 
 
 def _masked_by(cuts: Collection[int], block: QueryBlock) -> QueryBlock:
-    """Return the block, marked if a document of any row starts among its keys."""
+    """Return the block, marked as masked if a document of any row starts among its keys."""
     return block._replace(is_masked=block.is_masked or any(block.key_start < c < block.key_stop for c in cuts))
 
 
 def plan_row(boundaries: Sequence[int], *, time: int, time_k: int, window: int | None, block: int) -> list[QueryBlock]:
     """Cut one row's queries into blocks of at most `block`.
 
-    A block ends where its document ends, so no key of another document is multiplied and no mask is needed: document
-    masking costs no more than causality. Only whole documents under SHORT_DOCUMENT tokens share a block.
-    `boundaries` are the keys at which a new document starts, ascending, without 0.
+    A block ends where its document ends. No key of another document is multiplied then, and no mask is needed. Only
+    whole documents under SHORT_DOCUMENT tokens share a block. `boundaries` are the keys at which a new document starts,
+    ascending, without 0.
     """
     offset = time_k - time
     starts = [0, *boundaries]
@@ -102,9 +103,9 @@ def plan_row(boundaries: Sequence[int], *, time: int, time_k: int, window: int |
 
 
 def _block_stop(start: int, ends: Sequence[int], *, begins: bool, limit: int) -> int:
-    """Return where the block from `start` stops; `ends` lists where its document and the following ones end."""
+    """Return where the block from `start` stops; `ends` are the ends of its document and of those after it."""
     stop = min(ends[0], limit)
-    if not begins:  # the tail of a document keeps its long row of keys to itself
+    if not begins:  # the rest of a document needs a long row of keys, which no other document shares
         return stop
     for end in ends[1:]:
         if stop - start >= SHORT_DOCUMENT or end > limit:

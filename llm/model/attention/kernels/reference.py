@@ -1,4 +1,4 @@
-"""The definition of causal attention, written to be read; every kernel is compared with it."""
+"""The definition of causal attention, with which tests compare every kernel."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,9 +13,9 @@ def visible_keys(
     document_ids: Int[Tensor, "batch time_k"] | None,
     window: int | None,
 ) -> Bool[Tensor, "rows {time} {time_k}"]:
-    """Return which keys each query sees: not after itself, inside the window, of its own document.
+    """Return which keys each query sees: those up to itself, inside the window and of its own document.
 
-    Query i stands at key `time_k - time + i`. `rows` is the batch, or 1 where every row is one document.
+    Query i belongs to key `time_k - time + i`. `rows` is the batch, or 1 where every row is one document.
     """
     query_at = torch.arange(time_k - time, time_k, device=device)[:, None]
     key_at = torch.arange(time_k, device=device)[None, :]
@@ -37,12 +37,12 @@ def reference_attention(
     window: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend with the whole time x time matrix in memory, in the dtype of the inputs, by autograd's own rules.
+    """Attend with the whole time x time matrix in memory, in the dtype of the inputs, differentiated by autograd.
 
         o_i = Σ_j softmax_j(scale · q_i·k_j) v_j   over the keys that query i sees
         lse_i = log Σ_j exp(scale · q_i·k_j)
 
-    Arguments and results as `causal_attention`.
+    Arguments and results are those of `causal_attention`.
     """
     repeats = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)

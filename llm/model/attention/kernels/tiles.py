@@ -1,4 +1,4 @@
-"""How the blocked kernel cuts its work: tiles of rows and heads that are multiplied together, in head-major order."""
+"""Cuts the work of the blocked kernel into tiles: rows and heads that are multiplied together, in head-major order."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,28 +9,28 @@ from torch import Tensor
 from llm.model.attention.kernels.query_blocks import QueryBlock, plan_batch
 
 QUERY_BLOCK = 128
-"""Queries in a block: shorter blocks waste fewer products above the diagonal, longer ones multiply faster."""
+"""Queries per block: shorter blocks waste fewer products above the diagonal, and longer ones multiply faster."""
 
 SCORE_ELEMENTS = 1 << 20
-"""Scores held at a time, over the rows and heads of a tile: about what a core's own cache holds."""
+"""Scores in memory at a time, over the rows and heads of a tile: 4 MiB in fp32, about the cache of one core."""
 
 
 class Tile(NamedTuple):
-    """Consecutive rows and heads, with all that the kernel must know to compute them on their own."""
+    """Consecutive rows and heads that the kernel computes independently of others."""
 
     rows: slice
     heads: slice
     kv_heads: slice
     blocks: list[QueryBlock]
     document_ids: Int[Tensor, "rows time_k"] | None
-    """Of each row, or of the first where all have their documents at the same tokens."""
+    """Ids of each row, or of the first row alone where all rows have the same document starts."""
     window: int | None
     num_scores: int
-    """Scores of the largest block."""
+    """Number of scores of the largest block."""
 
     @property
     def group(self) -> int:
-        """Query heads that share a key/value head."""
+        """Number of query heads that share a key/value head."""
         return (self.heads.stop - self.heads.start) // (self.kv_heads.stop - self.kv_heads.start)
 
     def queries(self, x: Float[Tensor, "batch time heads dim"]) -> Float[Tensor, "tile_heads group time dim"]:
@@ -42,18 +42,18 @@ class Tile(NamedTuple):
         return x[self.rows, :, self.kv_heads].transpose(1, 2).contiguous().flatten(0, 1)
 
     def write_queries(self, target: Tensor, block: QueryBlock, value: Float[Tensor, "tile_heads rows dim"]) -> None:
-        """Store a block's result, [tile_heads, group · queries, dim], in a tensor that has query heads."""
+        """Write the result of a block, [tile_heads, group · queries, dim], to a tensor that has query heads."""
         part = target[self.rows, block.start : block.stop, self.heads].transpose(1, 2)
         part.copy_(value.view(part.shape))
 
     def write_keys(self, target: Tensor, value: Float[Tensor, "tile_heads time_k dim"]) -> None:
-        """Store a result for all keys in a tensor that has key/value heads."""
+        """Write a result for all keys to a tensor that has key/value heads."""
         part = target[self.rows, :, self.kv_heads].transpose(1, 2)
         part.copy_(value.view(part.shape))
 
 
 def take(x: Float[Tensor, "tile_heads group time dim"], block: QueryBlock) -> Float[Tensor, "tile_heads rows dim"]:
-    """Return a block's queries, those of a group one after another."""
+    """Return the queries of a block, concatenated over the heads of a group."""
     return x[:, :, block.start : block.stop].flatten(1, 2)
 
 
@@ -63,7 +63,7 @@ def tiles(
     document_ids: Int[Tensor, "batch time_k"] | None,
     window: int | None,
 ) -> Iterator[Tile]:
-    """Cut the work into tiles of at most SCORE_ELEMENTS scores, or one row and one key/value head."""
+    """Yield tiles of at most SCORE_ELEMENTS scores, or of one row and one key/value head."""
     (batch, time, heads, _), (time_k, kv_heads) = q.shape, k.shape[1:3]
     group = heads // kv_heads
     plans = plan_batch(
