@@ -95,7 +95,7 @@ def run_command(
             raise ConfigError("\n".join(complaints))
         _check_names(arguments)
         if sweeps and is_multirun(arguments):
-            status = run_sweep(arguments, task=task, config_name=config_name, config_dir=CONFIG_DIR)
+            status = run_sweep(arguments, task=task, config_name=config_name, config_dir=CONFIG_DIR, check=check)
             sys.exit(status or None)
         resume_dir = _resume_dir(arguments, config_name)
         launch = find_launch()

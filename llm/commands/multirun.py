@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from llm.commands.refused_jobs import refuse_if_all_jobs_fail
 from llm.config.quoting import quote
 from llm.config.resume import merge_resumed
 from llm.report.report_folder import write_report
@@ -53,11 +54,18 @@ def is_multirun(arguments: Sequence[str]) -> bool:
     return bool({*MULTIRUN, "hydra.mode=MULTIRUN"} & set(arguments)) and "plan=true" not in arguments
 
 
-def run_sweep(arguments: Sequence[str], *, task: Task, config_name: str, config_dir: Path) -> int:
+def run_sweep(
+    arguments: Sequence[str],
+    *,
+    task: Task,
+    config_name: str,
+    config_dir: Path,
+    check: Callable[[dict[str, Any]], Any] | None = None,
+) -> int:
     """Run a sweep and its report; return the exit status: 0, or 1 where a job did not finish.
 
     Raises:
-        ConfigError: a mistake in what all jobs share.
+        ConfigError: a mistake in what all jobs share, or one that `check` finds in every job.
         SystemExit: a signal stopped it.
     """
     options, own = split_options([a for a in arguments if a not in MULTIRUN], config_dir / "sweep.yaml")
@@ -65,6 +73,8 @@ def run_sweep(arguments: Sequence[str], *, task: Task, config_name: str, config_
     flags, overrides = _split_flags(command)
     ahead = look_ahead(overrides, config_name=config_name, config_dir=config_dir)
     folder = resolve_folder(options.resume, Path(ahead.hydra.sweep.dir), command)
+    if check is not None and not (folder / MANIFEST).exists():
+        refuse_if_all_jobs_fail(ahead.jobs, check=check, config_name=config_name)
     script = config_dir.parent / f"{config_name}.py"
     pruning = options.pruning(read_sweep(folder).prune if (folder / MANIFEST).exists() else None)
     plan = replace(_plan(ahead, folder, plain_command(script, tuple(flags))), prune=pruning)

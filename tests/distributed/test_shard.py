@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llm.distributed.zero import state
 from llm.errors import ConfigError, ShapeError
 from llm.optim.blocks import as_blocks, from_blocks
 from llm.optim.exchange import OwnerExchange, choose_owners
@@ -208,3 +209,18 @@ def test_blocks_can_be_put_back(shape, heads):
 def test_shards_that_do_not_hold_each_element_once_are_refused(rows):
     with pytest.raises(ShapeError, match="DeepSpeed release"):
         check_coverage({"x": (4,)}, [ShardLayout(torch.zeros(4), rows, rank=0, group=None)])
+
+
+def test_gathering_shards_receives_a_bounded_number_of_elements_for_any_number_of_ranks(monkeypatch):
+    flat, received = torch.arange(40.0), []
+
+    def gather(part, parts, dst, group):
+        received.append(sum(arrived.numel() for arrived in parts))
+        for rank, arrived in enumerate(parts):
+            arrived.copy_(part + rank)
+
+    monkeypatch.setattr(state, "GATHERED_AT_ONCE", 32)
+    monkeypatch.setattr(state.dist, "gather", gather)
+    shards = state.gather_flat(flat, ShardLayout(flat, [[] for _ in range(8)], rank=0, group=None))
+    assert max(received) <= 32
+    assert all(torch.equal(shard, flat + rank) for rank, shard in enumerate(shards))

@@ -15,8 +15,8 @@ from torch import Tensor
 from llm.errors import CheckpointError
 from llm.optim.shard import ShardLayout
 
-GATHERED_AT_ONCE = 1 << 26
-"""Elements that each rank sends at a time: 256 MB in fp32."""
+GATHERED_AT_ONCE = 1 << 24
+"""Elements that the first rank receives at a time, from all ranks together: 64 MB in fp32."""
 
 
 def gather_flat(flat: Tensor, layout: ShardLayout) -> list[Tensor]:
@@ -25,8 +25,9 @@ def gather_flat(flat: Tensor, layout: ShardLayout) -> list[Tensor]:
         return [flat.detach().cpu()]
     first, ranks = layout.rank == 0, range(len(layout.table))
     whole = [torch.empty(flat.shape, dtype=flat.dtype) for _ in ranks] if first else []
-    for start in range(0, flat.numel(), GATHERED_AT_ONCE):
-        part = flat.detach()[start : start + GATHERED_AT_ONCE].to(layout.comm_device).contiguous()
+    each = max(1, GATHERED_AT_ONCE // len(ranks))
+    for start in range(0, flat.numel(), each):
+        part = flat.detach()[start : start + each].to(layout.comm_device).contiguous()
         parts = [torch.empty_like(part) for _ in ranks] if first else None
         target = 0 if layout.group is None else dist.get_global_rank(layout.group, 0)
         dist.gather(part, parts, dst=target, group=layout.group)
