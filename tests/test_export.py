@@ -40,6 +40,7 @@ FAMILIES = {
     "LlamaForCausalLM, raised base": ("model/position=ntk", "model.position.factor=4.0"),
     "MistralForCausalLM": ("model.attention.window=7",),
     "Qwen3ForCausalLM": (QK_NORM,),
+    "Qwen3ForCausalLM, eps of its norms": (QK_NORM, "model.norm.eps=1e-3", "model.attention.qk_norm_eps=1e-3"),
     "Qwen3ForCausalLM, window": (QK_NORM, "model.attention.window=7"),
     "Qwen3ForCausalLM, some layers with a window": (
         "model=hybrid", "model.attention.kinds.local.window=5", "model.attention.kinds.local.qk_norm=true",

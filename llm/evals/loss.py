@@ -6,7 +6,7 @@ import torch
 
 from llm.errors import ConfigError, DataError
 from llm.evals.base import Result, Subject, on_device, token_losses
-from llm.evals.metrics import validation_metrics
+from llm.evals.loss_metrics import validation_metrics
 from llm.ops.loss import loss_and_byte_sums
 
 HEADER = ["text", "tokens", "bytes", "nats a token", "bits per byte", "perplexity"]

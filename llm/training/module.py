@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from llm.contracts import Batch, ParamGroup, ShardingStrategy, StatisticsReceiver
 from llm.distributed.zero.weights import state_shapes
-from llm.evals.metrics import validation_metrics
+from llm.evals.loss_metrics import validation_metrics
 from llm.model.transformer import Transformer, TransformerOutput
 from llm.ops.loss import linear_cross_entropy, loss_and_byte_sums
 from llm.optim.gradients import FirstGradients, WholeGradients

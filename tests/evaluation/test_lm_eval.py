@@ -1,4 +1,4 @@
-"""The harness's tasks, from files of the test's own: no network is touched."""
+"""Tasks of the harness, read from files that the tests write: nothing is downloaded."""
 
 import json
 import subprocess
@@ -82,7 +82,7 @@ def monkeypatch_module(tmp_path_factory):
         yield
 
 
-def test_scores_equal_those_of_the_exported_model_under_the_harness_s_own_class(trained, tasks, judged, tmp_path):
+def test_scores_equal_those_of_the_export_under_the_model_class_of_the_harness(trained, tasks, judged, tmp_path):
     pytest.importorskip("transformers")
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -108,7 +108,7 @@ def test_single_answers_equal_those_of_the_exported_model(trained, tasks, tmp_pa
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from llm.commands.harness import CrucibleLM
+    from llm.commands.lm_eval_cli import CrucibleLM
 
     keys = {"checkpoint": "last", "average": 1, "format": "hf", "dtype": "float32", "tokens": 64}
     out = export(ExportConfig(run_dir=str(trained[0]), out=str(tmp_path / "hf"), **keys))
@@ -131,7 +131,7 @@ def harness(*arguments):
     return subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, timeout=200, check=False)
 
 
-def test_the_harness_s_own_command_line_gives_the_scores_of_eval_py(trained, tasks, judged, monkeypatch_module):
+def test_the_command_line_of_the_harness_gives_the_scores_of_eval_py(trained, tasks, judged, monkeypatch_module):
     result = harness("--model_args", f"run_dir={trained[0]}", "--tasks", "local_choice", "--include_path", str(tasks))
     assert result.returncode == 0, result.stderr
     (row,) = [line.split("|") for line in result.stdout.splitlines() if line.startswith("|local_choice")]
@@ -142,13 +142,13 @@ def test_the_harness_s_own_command_line_gives_the_scores_of_eval_py(trained, tas
     ("task", "answer"),
     [("local_choice", "error: run_dir=nowhere: holds no config.yaml"), ("nope", "error: --tasks=nope: no such task")],
 )
-def test_the_harness_s_own_command_line_answers_what_is_not_there(tasks, task, answer):
+def test_the_command_line_of_the_harness_reports_a_missing_run_or_task_in_one_line(tasks, task, answer):
     result = harness("--model_args", "run_dir=nowhere", "--tasks", task, "--include_path", str(tasks))
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith(answer)
 
 
-def test_a_task_that_is_not_there_is_named(trained, tasks, judging, tmp_path):
+def test_an_unknown_task_is_named_with_a_suggestion(trained, tasks, judging, tmp_path):
     settings = (f"run_dir={trained[0]}", "eval=[lm_eval]")
     wrong = judging(*settings, "eval.lm_eval.tasks=[local_choise]", f"eval.lm_eval.include_path={tasks}")
     with pytest.raises(
@@ -162,10 +162,103 @@ def test_a_task_that_is_not_there_is_named(trained, tasks, judging, tmp_path):
 def test_a_task_that_leaves_no_room_for_its_prompt_is_refused(trained):
     from lm_eval.api.instance import Instance
 
-    from llm.commands.harness import CrucibleLM
+    from llm.commands.lm_eval_cli import CrucibleLM
 
     model = CrucibleLM(run_dir=str(trained[0]))
     with pytest.raises(ConfigError, match="max_gen_toks=256: no room for a prompt in the 32 tokens"):
         model.generate_until([Instance("generate_until", {}, ("3 plus", {"until": ["."]}), 0)])
     with pytest.raises(ConfigError, match="num_beams"):
         model.generate_until([Instance("generate_until", {}, ("3", {"num_beams": 2, "max_gen_toks": 4}), 0)])
+
+
+def test_scores_have_standard_errors(judged):
+    mean = judged["local_choice"]["acc,none"]
+    expected = (mean * (1 - mean) / (10 - 1)) ** 0.5  # ten questions, each right or wrong
+    assert judged["local_choice"]["acc_stderr,none"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "temperature"),
+    [
+        ({"do_sample": True, "temperature": 0.0}, 0.0),
+        ({"do_sample": True}, 1.0),
+        ({"do_sample": False, "temperature": 0.7}, 0.0),
+        ({"temperature": 0.7}, 0.7),
+        ({}, 0.0),
+    ],
+)
+def test_a_temperature_of_zero_is_greedy_whatever_do_sample_says(given, temperature):
+    from llm.evals.harness import generation_options
+
+    assert generation_options(given)["temperature"] == temperature
+
+
+def test_settings_of_generation_that_change_nothing_are_accepted():
+    from llm.evals.harness import generation_options
+
+    options = generation_options({"until": ["", "x"], "max_tokens": 5, "num_beams": 1, "top_k": 0, "top_p": None})
+    assert (options["stop"], options["max_new_tokens"], options["top_k"]) == (["x"], 5, None)
+
+
+def test_a_continuation_longer_than_the_window_is_scored_whole_and_reported(trained, caplog):
+    from lm_eval.api.instance import Instance
+
+    from llm.commands.lm_eval_cli import CrucibleLM
+
+    model = CrucibleLM(run_dir=str(trained[0]))
+    text = "3 plus 4 makes 7, and " * 3
+    assert len(text) > model.max_length
+    (score, _), (start, _) = model.loglikelihood(
+        [Instance("loglikelihood", {}, ("", part), 0) for part in (text, text[: model.max_length])]
+    )
+    (rolled,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+    assert score == pytest.approx(rolled, rel=1e-5)  # fp32 in another order
+    assert score < start
+    assert "1 continuations are longer than the 32 tokens" in caplog.text
+
+
+def test_a_batch_size_of_auto_halves_where_memory_runs_out(trained, monkeypatch):
+    import torch
+    from lm_eval.api.instance import Instance
+
+    from llm.commands.lm_eval_cli import CrucibleLM
+
+    model, whole = (CrucibleLM(run_dir=str(trained[0]), batch_size=size) for size in ("auto", 4))
+    score = model._score
+
+    def limited(requests):
+        if len(requests) > 2:
+            raise torch.OutOfMemoryError
+        return score(requests)
+
+    monkeypatch.setattr(model, "_score", limited)
+    requests = [Instance("loglikelihood", {}, ("3 plus", f" {n} makes"), n) for n in range(5)]
+    ours, theirs = model.loglikelihood(requests), whole.loglikelihood(requests)
+    assert [pair[0] for pair in ours] == pytest.approx([pair[0] for pair in theirs], rel=1e-5)
+    assert model.batch_size == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        ({"run_dri": "x"}, "--model_args=run_dri=x: unknown key; did you mean run_dir"),
+        ({}, "run_dir is missing"),
+        ({"run_dir": "x", "max_length": "long"}, "--model_args=max_length=long: must be a whole number"),
+        ({"run_dir": "RUN", "batch_size": "many"}, "batch_size=many: must be at least 1, or auto"),
+    ],
+)
+def test_wrong_arguments_of_the_model_are_named(trained, arguments, answer):
+    from llm.commands.lm_eval_cli import CrucibleLM
+
+    arguments = {key: str(trained[0]) if value == "RUN" else value for key, value in arguments.items()}
+    with pytest.raises(ConfigError, match=answer):
+        CrucibleLM(**arguments)
+
+
+def test_a_chat_template_is_refused_in_one_line(trained):
+    from llm.commands.lm_eval_cli import CrucibleLM
+
+    model = CrucibleLM(run_dir=str(trained[0]))
+    assert model.chat_template(False) is None
+    with pytest.raises(ConfigError, match="has no chat template; leave this option out"):
+        model.chat_template(True)

@@ -29,6 +29,7 @@ class Attention(nn.Module, ABC):
         layer_index: index of the layer, from 0.
         qk_norm: normalize queries and keys per head (RMSNorm with gain, arXiv:2302.05442), before positions.
         key_norm: score by q·k/‖k‖, without a gain and without head_dim^−1/2 (kexue.fm/archives/9859).
+        qk_norm_eps: added to the mean square of queries and keys under qk_norm.
 
     Raises:
         ConfigError: num_kv_heads does not divide num_heads, this attention cannot use the position, or both norms
@@ -49,6 +50,7 @@ class Attention(nn.Module, ABC):
         layer_index: int,
         qk_norm: bool,
         key_norm: bool,
+        qk_norm_eps: float = QK_NORM_EPS,
     ) -> None:
         super().__init__()
         if qk_norm and key_norm:
@@ -68,8 +70,8 @@ class Attention(nn.Module, ABC):
         self.k_proj = Linear(geometry.d_model, kv_heads * head_dim, bias=False)
         self.v_proj = Linear(geometry.d_model, kv_heads * head_dim, bias=False)
         self.o_proj = Linear(heads * head_dim, geometry.d_model, bias=False)
-        self.q_norm = RMSNorm(dim=head_dim, eps=QK_NORM_EPS) if qk_norm else None
-        self.k_norm = RMSNorm(dim=head_dim, eps=QK_NORM_EPS) if qk_norm else None
+        self.q_norm = RMSNorm(dim=head_dim, eps=qk_norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(dim=head_dim, eps=qk_norm_eps) if qk_norm else None
         self.key_norm = key_norm
         self.scale = 1.0 if key_norm else head_dim**-0.5
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llm.contracts import AttentionGeometry
 from llm.errors import ConfigError
-from llm.model.attention.base import Attention
+from llm.model.attention.base import QK_NORM_EPS, Attention
 from llm.model.attention.kernels.reference import visible_keys
 from llm.model.attention.views import attend_views, pair_scores, softmax_weights
 from llm.model.position.base import Position
@@ -21,7 +21,7 @@ class SoftmaxAttention(Attention):
 
     Args:
         window: number of keys that a query sees, itself included, at least 1; None for all.
-        geometry, position, layer_index, qk_norm, key_norm: see `Attention`.
+        geometry, position, layer_index, qk_norm, key_norm, qk_norm_eps: see `Attention`.
 
     Raises:
         ConfigError: window is below 1.
@@ -38,11 +38,17 @@ class SoftmaxAttention(Attention):
         qk_norm: bool,
         key_norm: bool,
         window: int | None,
+        qk_norm_eps: float = QK_NORM_EPS,
     ) -> None:
         if window is not None and window < 1:
             raise ConfigError(f"model.attention.window={window}: must be at least 1, or null for all; try 256")
         super().__init__(
-            geometry=geometry, position=position, layer_index=layer_index, qk_norm=qk_norm, key_norm=key_norm
+            geometry=geometry,
+            position=position,
+            layer_index=layer_index,
+            qk_norm=qk_norm,
+            key_norm=key_norm,
+            qk_norm_eps=qk_norm_eps,
         )
         self.window = window
 
