@@ -1,4 +1,4 @@
-"""Builds the wheel: adds `conf/` to it as `llm/conf/`. Everything else about the package is in pyproject.toml."""
+"""Builds the wheel. It adds `conf/` as `llm/conf/` and the scripts as `llm/entry/`; pyproject.toml has the rest."""
 
 import shutil
 from pathlib import Path
@@ -8,16 +8,19 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithConf(build_py):
-    """Copies the YAML files of `conf/` into the package, except in an editable install, which reads the checkout."""
+    """Copies `conf/` and the scripts into the package; an editable install reads them from the checkout instead."""
 
     def run(self) -> None:
         super().run()
-        if not self.editable_mode:
-            target = Path(self.build_lib, "llm", "conf")
-            shutil.rmtree(
-                target, ignore_errors=True
-            )  # a file deleted from conf/ must not survive from an earlier build
-            shutil.copytree("conf", target, ignore=shutil.ignore_patterns("__pycache__"))
+        if self.editable_mode:
+            return
+        package = Path(self.build_lib, "llm")
+        for folder in (package / "conf", package / "entry"):  # a deleted file must not survive from an earlier build
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree("conf", package / "conf")
+        (package / "entry").mkdir()
+        for script in ("train.py", "eval.py"):
+            shutil.copy(script, package / "entry")
 
 
 setup(cmdclass={"build_py": BuildWithConf})

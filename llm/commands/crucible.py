@@ -2,6 +2,9 @@
 
 import importlib
 import sys
+from difflib import get_close_matches
+
+from llm.config.conf import entry_script
 
 COMMANDS = {
     "train": "train a language model",
@@ -18,6 +21,10 @@ MODULES = {"generate": "talk"}
 """Modules of `llm.commands` whose name differs from their subcommand."""
 
 
+SCRIPTS = ("train", "eval")
+"""Subcommands that are scripts in a checkout."""
+
+
 def main() -> None:
     """Run the subcommand that the command line names; without a known one, print the list of them."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -27,9 +34,12 @@ def main() -> None:
         if name in ("-h", "--help"):
             sys.stdout.write(usage)
             return
-        sys.stderr.write(f"error: {name}: unknown command\n{usage}")
+        near = "".join(f"; did you mean {match}?" for match in get_close_matches(name, COMMANDS, n=1))
+        sys.stderr.write(f"error: {name}: unknown command{near}\n{usage}")
         sys.exit(2)
     del sys.argv[1]
+    if name in SCRIPTS:  # ranks and sweep jobs start this script again, without the subcommand
+        sys.argv[0] = str(entry_script(name))
     if name == "train":
         _train()
     elif name == "eval":

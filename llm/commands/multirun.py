@@ -21,6 +21,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from llm.commands.refused_jobs import refuse_if_all_jobs_fail
+from llm.config.conf import entry_script
 from llm.config.quoting import quote
 from llm.config.resume import merge_resumed
 from llm.report.report_folder import write_report
@@ -75,7 +76,7 @@ def run_sweep(
     folder = resolve_folder(options.resume, Path(ahead.hydra.sweep.dir), command)
     if check is not None and not (folder / MANIFEST).exists():
         refuse_if_all_jobs_fail(ahead.jobs, check=check, config_name=config_name)
-    script = config_dir.parent / f"{config_name}.py"
+    script = entry_script(config_name)
     pruning = options.pruning(read_sweep(folder).prune if (folder / MANIFEST).exists() else None)
     plan = replace(_plan(ahead, folder, plain_command(script, tuple(flags))), prune=pruning)
     with (

@@ -1,4 +1,4 @@
-"""Finds the folder that holds every YAML file of choices."""
+"""Finds the configuration folder and the scripts, in a checkout and in an installed wheel."""
 
 from pathlib import Path
 
@@ -16,3 +16,10 @@ def conf_folder() -> Path:
         if (folder / "train.yaml").is_file():
             return folder
     raise ConfigError(f"conf={package / 'conf'}: missing from this installation; reinstall with `pip install .`")
+
+
+def entry_script(name: str) -> Path:
+    """Return train.py or eval.py: beside `conf/` in a checkout, in `llm/entry/` in an installed wheel."""
+    root = conf_folder().parent
+    script = root / f"{name}.py"
+    return script if script.is_file() else root / "entry" / f"{name}.py"

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 from catalogue import CONF
 
 import llm
+from llm.commands import crucible
 from llm.config import conf
 from llm.errors import ConfigError
 
@@ -42,6 +44,32 @@ def test_every_console_script_names_a_function():
     for target in PROJECT["scripts"].values():
         module, _, function = target.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize("name", crucible.SCRIPTS)
+def test_a_subcommand_runs_as_its_script_so_that_ranks_and_jobs_can_start_it_again(name, monkeypatch):
+    seen = []
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/crucible", name, "a=1"])
+    monkeypatch.setattr("llm.commands.cli.run_command", lambda *_, **__: seen.extend(sys.argv))
+    crucible.main()
+    assert seen == [str(ROOT / f"{name}.py"), "a=1"]
+
+
+def test_the_script_of_an_installed_package_lies_inside_it(tmp_path, monkeypatch):
+    place_package(tmp_path, monkeypatch)
+    (tmp_path / "llm" / "conf").mkdir()
+    (tmp_path / "llm" / "conf" / "train.yaml").touch()
+    assert conf.entry_script("train") == tmp_path / "llm" / "entry" / "train.py"
+
+
+def test_an_unknown_subcommand_is_a_mistake_that_lists_the_known_ones(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["crucible", "trian"])
+    with pytest.raises(SystemExit) as stopped:
+        crucible.main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: trian: unknown command; did you mean train?")
+    assert all(command in error for command in crucible.COMMANDS)
 
 
 def test_the_package_cannot_be_uploaded_and_names_its_licence():
