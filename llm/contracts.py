@@ -288,6 +288,14 @@ class StopRequest(Protocol):
 
 
 @runtime_checkable
+class WeightAverager(Protocol):
+    """A callback that averages weights from some update on."""
+
+    first_average: int
+    """The update after which the average first exists."""
+
+
+@runtime_checkable
 class MicroBatchComparer(Protocol):
     """A callback that compares micro-batches and needs several of them per update."""
 

@@ -4,26 +4,67 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from llm.errors import ConfigError
 
 
-class EMA(EMAWeightAveraging):
-    """Keeps an exponential moving average of the weights, w̄ ← decay · w̄ + (1 − decay) · w, after every update.
+class RunningAverage(WeightAveraging):
+    """The base of averages of the weights; validation and checkpoints use the raw weights until the first average.
 
-    Validation and checkpoints hold the average; training goes on with the weights themselves, which a checkpoint keeps
-    as well. Balancing biases and codebooks, which are averages already, are not averaged again.
+    Training continues with the raw weights, which a checkpoint stores as well. Load-balancing biases and codebooks are
+    averages already and are not averaged again.
+
+    Attributes:
+        first_average: the update after which the average first exists.
+    """
+
+    first_average: int
+
+    @torch.no_grad()
+    def _follow_raw_weights(self, pl_module: Any) -> None:
+        """Copy the raw weights into the average while nothing has been averaged."""
+        if self._average_model is None or self._latest_update_step:
+            return
+        for mine, raw in zip(self._average_model.module.parameters(), pl_module.parameters(), strict=True):
+            mine.copy_(raw)
+        for mine, raw in zip(self._average_model.module.buffers(), pl_module.buffers(), strict=True):
+            mine.copy_(raw)
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Validate the average."""
+        self._follow_raw_weights(pl_module)
+        super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Save the average as the weights, and the raw weights beside it."""
+        self._follow_raw_weights(pl_module)
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Leave the average in the module."""
+        self._follow_raw_weights(pl_module)
+        super().on_train_end(trainer, pl_module)
+
+
+class EMA(RunningAverage):
+    """Keeps an exponential moving average of the weights, updated after every optimizer update.
+
+        w̄ ← d · w̄ + (1 − d) · w,   d = min(decay, (1 + n) / (10 + n)),   n = updates averaged before
+
+    The first averaged weights are taken as they are. The lower decay at the start keeps the average of a short run
+    from being dominated by the weights that the run started with.
 
     Args:
         decay: in [0, 1); the average reaches back about 1 / (1 − decay) updates.
-        start: updates before the first that enters the average.
+        start: number of updates before the first that enters the average; below the updates of the run.
 
     Raises:
         ConfigError: a decay outside [0, 1), or a start below 0.
 
-    Source: Polyak and Juditsky, 1992; Morales-Brotons et al., arXiv:2411.18704, eq. 1.
+    Source: Polyak and Juditsky, 1992; Morales-Brotons et al., arXiv:2411.18704, eq. 1. The lower decay at the start is
+    that of TensorFlow's ExponentialMovingAverage.
     """
 
     def __init__(self, *, decay: float, start: int) -> None:
@@ -31,20 +72,44 @@ class EMA(EMAWeightAveraging):
             raise ConfigError(f"averaging.decay={decay}: must lie in [0, 1); 0.999 reaches back 1000 updates")
         if start < 0:
             raise ConfigError(f"averaging.start={start}: must be at least 0")
-        super().__init__(use_buffers=False, decay=decay, update_starting_at_step=start)
+        super().__init__(use_buffers=False, multi_avg_fn=self._mix)
+        self.decay, self.start, self.first_average = decay, start, start + 1
+        self._num_averaged = 0
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Return whether an update enters the average."""
+        return step_idx is not None and step_idx >= self.start
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *arguments: Any) -> None:
+        """Average the weights after an update, and count it."""
+        before = self._latest_update_step
+        super().on_train_batch_end(trainer, pl_module, *arguments)
+        self._num_averaged += self._latest_update_step != before
+
+    @torch.no_grad()
+    def _mix(self, averages: Any, weights: Any, _: Any) -> None:
+        decay = min(self.decay, (1 + self._num_averaged) / (10 + self._num_averaged))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the count of averaged updates with Lightning's own state."""
+        return super().state_dict() | {"num_averaged": self._num_averaged}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state; a checkpoint of version 0.1 has no count, which follows from its last update."""
+        super().load_state_dict(state_dict)
+        self._num_averaged = state_dict.get("num_averaged", max(0, self._latest_update_step - self.start))
 
 
-class LastAverage(WeightAveraging):
-    """Averages the weights of the last few snapshots, taken every so many updates.
-
-    Validation and checkpoints hold the average; until there is a snapshot, the weights as they began.
+class LastAverage(RunningAverage):
+    """Averages the last few snapshots of the weights, which are taken at a fixed interval of updates.
 
     Args:
-        count: snapshots in the average, at least 2; each takes the memory of the weights.
-        every: updates between snapshots, at least 1.
+        count: number of snapshots in the average, at least 2; each takes the memory of the weights.
+        every: updates between snapshots, at least 1 and at most the updates of the run.
 
     Raises:
-        ConfigError: a setting below its least.
+        ConfigError: a setting below its least value.
 
     Source: Kaddour, arXiv:2209.14981, section 2; Sanyal et al., arXiv:2306.03241, algorithm 1.
     """
@@ -55,16 +120,16 @@ class LastAverage(WeightAveraging):
         if every < 1:
             raise ConfigError(f"averaging.every={every}: must be at least 1 update; try 100")
         super().__init__(use_buffers=False)
-        self.count, self.every = count, every
+        self.count, self.every, self.first_average = count, every, every
         self._snapshots: list[list[Tensor]] = []
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Every so many updates."""
+        """Return whether a snapshot is due."""
         return step_idx is not None and (step_idx + 1) % self.every == 0
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *arguments: Any) -> None:
-        """Take a snapshot when it is due, and average those there are."""
+        """Take a snapshot when it is due, and average the snapshots."""
         before = self._latest_update_step
         super().on_train_batch_end(trainer, pl_module, *arguments)
         if self._latest_update_step == before:
@@ -76,10 +141,10 @@ class LastAverage(WeightAveraging):
             average.copy_(torch.stack(snapshots).mean(0))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the snapshots."""
+        """Return the snapshots with Lightning's own state."""
         return super().state_dict() | {"snapshots": self._snapshots}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the snapshots."""
+        """Restore the snapshots."""
         super().load_state_dict(state_dict)
         self._snapshots = state_dict["snapshots"]

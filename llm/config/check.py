@@ -33,6 +33,7 @@ from llm.config.sizes import (
     sizes_of,
     world_size,
 )
+from llm.contracts import WeightAverager
 from llm.errors import ConfigError, CrucibleError
 from llm.ops.precision import resolve_precision
 from llm.scaling.batching import check_ramp
@@ -125,7 +126,7 @@ def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
         ({"tokenizer"}, lambda: build_tokenizer(cfg)),
         ({"spikes"}, lambda: instantiate(cfg.get("spikes") or {})),
         ({"eval"}, lambda: build_evaluations(cfg)),
-        ({"averaging", "trainer"}, lambda: build_averaging(cfg)),
+        (run_keys | {"averaging", "trainer", "batch_schedule"}, lambda: _check_averaging(cfg)),
     ]
     problems = []
     for keys, probe in probes:
@@ -151,6 +152,18 @@ def _check_micro_batches(cfg: Mapping[str, Any]) -> None:
         f"micro_batch_size={cfg['micro_batch_size']}: leaves one micro-batch an update on one device, and "
         f"callbacks.{callback} compares at least {least}; set {remedy}"
     )
+
+
+def _check_averaging(cfg: Mapping[str, Any]) -> None:
+    """Refuse an average that would first exist after the run."""
+    steps = batch_ramp(cfg).total_steps
+    for averager in build_averaging(cfg):
+        if isinstance(averager, WeightAverager) and averager.first_average > steps:
+            key = "start" if "start" in cfg["averaging"] else "every"
+            raise ConfigError(
+                f"averaging.{key}={cfg['averaging'][key]}: the first average would follow update "
+                f"{averager.first_average} of a run of {steps}; lower it, or set averaging=null"
+            )
 
 
 def _check_schedule(cfg: Mapping[str, Any]) -> None:

@@ -39,7 +39,8 @@ def test_an_ema_is_what_its_formula_says_and_training_does_not_feel_it(run):
     for step in range(2, 7):
         now = weights(plain, step)
         assert all(torch.equal(now[name], current(averaged, step)[name]) for name in now)
-        expected = {name: 0.5 * expected[name] + 0.5 * now[name] for name in now}
+        decay = min(0.5, step / (9 + step))  # (1 + n) / (10 + n) after n = step - 1 averaged updates
+        expected = {name: decay * expected[name] + (1 - decay) * now[name] for name in now}
     for name, tensor in weights(averaged, 6).items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-7, rtol=1e-6)  # fp32, five steps
 
@@ -49,6 +50,28 @@ def test_the_last_average_is_the_mean_of_the_last_snapshots(run):
     for name, tensor in weights(folder, 6).items():
         mean = (current(folder, 4)[name] + current(folder, 6)[name]) / 2
         torch.testing.assert_close(tensor, mean, atol=1e-8, rtol=1e-6)  # one addition in fp32
+
+
+@pytest.mark.parametrize("settings", [("averaging=ema", "averaging.start=4"), ("averaging=last", "averaging.every=5")])
+def test_until_the_first_average_the_raw_weights_are_validated_and_saved(run, settings):
+    plain, averaged = run("plain"), run("averaged", *settings)
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (plain, averaged)]
+    assert [line["val/loss"] for line in lines[0][:4]] == [line["val/loss"] for line in lines[1][:4]]
+    for step in range(1, 5):
+        raw, saved = weights(plain, step), weights(averaged, step)
+        assert all(torch.equal(raw[name], saved[name]) for name in raw)
+    raw, saved = weights(plain, 6), weights(averaged, 6)
+    assert any(not torch.equal(raw[name], saved[name]) for name in raw)
+
+
+def test_the_average_of_a_short_run_has_left_its_initial_weights_behind(composed, tiny, tmp_path):
+    settings = ("max_steps=24", "val_every=24", "checkpoint_every=24", "optimizer.lr=1e-2", "callbacks.samples=null")
+    losses = [
+        train(composed(*tiny, *settings, *averaging), tmp_path / name)
+        for name, averaging in (("plain", ()), ("ema", ("averaging=ema",)))
+    ]
+    started = train(composed(*tiny, *settings, "optimizer.lr=1e-30"), tmp_path / "started")
+    assert losses[1] - losses[0] < 0.2 * (started - losses[0])
 
 
 @pytest.mark.parametrize("kind", ["ema", "last"])
@@ -72,6 +95,8 @@ def test_a_resumed_run_has_the_same_average_and_the_same_losses(run, composed, t
     [
         (("averaging=ema", "averaging.decay=1.0"), r"averaging\.decay=1\.0"),
         (("averaging=last", "averaging.count=1"), r"averaging\.count=1"),
+        (("averaging=ema", "averaging.start=8"), r"averaging\.start=8: .*update 9 of a run of 8"),
+        (("averaging=last", "averaging.every=9"), r"averaging\.every=9: .*update 9 of a run of 8"),
         (("averaging=ema", "trainer=deepspeed"), "sharded weights are not averaged"),
     ],
 )
