@@ -33,7 +33,7 @@ from llm.config.sizes import (
     sizes_of,
     world_size,
 )
-from llm.contracts import WeightAverager
+from llm.contracts import TrainerChecker, WeightAverager
 from llm.errors import ConfigError, CrucibleError
 from llm.ops.precision import resolve_precision
 from llm.scaling.batching import check_ramp
@@ -256,9 +256,14 @@ def _check_optimizer(cfg: Mapping[str, Any]) -> None:
 
 
 def _check_trainer(cfg: Mapping[str, Any]) -> None:
-    """Ask a trainer that has rules of its own."""
+    """Check a trainer that has rules of its own, and refuse 16-bit weights that have no fp32 masters."""
     node = cfg["trainer"]
-    check_own = getattr(locate(node["_target_"]), "check_settings", None)
-    if check_own is not None:
-        precision = resolve_precision(node["precision"], accelerator=accelerator(node))
-        check_own(node, precision=precision, compiled=cfg["compile"] is True)
+    factory = locate(node["_target_"])
+    precision = resolve_precision(node["precision"], accelerator=accelerator(node))
+    if isinstance(factory, TrainerChecker):
+        factory.check_settings(node, precision=precision, compiled=cfg["compile"] is True)
+    elif precision == "bf16-true":
+        raise ConfigError(
+            "trainer.precision=bf16-true: bf16 weights without fp32 masters round small updates away; use "
+            "trainer.precision=bf16-mixed, or trainer=deepspeed trainer.stage=2, which keeps masters"
+        )
