@@ -89,7 +89,7 @@ class EMA(RunningAverage):
     @torch.no_grad()
     def _mix(self, averages: Any, weights: Any, _: Any) -> None:
         decay = min(self.decay, (1 + self._num_averaged) / (10 + self._num_averaged))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        torch._foreach_lerp_(averages, weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the count of averaged updates with Lightning's own state."""
