@@ -103,6 +103,7 @@ def test_nothing_is_removed_from_a_folder_of_unknown_contents_or_with_other_new_
     remember_contents(tmp_path / "new")
     (tmp_path / "newer").mkdir()
     (tmp_path / "newer" / "a.log").touch()
+    (tmp_path / "newer" / "checkpoints").mkdir()
     discard_empty(tmp_path / "newer")  # it has a later time stamp than the remembered name
     assert not (tmp_path / "newer").exists()
 

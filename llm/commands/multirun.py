@@ -82,6 +82,7 @@ def run_sweep(
     with (
         open_sweep(folder, command, ahead.jobs, ahead.swept, options.line_every, pruning) as monitor,
         _leaving_in_order(),
+        _logging_restored(),
     ):
         sys.argv[1:] = ["-m", *command, *_hydra_overrides(ahead, folder)]
         function = JobFunction(plan, None if options.isolate else task)
@@ -136,16 +137,32 @@ def _hydra_notes(cfg: DictConfig, path: Path) -> Iterator[None]:
     notes = {"config": cfg, "hydra": OmegaConf.create({"hydra": own}), "overrides": own.overrides.task}
     for name, note in notes.items():
         OmegaConf.save(note, path / ".hydra" / f"{name}.yaml")
-    root, level = logging.getLogger(), logging.getLogger().level
     handler = logging.FileHandler(path / f"{own.job.name}.log")
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
+    with _logging_restored():
+        for logger in _loggers():  # Hydra's configuration without a log has disabled them
+            logger.disabled = False
+        logging.getLogger().handlers = [handler]
+        logging.getLogger().setLevel(logging.INFO)
+        yield
+    handler.close()
+
+
+@contextlib.contextmanager
+def _logging_restored() -> Iterator[None]:
+    """Restore the handlers, the level and the disabled loggers at the end, which Hydra configures for the process."""
+    root = logging.getLogger()
+    level, handlers, disabled = root.level, root.handlers[:], {logger: logger.disabled for logger in _loggers()}
     try:
         yield
     finally:
-        root.removeHandler(handler)
         root.setLevel(level)
-        handler.close()
+        root.handlers = handlers
+        for logger, is_disabled in disabled.items():
+            logger.disabled = is_disabled
+
+
+def _loggers() -> list[logging.Logger]:
+    return [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
 
 
 def look_ahead(overrides: Sequence[str], *, config_name: str, config_dir: Path) -> Ahead:
@@ -228,8 +245,8 @@ def _devices() -> tuple[str, ...]:
 
 def _hydra_overrides(ahead: Ahead, folder: Path) -> list[str]:
     """Return what Hydra itself is told: where, and to leave console and notes to the jobs."""
-    told = [f"hydra.sweep.dir={quote(str(folder))}", "hydra/hydra_logging=none"]
-    told += ["hydra/job_logging=none", "hydra.output_subdir=null"]
+    told = [f"hydra.sweep.dir={quote(str(folder))}", "hydra/hydra_logging=disabled"]
+    told += ["hydra/job_logging=disabled", "hydra.output_subdir=null"]
     if "max_failure_rate" in ahead.hydra.sweeper:  # Optuna: a failed trial is a result as well
         told.append("hydra.sweeper.max_failure_rate=1.0")
     sampler = ahead.hydra.sweeper.get("sampler") or {}

@@ -97,7 +97,7 @@ def discard_empty(folder: Path) -> None:
     _close_logs(folder)
     for path in new:
         path.unlink(missing_ok=True)
-    for path in (folder / ".hydra", folder):
+    for path in sorted((Path(parent) for parent, _, _ in os.walk(folder)), reverse=True):  # children first
         if path not in before:
             with contextlib.suppress(OSError):  # not empty, or already removed
                 path.rmdir()
