@@ -29,7 +29,8 @@ class Attention(nn.Module, ABC):
         layer_index: index of the layer, from 0.
         qk_norm: normalize queries and keys per head (RMSNorm with gain, arXiv:2302.05442), before positions.
         key_norm: score by q·k/‖k‖, without a gain and without head_dim^−1/2 (kexue.fm/archives/9859).
-        qk_norm_eps: added to the mean square of queries and keys under qk_norm.
+        qk_norm_eps: added to the mean square of queries and keys under qk_norm; the default serves a config.yaml
+            without this key.
 
     Raises:
         ConfigError: num_kv_heads does not divide num_heads, this attention cannot use the position, or both norms

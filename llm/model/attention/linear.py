@@ -41,7 +41,7 @@ class LinearAttention(RecurrentAttention):
     A rotary position rotates φ(q) and φ(k) in the numerator alone: the sum of weights must stay positive.
 
     Args:
-        geometry, position, layer_index, qk_norm, key_norm: see `Attention`.
+        geometry, position, layer_index, qk_norm, key_norm, qk_norm_eps: see `Attention`.
         feature_map: φ: elu (elu(x) + 1) | softmax | relu | identity.
         decay: γ of each key/value head: none (1), fixed (1 − 2^(−5−h), h from 0 to 3 over the heads), or learned from
             that start.
@@ -72,9 +72,15 @@ class LinearAttention(RecurrentAttention):
         decay: Literal["none", "fixed", "learned"],
         output_norm: bool,
         chunk_size: int,
+        qk_norm_eps: float = QK_NORM_EPS,
     ) -> None:
         super().__init__(
-            geometry=geometry, position=position, layer_index=layer_index, qk_norm=qk_norm, key_norm=key_norm
+            geometry=geometry,
+            position=position,
+            layer_index=layer_index,
+            qk_norm=qk_norm,
+            key_norm=key_norm,
+            qk_norm_eps=qk_norm_eps,
         )
         if not output_norm and feature_map not in POSITIVE_MAPS:
             raise ConfigError(

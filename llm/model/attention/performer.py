@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llm.contracts import AttentionGeometry, LayerCache
 from llm.errors import ConfigError
+from llm.model.attention.base import QK_NORM_EPS
 from llm.model.attention.kernels.reference import visible_keys
 from llm.model.attention.performer_chunks import EMPTY, chunked_performer
 from llm.model.attention.recurrent import RecurrentAttention
@@ -33,7 +34,7 @@ class PerformerAttention(RecurrentAttention):
     - neither: ‖q‖² ≈ ‖k‖² ≈ √head_dim, and the error is above 1, worse than an output of zero.
 
     Args:
-        geometry, position, layer_index, qk_norm, key_norm: see `Attention`.
+        geometry, position, layer_index, qk_norm, key_norm, qk_norm_eps: see `Attention`.
         num_features: random directions ω, orthogonal in groups of head_dim; the error falls as num_features^(−1/2).
         feature_seed: seed of the directions; each layer draws its own. They are stored with the weights.
         chunk_size: tokens that are computed as one product in training; the result does not depend on it.
@@ -60,9 +61,15 @@ class PerformerAttention(RecurrentAttention):
         num_features: int,
         feature_seed: int,
         chunk_size: int,
+        qk_norm_eps: float = QK_NORM_EPS,
     ) -> None:
         super().__init__(
-            geometry=geometry, position=position, layer_index=layer_index, qk_norm=qk_norm, key_norm=key_norm
+            geometry=geometry,
+            position=position,
+            layer_index=layer_index,
+            qk_norm=qk_norm,
+            key_norm=key_norm,
+            qk_norm_eps=qk_norm_eps,
         )
         for key, value in (("num_features", num_features), ("chunk_size", chunk_size)):
             if value < 1:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm.contracts import AttentionGeometry, LayerCache
 from llm.errors import ConfigError
-from llm.model.attention.base import Attention
+from llm.model.attention.base import QK_NORM_EPS, Attention
 from llm.model.attention.codebook import Codebook
 from llm.model.attention.kernels.reference import visible_keys
 from llm.model.attention.views import pair_scores, softmax_weights
@@ -28,7 +28,7 @@ class VQAttention(Attention):
     gradient of counting them by a softmax over their distances to the codes.
 
     Args:
-        geometry, position, layer_index, qk_norm, key_norm: see `Attention`.
+        geometry, position, layer_index, qk_norm, key_norm, qk_norm_eps: see `Attention`.
         block_size: tokens per block.
         soft_gradient: temperature, above 0, of the softmax that gives far keys their gradient; None for no gradient.
         codebook: factory, called with num_heads (the key/value heads), head_dim and seed.
@@ -56,6 +56,7 @@ class VQAttention(Attention):
         block_size: int,
         soft_gradient: float | None,
         codebook: Callable[..., Codebook],
+        qk_norm_eps: float = QK_NORM_EPS,
     ) -> None:
         if block_size < 1:
             raise ConfigError(f"model.attention.block_size={block_size}: must be at least 1; 512 is usual")
@@ -65,7 +66,12 @@ class VQAttention(Attention):
             )
         self.block_size, self.soft_gradient = block_size, soft_gradient
         super().__init__(
-            geometry=geometry, position=position, layer_index=layer_index, qk_norm=qk_norm, key_norm=key_norm
+            geometry=geometry,
+            position=position,
+            layer_index=layer_index,
+            qk_norm=qk_norm,
+            key_norm=key_norm,
+            qk_norm_eps=qk_norm_eps,
         )
         self.codebook = codebook(num_heads=geometry.num_kv_heads, head_dim=geometry.head_dim, seed=layer_index)
 
