@@ -1,12 +1,16 @@
+import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 from catalogue import CONF
 
+from llm.commands.cli import _newest_run
 from llm.commands.overrides import keys_set_by
 from llm.config.resume import merge_resumed
 from llm.errors import ConfigError
 
+FIXTURES = Path(__file__).parent / "fixtures"
 SAVED = {
     "max_steps": 10,
     "seed": 0,
@@ -75,3 +79,14 @@ def test_the_keys_of_an_experiment_are_its_own_and_the_groups_it_chooses():
     keys = keys_set_by("experiment", "recall", CONF)
     assert {"data", "context_length", "model.ffn.d_ff", "optimizer.lr"} <= set(keys)
     assert keys_set_by("experiment", "nothing", CONF) == []
+
+
+def test_auto_takes_the_newest_run_of_the_very_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, name in (("1_dense", "dense"), ("2_dense", "dense"), ("3_old_dense", "old_dense"), ("4_dense", "x")):
+        run = Path(shutil.copytree(FIXTURES / "run_of_version_0.1", f"runs/{folder}", symlinks=True))
+        config = (run / "config.yaml").read_text().replace("name: frozen", f"name: {name}")
+        (run / "config.yaml").write_text(config)
+    assert _newest_run(["name=dense"], "train") == Path("runs/2_dense")
+    with pytest.raises(ConfigError, match="resume=auto: no run named ense with a checkpoint"):
+        _newest_run(["name=ense"], "train")

@@ -241,15 +241,14 @@ def _resume_dir(arguments: list[str], config_name: str) -> list[str]:
 
 
 def _newest_run(arguments: list[str], config_name: str) -> Path:
-    cfg = compose_plain(config_name, [a for a in arguments if not a.startswith("-")])
-    name = cfg["name"]
-    passed_over = []
-    for folder in sorted((p.parent for p in Path("runs").glob(f"*_{name}/config.yaml")), reverse=True):
-        if list_checkpoints(folder / "checkpoints"):
-            for other in passed_over:
-                sys.stderr.write(f"resume=auto: passed over {other}, which ended before its first checkpoint\n")
-            return folder
-        passed_over.append(folder)
+    """Return the newest run folder under runs/ whose config.yaml has this command line's name and a checkpoint."""
+    name = compose_plain(config_name, [a for a in arguments if not a.startswith("-")])["name"]
+    for file in sorted(Path("runs").glob("*/config.yaml"), reverse=True):
+        if not file.parent.name.endswith(f"_{name}") or load(file).get("name") != name:
+            continue
+        if list_checkpoints(file.parent / "checkpoints"):
+            return file.parent
+        sys.stderr.write(f"resume=auto: skipped {file.parent}, which ended before its first checkpoint\n")
     raise ConfigError(f"resume=auto: no run named {name} with a checkpoint under runs/; name its folder instead")
 
 

@@ -10,6 +10,7 @@ import torch
 
 from llm.config.build import GROUPS, build_averaging, build_evaluations, build_meta_model, build_rates, build_tokenizer
 from llm.config.checked import CheckedConfig
+from llm.config.decided import decided_elsewhere
 from llm.config.pieces import instantiate
 from llm.config.run import RunConfig, run_config
 from llm.config.safety import escaping_paths, secrets_in
@@ -41,6 +42,7 @@ from llm.scaling.noise_scale import PROBE_REMEDY
 
 SUPPLIED_TO = {"data.module.TokenDataModule": frozenset({"source"})}
 REMEDIES = {"base_batch_tokens": "the tokens per update at which optimizer.lr was tuned"}
+MAX_SEED = 2**32
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -54,6 +56,7 @@ def check(cfg: Mapping[str, Any]) -> CheckedConfig:
     nodes = {group: cfg.get(group) for group in GROUPS}
     if isinstance(nodes["trainer"], Mapping):  # `resolve_precision` judges it: Lightning knows no `auto`
         nodes["trainer"] = {key: value for key, value in nodes["trainer"].items() if key != "precision"}
+    problems += decided_elsewhere(nodes)
     for group in ("callbacks", "logger", "eval"):
         problems += check_pieces(group, cfg.get(group))
     for path, node in target_nodes(nodes):
@@ -91,6 +94,9 @@ def _check_run_keys(cfg: Mapping[str, Any]) -> list[str]:
     for key in ("val_every", "checkpoint_every"):
         if isinstance(cfg.get(key), int) and cfg[key] < 1:
             problems.append(f"{key}={cfg[key]}: must be at least 1 update; try 100")
+    seed = cfg.get("seed")
+    if isinstance(seed, int) and not 0 <= seed < MAX_SEED:
+        problems.append(f"seed={seed}: must lie in [0, {MAX_SEED}), the range of NumPy's generators; try 0")
     try:
         check_name(str(cfg.get("name")))
     except ConfigError as error:

@@ -1,0 +1,64 @@
+"""Refuses settings of a node that its parent decides, which would be ignored."""
+
+from collections.abc import Mapping
+from typing import Any
+
+DECIDED: Mapping[str, Mapping[str, str]] = {
+    "trainer": {
+        "max_steps": "set max_steps",
+        "max_epochs": "set max_steps or max_tokens",
+        "accumulate_grad_batches": "it follows from batch_tokens, context_length and micro_batch_size",
+        "val_check_interval": "set val_every",
+        "check_val_every_n_epoch": "set val_every",
+        "num_sanity_val_steps": "no validation runs before training",
+        "use_distributed_sampler": "the loader shares windows out among the ranks",
+        "enable_model_summary": "plan=true prints the parameters",
+        "enable_checkpointing": "set callbacks.checkpoints",
+        "default_root_dir": "set hydra.run.dir",
+        "callbacks": "set callbacks",
+        "logger": "set logger",
+        "plugins": "set trainer.precision or trainer.strategy",
+    },
+    "loader": {
+        "source": "set data",
+        "tokenizer": "set tokenizer",
+        "context_length": "set context_length",
+        "batch_tokens": "set batch_tokens",
+        "micro_batch_size": "set micro_batch_size",
+        "seed": "set seed",
+        "ramp": "set batch_schedule",
+    },
+    "model": {"vocab_size": "set tokenizer.vocab_size"},
+    "model.attention": {
+        "geometry": "set model.d_model, num_heads, num_kv_heads and head_dim",
+        "d_model": "set model.d_model",
+        "num_heads": "set model.num_heads",
+        "num_kv_heads": "set model.num_kv_heads",
+        "head_dim": "set model.head_dim",
+        "position": "set model/position",
+        "layer_index": "layers are numbered in order",
+    },
+    "model.ffn": {"d_model": "set model.d_model"},
+    "model.norm": {"dim": "set model.d_model"},
+    "model.position": {"head_dim": "set model.head_dim"},
+    "optimizer": {"params": "groups are built from the model"},
+    "schedule": {"total_steps": "set max_steps or max_tokens"},
+    "scaling": {"batch_tokens": "set batch_tokens"},
+    "batch_schedule": {"batch_tokens": "set batch_tokens"},
+}
+"""Key of a node -> what to do instead, for the arguments that the parent supplies when it builds the node.
+
+The parent's value wins over one in the node, so a setting there would have no effect.
+"""
+
+
+def decided_elsewhere(nodes: Mapping[str, Any]) -> list[str]:
+    """Return a complaint for each setting that the parent of its node decides."""
+    problems = []
+    for path, keys in DECIDED.items():
+        node: Any = nodes
+        for part in path.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if isinstance(node, Mapping):
+            problems += [f"{path}.{k}={node[k]}: has no effect here; {keys[k]}" for k in keys if k in node]
+    return problems
