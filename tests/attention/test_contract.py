@@ -80,7 +80,7 @@ def test_the_jacobian_is_lower_triangular_without_zeros(attention, position):
 
 
 @every_pair
-def test_what_follows_changes_no_earlier_output(attention, position, rows):
+def test_later_tokens_change_no_earlier_output(attention, position, rows):
     layer = ready(attention, position)
     x, positions, ids = rows(100)
     changed = x.clone()
@@ -157,7 +157,7 @@ def test_bf16_autocast_trains_close_to_fp32(attention, position, rows):
 
 
 @pytest.mark.parametrize(("attention", "position"), ILLEGAL_PAIRS, ids=map("-".join, LEGAL_PAIRS))
-def test_an_illegal_pair_is_refused_with_the_reason(attention, position):
+def test_an_invalid_pair_is_refused_with_the_reason(attention, position):
     reason = reason_against(attention, position)
     assert reason.startswith("model.position")
     assert f"model.attention={attention}" in reason.replace("model/attention", "model.attention")

@@ -110,7 +110,7 @@ def test_bf16_is_as_close_to_fp64_as_the_reference_run_in_bf16(shape):
         assert (ours - true).norm() <= 1.25 * (plain - true).norm()
 
 
-def test_autocast_casts_what_it_is_given():
+def test_autocast_casts_queries_keys_and_values():
     (q, k, v), options = make(SHAPES[1], torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         out, lse = causal_attention(q, k, v, **options, return_lse=True)
@@ -167,6 +167,6 @@ def test_the_step_never_holds_time_by_time(monkeypatch):
         (((1, 4, 2, 8), (1, 4, 2, 8), (1, 4, 2, 8)), 0),
     ],
 )
-def test_what_does_not_fit_is_refused(sizes, window):
+def test_shapes_that_do_not_match_are_refused(sizes, window):
     with pytest.raises(ShapeError, match="attention"):
         causal_attention(*(torch.zeros(s) for s in sizes), scale=1.0, window=window)

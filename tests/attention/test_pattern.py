@@ -36,7 +36,7 @@ def test_layers_of_one_kind_share_no_weights(composed):
     assert first.q_proj.weight is not second.q_proj.weight
 
 
-def test_a_hybrid_decodes_as_it_reads(composed):
+def test_decoding_a_hybrid_with_caches_equals_the_full_forward(composed):
     model = build(composed, "model.attention.pattern=[local,linear,performer,softmax]").eval()
     ids, positions = torch.randint(100, (2, 90)), torch.arange(90).expand(2, -1)
     full = model(ids, positions=positions).hidden
@@ -55,7 +55,7 @@ def test_a_pattern_that_names_no_kind_is_refused(composed, pattern, reason):
         check(composed("model=hybrid", f"model.attention.pattern={pattern}"))
 
 
-def test_an_illegal_pair_inside_a_pattern_is_refused_with_the_reason(composed):
+def test_an_invalid_pair_inside_a_pattern_is_refused_with_the_reason(composed):
     with pytest.raises(ConfigError, match="each code occurred"):
         check(composed("model=hybrid", "model.attention.pattern=[softmax,vq]"))
 
