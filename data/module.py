@@ -129,13 +129,16 @@ class TokenDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Build the token cache, or find it."""
+        self._prepare(trains=True)
+
+    def _prepare(self, *, trains: bool) -> None:
         if self._cache is None:
             self._cache = open_or_build(self.source, self.tokenizer, self.options)
-            self._refuse_too_few()
+            self._refuse_too_few(trains=trains)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the token cache."""
-        self.prepare_data()
+        """Open the token cache; a stage of `validate` needs no window of the training split."""
+        self._prepare(trains=stage != "validate")
 
     @property
     def cache(self) -> TokenCache:
@@ -316,14 +319,14 @@ class TokenDataModule(LightningDataModule):
             raise ConfigError("trainer: the data module has none; use train_sampler() outside a Trainer")
         return self.trainer
 
-    def _refuse_too_few(self) -> None:
-        """Raise DataError when a split holds no window."""
+    def _refuse_too_few(self, *, trains: bool) -> None:
+        """Raise DataError when a split that is read holds no window."""
         needed, hint = self.context_length + 1, self.source.hint()
         dropped = ", ".join(
             f"{self.report[key]} {key}" for key in ("empty", "invalid_utf8", "long_lines", "duplicates")
         )
         found = f"{self.report['documents']} documents; left out: {dropped}"
-        if self.train_tokens < needed:
+        if trains and self.train_tokens < needed:
             raise DataError(
                 f"context_length={self.context_length}: one window needs {needed} tokens, the training split has "
                 f"{self.train_tokens} ({found}); {hint}, or lower context_length"

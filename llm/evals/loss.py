@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text."""
+"""Evaluates how well a model predicts held-out text."""
 
 from typing import Any
 
@@ -7,39 +7,49 @@ import torch
 from llm.errors import ConfigError, DataError
 from llm.evals.base import Result, Subject, on_device, token_losses
 from llm.evals.loss_metrics import validation_metrics
+from llm.evals.strided import strided_sums
 from llm.ops.loss import loss_and_byte_sums
 
-HEADER = ["text", "tokens", "bytes", "nats a token", "bits per byte", "perplexity"]
+HEADER = ["text", "tokens", "bytes", "nats per token", "bits per byte", "perplexity"]
 
 
 class Loss:
-    """Measures nats a token, bits per byte and perplexity on the validation split, and on each source of text apart.
+    """An evaluation of loss, bits per byte and perplexity, on the validation split and on each source of text.
 
-        bits per byte = Σ loss / (ln 2 · bytes that the tokens stand for)
+        bits per byte = Σ loss / (ln 2 · bytes that the tokens represent)
 
-    Bits per byte do not depend on the tokenizer, so models with different ones compare by them.
+    Bits per byte do not depend on the tokenizer, so that models with different tokenizers can be compared.
 
     Args:
-        sources: other texts by name, each a path or glob; of each the share that a run would hold out is read, so that
-            text of the run's own corpus was not trained on. None for the patterns of data.files, where there are
-            several, and an empty mapping for none.
-        share: of each such source to read, in (0, 1), or None for the share that the run held out.
+        sources: other texts by name, each a path or glob. None measures each pattern of data.files, where there are
+            several, and an empty mapping measures none.
+        share: share of the documents of each source to read, in (0, 1]. None reads a text whole, but a pattern of the
+            run's own data.files only as far as the run held it out.
+        stride: tokens between the beginnings of overlapping windows, in [1, context_length − 1], or None for windows
+            that follow each other as in training; see `llm.evals.strided.strided_sums`.
 
     Raises:
-        ConfigError: a share outside (0, 1).
+        ConfigError: share or stride lies outside its range.
     """
 
-    def __init__(self, *, sources: dict[str, str] | None, share: float | None) -> None:
-        if share is not None and not 0 < share < 1:
-            raise ConfigError(f"eval.loss.share={share}: must lie in (0, 1); 0.99 for text that no run was trained on")
-        self.sources, self.share = sources, share
+    def __init__(
+        self, *, sources: dict[str, str] | None, share: float | None = None, stride: int | None = None
+    ) -> None:
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError(f"eval.loss.share={share}: must lie in (0, 1]; 1 reads the whole text")
+        self.sources, self.share, self.stride = sources, share, stride
 
     def __call__(self, subject: Subject) -> Result:
-        """Measure."""
-        sums = {"validation": loss_sums(subject, subject.data)}
+        """Measure the losses of the subject."""
+        if self.stride is not None and not 1 <= self.stride < subject.context_length:
+            raise ConfigError(
+                f"eval.loss.stride={self.stride}: must lie in [1, context_length - 1 = {subject.context_length - 1}]; "
+                f"try {max(1, subject.context_length // 2)}"
+            )
+        sums = {"validation": self._sums(subject, subject.data)}
         sources = {name: name for name in subject.source_files} if self.sources is None else self.sources
         for name, files in sources.items():
-            sums[name] = loss_sums(subject, self._open(subject, name, files))
+            sums[name] = self._sums(subject, self._open(subject, name, files))
         metrics = {name: validation_metrics(*values) for name, values in sums.items()}
         figures: dict[str, Any] = dict(metrics["validation"])
         if sources:
@@ -49,6 +59,11 @@ class Loss:
         headline |= {f"loss of {name}": metrics[name]["val/loss"] for name in sources}
         return Result(headline=headline, figures=figures, header=HEADER, rows=rows)
 
+    def _sums(self, subject: Subject, data: Any) -> tuple[float, float, float]:
+        if self.stride is None:
+            return loss_sums(subject, data)
+        return strided_sums(subject, data, stride=self.stride)
+
     def _open(self, subject: Subject, name: str, files: str) -> Any:
         try:
             return subject.open_source(files, self.share)
@@ -57,7 +72,7 @@ class Loss:
 
 
 def loss_sums(subject: Subject, data: Any) -> tuple[float, float, float]:
-    """Return the summed loss in nats, the number of labels, and the bytes they stand for, over the validation split."""
+    """Return the summed loss in nats, the number of labels and the bytes they represent, over the validation split."""
     token_bytes = torch.as_tensor(data.tokenizer.token_bytes, device=subject.device).float()
     total = torch.zeros(3, dtype=torch.float64, device=subject.device)
     for batch in data.validation_batches():

@@ -1,5 +1,6 @@
-"""Text beside a run's own corpus, read with the run's tokenizer and held out as the run holds out."""
+"""Opens text other than a run's own corpus, with the run's tokenizer."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,47 +10,51 @@ import yaml
 from llm.config.build import build_data
 from llm.config.checked import CheckedConfig
 from llm.config.conf import conf_folder
-from llm.config.pieces import instantiate
+from llm.config.pieces import instantiate, piece_at
 
-TEXT = conf_folder() / "data" / "text.yaml"
 TOKENIZER = "tokenizer.json"
+WHOLE = {"val_fraction": math.nextafter(1.0, 0.0), "val_tokens": 1 << 40}
+"""Settings of the loader that hold out all documents of a text and limit no tokens of it."""
 
 
 def open_source(checked: CheckedConfig, folder: Path, files: str, share: float | None) -> Any:
-    """Return a data module, set up, whose held-out part is a share of some files.
+    """Return a data module whose validation split is a share of some files.
 
-    A document is held out by its content alone, so what is held out of a part of the run's corpus was held out of the
-    whole as well.
+    A document is held out by its content alone. What is held out of a part of the run's corpus was therefore held out
+    of the whole corpus too.
 
     Args:
         checked: the run's configuration.
-        folder: the run folder, which holds the tokenizer.
+        folder: the run folder, which has the tokenizer.
         files: a path or glob.
-        share: of the documents to read, or None for the run's own share.
+        share: of the documents to read. None reads all of a text, but of a pattern of the run's own data.files only
+            the share that the run held out.
     """
     cfg = dict(checked.tree)
+    own = cfg["data"].get("files")
+    if share is None and files not in (own if isinstance(own, list) else [own]):
+        share = 1.0
     cfg["data"] = {**_text_node(cfg["data"]), "files": files}
-    if (folder / TOKENIZER).is_file() and not cfg["tokenizer"]["_target_"].endswith("ByteTokenizer"):
+    if (folder / TOKENIZER).is_file() and not piece_at(cfg["tokenizer"]["_target_"]).has_one_token_a_byte:
         bos_token = cfg["tokenizer"].get("bos_token")
         target = "data.tokenizer.PretrainedTokenizer"
         cfg["tokenizer"] = {"_target_": target, "path": str(folder / TOKENIZER), "bos_token": bos_token}
     if share is not None:
-        cfg["loader"] = {**cfg["loader"], "val_fraction": share}
+        cfg["loader"] = {**cfg["loader"], **(WHOLE if share == 1 else {"val_fraction": share})}
     data = build_data(cfg, checked.sizes)
-    data.prepare_data()
     data.setup("validate")
     return data
 
 
 def _text_node(node: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings by which files are read: the run's own where it reads files."""
+    """Return the settings for reading files: the run's own where it reads files, and the defaults otherwise."""
     if "files" not in node:
-        return yaml.safe_load(TEXT.read_text(encoding="utf-8"))
-    # documents are cut as in the whole corpus, or others would be held out
+        return yaml.safe_load((conf_folder() / "data" / "text.yaml").read_text(encoding="utf-8"))
+    # documents must be cut as in the whole corpus, or other documents would be held out
     return {**node, "document_bytes": instantiate(node).pieces()[0].unit}
 
 
 def source_patterns(cfg: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the patterns of the run's corpus where there are several."""
+    """Return the patterns of the run's corpus, or none where it has only one."""
     files = cfg["data"].get("files")
     return tuple(files) if isinstance(files, list) and len(files) > 1 else ()

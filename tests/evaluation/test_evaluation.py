@@ -9,6 +9,7 @@ from catalogue import CONF, options
 from torch import nn
 
 from llm.commands.evaluate import evaluate
+from llm.commands.export import write_model
 from llm.commands.help import help_page
 from llm.errors import CheckpointError, ConfigError
 from llm.evals.base import Subject
@@ -71,6 +72,46 @@ def test_text_of_several_sources_is_measured_apart_and_only_what_was_held_out(
     assert low - 0.05 < found["val/loss"] < high + 0.05
     evaluate(judging(f"run_dir={folder}", "eval=[loss]", "eval.loss.sources={}"), tmp_path / "none")
     assert "by_source" not in read(tmp_path / "none", "loss")
+
+
+def test_a_text_is_read_whole_by_default_and_by_share_1(trained, judging, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("12 plus 7 makes 19.\n" * 9)
+    source = f"eval.loss.sources={{text: {text}}}"
+    for share in ("null", "1"):
+        settings = (source, f"eval.loss.share={share}")
+        evaluate(judging(f"run_dir={trained[0]}", "eval=[loss]", *settings), tmp_path / share)
+        bits, loss = (
+            read(tmp_path / share, "loss")["by_source"]["text"][f"val/{n}"] for n in ("bits_per_byte", "loss")
+        )
+        assert loss / math.log(2) == pytest.approx(bits)  # a token per byte
+    assert read(tmp_path / "1", "loss")["by_source"] == read(tmp_path / "null", "loss")["by_source"]
+
+
+def test_overlapping_windows_give_the_perplexity_of_a_loop_over_transformers(trained, judging, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    trained_model = rebuild_model(trained[0], "last")
+    write_model(trained_model, tmp_path, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} times 7 makes {7 * n}. " for n in range(9)))
+    settings = (f"eval.loss.sources={{text: {text}}}", "eval.loss.stride=12")
+    evaluate(judging(f"run_dir={trained[0]}", "eval=[loss]", *settings), tmp_path / "out")
+    ids = torch.tensor([[256, *text.read_bytes()]])
+    total, scored_to = 0.0, 1
+    for begin in range(0, ids.shape[1], 12):
+        window = ids[:, begin : begin + 32]
+        with torch.no_grad():
+            scores = theirs(input_ids=window).logits.log_softmax(-1)[0, :-1]
+        losses = -scores.gather(1, window[0, 1:, None])[:, 0]
+        total += float(losses[scored_to - begin - 1 :].sum())
+        scored_to = begin + window.shape[1]
+        if scored_to == ids.shape[1]:
+            break
+    found = read(tmp_path / "out", "loss")["by_source"]["text"]["val/loss"]
+    assert found == pytest.approx(total / (ids.shape[1] - 1), rel=1e-5)  # fp32 in another order
+    with pytest.raises(ConfigError, match=r"eval\.loss\.stride=32: must lie in \[1, context_length - 1 = 31\]"):
+        evaluate(judging(f"run_dir={trained[0]}", "eval=[loss]", "eval.loss.stride=32"), tmp_path / "out")
 
 
 def test_attention_is_measured_by_layer(trained, judging, tmp_path):
