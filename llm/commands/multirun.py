@@ -24,6 +24,7 @@ from llm.commands.refused_jobs import refuse_if_all_jobs_fail
 from llm.config.conf import entry_script
 from llm.config.quoting import quote
 from llm.config.resume import merge_resumed
+from llm.errors import ConfigError
 from llm.report.report_folder import write_report
 from llm.sweep.job import run_job
 from llm.sweep.manifest import MANIFEST, SweepJob, read_notes, read_sweep
@@ -74,9 +75,15 @@ def run_sweep(
     flags, overrides = _split_flags(command)
     ahead = look_ahead(overrides, config_name=config_name, config_dir=config_dir)
     folder = resolve_folder(options.resume, Path(ahead.hydra.sweep.dir), command)
+    subdir = dict(OmegaConf.to_container(ahead.hydra.sweep, resolve=False)).get("subdir")  # type: ignore[call-overload]
+    if os.path.normpath(str(subdir)) == ".":
+        raise ConfigError(
+            "hydra.sweep.subdir=.: each job needs its own folder, such as hydra.sweep.subdir=${hydra.job.num}"
+        )
     if check is not None and not (folder / MANIFEST).exists():
         refuse_if_all_jobs_fail(ahead.jobs, check=check, config_name=config_name)
-    script = entry_script(config_name)
+    beside = config_dir.parent / f"{config_name}.py"  # a checkout, or a project with its own conf/
+    script = beside if beside.is_file() else entry_script(config_name)
     pruning = options.pruning(read_sweep(folder).prune if (folder / MANIFEST).exists() else None)
     plan = replace(_plan(ahead, folder, plain_command(script, tuple(flags))), prune=pruning)
     with (

@@ -12,7 +12,7 @@ import yaml
 
 from llm.config.renamed import with_present_targets
 from llm.errors import ConfigError
-from llm.report.sweeps import holds_sweep
+from llm.report.sweeps import holds_sweep, sweeps_in
 from llm.run_folder.folder import RunFolder
 from llm.run_folder.metrics_file import LineReader, Record
 
@@ -154,8 +154,10 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
 
 def _marked(folder: Path) -> Iterator[Path]:
     """Yield one file per run: its configuration, or job.json of a job that failed before it had a configuration."""
+    sweeps = {sweep for sweep, _ in sweeps_in(folder)}
     for path in folder.rglob("config.yaml"):
-        if path.parent.name != ".hydra" and ".git" not in path.parts:
+        is_foreign = not (path.parent / "job.json").is_file() and sweeps & {*path.parents}  # not a job of the sweep
+        if path.parent.name != ".hydra" and ".git" not in path.parts and not is_foreign:
             yield path
     for path in folder.rglob("job.json"):
         if not (path.parent / "config.yaml").is_file():

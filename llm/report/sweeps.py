@@ -20,17 +20,18 @@ class PendingJobs(NamedTuple):
 
 def pending_jobs(folders: Iterable[Path]) -> PendingJobs:
     """Return the remaining work of the sweeps in and under `folders`."""
-    found = {path: manifest for folder in folders for path, manifest in _sweeps(folder)}
+    found = {path: manifest for folder in folders for path, manifest in sweeps_in(folder)}
     pending = sum(job.state == "pending" for manifest in found.values() for job in manifest.jobs)
     return PendingJobs(pending, any(map(is_held, found)))
 
 
 def holds_sweep(folder: Path) -> bool:
     """Return whether there is a sweep in or under a folder, even if none of its jobs has started."""
-    return next(_sweeps(folder), None) is not None
+    return next(sweeps_in(folder), None) is not None
 
 
-def _sweeps(folder: Path) -> Iterator[tuple[Path, Manifest]]:
+def sweeps_in(folder: Path) -> Iterator[tuple[Path, Manifest]]:
+    """Yield the folder and the manifest of each sweep in or under a folder."""
     for path in folder.rglob(MANIFEST):
         if "checkpoints" in path.parts:  # a checkpoint's manifest has the same name
             continue

@@ -33,11 +33,12 @@ def test_a_job_takes_the_next_free_folder_and_clears_only_its_own_files(tmp_path
 
 def test_a_finished_run_of_somebody_else_is_not_reported_as_a_job(project, sweep, foreign):
     folder = project.path / "s"
-    foreign(folder / "0_job-good", ["thesis.tex", ".hydra/config.yaml"])
+    foreign(folder / "0_job-good", ["thesis.tex", "config.yaml", ".hydra/config.yaml"])
     RunFolder(folder / "0_job-good").write_summary({"status": "finished", "val/loss": 0.5})
     status, _, err = sweep("seed=1", "hydra.sweep.dir=s")
     assert status == 0, err
     (job,) = read_sweep(folder).jobs
+    assert (folder / "report/leaderboard.csv").read_text().count("\n") == 2  # the header and the sweep's own job
     assert (job.folder, job.value) == ("0_job-good-2", pytest.approx(3.01))
     assert json.loads((folder / "0_job-good/summary.json").read_text())["val/loss"] == 0.5
 
@@ -54,6 +55,7 @@ def test_all_jobs_in_the_folder_of_the_sweep_are_refused(project, sweep, foreign
     foreign(project.path / "s", ["thesis.tex"])
     with pytest.raises(ConfigError, match="each job needs its own folder"):
         sweep("seed=1", "hydra.sweep.dir=s", "hydra.sweep.subdir=.")
+    assert [path.name for path in (project.path / "s").iterdir()] == ["thesis.tex"]
 
 
 def test_jobs_in_one_process_write_hydras_notes_into_their_own_folder(project, sweep, foreign):
