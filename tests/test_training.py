@@ -206,3 +206,10 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(run, monkeypatch):
     poison(monkeypatch, set(range(1, 20)))
     with pytest.raises(NonFiniteError, match="10th step in a row"):
         run("run", "on_nonfinite=skip", "max_steps=20")
+
+
+def test_a_run_without_validation_ends_in_a_line_that_says_so(run, caplog):
+    with caplog.at_level("INFO"):
+        folder, loss = run("blind", "+trainer.limit_val_batches=0")
+    assert loss is None
+    assert "val/loss     not measured" in caplog.text
