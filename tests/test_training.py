@@ -210,6 +210,6 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(run, monkeypatch):
 
 def test_a_run_without_validation_ends_in_a_line_that_says_so(run, caplog):
     with caplog.at_level("INFO"):
-        folder, loss = run("blind", "+trainer.limit_val_batches=0")
+        _, loss = run("blind", "+trainer.limit_val_batches=0")
     assert loss is None
     assert "val/loss     not measured" in caplog.text
