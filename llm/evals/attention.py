@@ -1,4 +1,4 @@
-"""How concentrated attention is."""
+"""Evaluates how concentrated attention is."""
 
 from matplotlib.axes import Axes
 

@@ -1,4 +1,4 @@
-"""What every evaluation is given, and what it gives back."""
+"""Defines the input and the result of every evaluation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager

@@ -1,4 +1,4 @@
-"""How much of its codebooks a model uses, and how well codes stand for keys."""
+"""Evaluates how much of its codebooks a model uses, and how well codes approximate keys."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How evenly and how surely a model uses its experts."""
+"""Evaluates how evenly a model uses its experts, and how decided its router is."""
 
 from typing import Any
 

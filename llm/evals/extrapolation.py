@@ -1,4 +1,4 @@
-"""Whether a model reads longer text than training did."""
+"""Evaluates a model on contexts longer than its training windows."""
 
 import logging
 import math
@@ -61,7 +61,7 @@ class Extrapolation:
                 "by_context": {str(n): {"loss": a, "standard_error": b} for n, (a, b) in by_context.items()},
                 "by_position": {"stretch": max(1, length // 2), "loss": by_position},
             },
-            header=["tokens of context", "nats a token", "standard error"],
+            header=["tokens of context", "nats per token", "standard error"],
             rows=rows,
             draw=lambda axes: _draw(axes, by_context, by_position, max(1, length // 2)),
         )

@@ -1,4 +1,4 @@
-"""Text that a model writes."""
+"""Evaluates a model by samples of its text."""
 
 from typing import Any
 
@@ -51,5 +51,5 @@ class Samples:
         with subject.autocast():
             done = generate(subject.model, self.prompts, tokenizer=subject.data.tokenizer, **self.sampling)
         rule = f"\n{'-' * 60}\n"
-        text = f"{rule[1:]}{rule.join(done.texts)}{rule}{done.tokens_per_second:.0f} tokens a second"
+        text = f"{rule[1:]}{rule.join(done.texts)}{rule}{done.tokens_per_second:.0f} tokens per second"
         return Result(headline={}, figures=done.texts, text=text)

@@ -1,4 +1,4 @@
-"""Text out of a decoder: sampling from its scores, with a cache so that each token is read once."""
+"""Generates text with a decoder: sampling, and a cache so that each token is read once."""
 
 from llm.generate.decode import Decoding, stream_tokens
 from llm.generate.sampling import check_sampling, filter_logits, sample_token

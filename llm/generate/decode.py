@@ -1,4 +1,4 @@
-"""Token after token: prompts of any lengths side by side, each token read once."""
+"""Draws tokens for prompts of any lengths in one batch; with a cache each token is read once."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,23 +15,23 @@ PADDING_DOCUMENT = -1
 
 
 class Decoding:
-    """Some prompts being continued; iterating gives the next token of every row, [batch], max_new_tokens times.
+    """Prompts that are continued; iterating yields the next token of every row, [batch], max_new_tokens times.
 
-    Prompts of different lengths are padded to the left with a document of their own, which no real token sees.
+    Shorter prompts are padded on the left with a document of their own, which no real token sees.
 
     Args:
         model: a decoder with `new_caches` and `logits`.
-        prompts: token ids, at least one each.
-        max_new_tokens: how many tokens to draw for each prompt.
+        prompts: token ids, at least one per prompt.
+        max_new_tokens: number of tokens to draw per prompt.
         temperature: 0 is greedy.
         top_k: see `filter_logits`.
         top_p: see `filter_logits`.
         seed: of the draw.
         repetition_penalty: see `penalize_repetition`.
-        use_cache: read each token once; without it the whole text is read again for every token (the definition).
+        use_cache: read each token once; False reads the whole text again for every token, which is the definition.
 
     Raises:
-        ConfigError: a setting out of range, or an empty prompt.
+        ConfigError: a setting lies outside its range, or a prompt is empty.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Decoding:
 
     @torch.inference_mode()
     def _step(self, fresh: slice) -> Int[Tensor, " batch"]:
-        """Read the fresh tokens, draw the next one of each row, and put it behind the others."""
+        """Read the tokens not yet read, draw the next token of each row, and append it."""
         documents = self.documents[:, fresh] if self.is_padded else None
         hidden = self.model(
             self.ids[:, fresh], positions=self.positions[:, fresh], document_ids=documents, caches=self.caches
@@ -79,7 +79,7 @@ class Decoding:
         return token
 
     def cache_bytes(self) -> int:
-        """Bytes that the caches hold."""
+        """Return the bytes of the caches."""
         return sum(cache.nbytes() for cache in self.caches or ())
 
 

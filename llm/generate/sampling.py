@@ -1,4 +1,4 @@
-"""The next token out of scores: penalties, temperature, the nucleus, and the draw."""
+"""Draws the next token from logits: repetition penalty, temperature, top k and nucleus."""
 
 import torch
 from jaxtyping import Float, Int
@@ -10,13 +10,13 @@ from llm.errors import ConfigError
 def filter_logits(
     logits: Float[Tensor, "batch vocab"], *, temperature: float, top_k: int | None, top_p: float | None
 ) -> Float[Tensor, "batch vocab"]:
-    """Divide by the temperature, then put −inf on what lies outside the top k and outside the nucleus.
+    """Divide logits by the temperature, then set those outside the top k and outside the nucleus to −inf.
 
     Args:
         logits: scores of the next token.
         temperature: above 0; below 1 sharpens.
-        top_k: keep the k highest, or None.
-        top_p: keep the fewest tokens whose probabilities sum to at least p (the first always stays), or None.
+        top_k: number of highest logits to keep, or None for all.
+        top_p: keep the fewest tokens whose probabilities sum to at least p, one or more; None keeps all.
 
     Source: nucleus sampling of Holtzman et al., arXiv:1904.09751, eq. 2-3.
     """
@@ -35,20 +35,20 @@ def filter_logits(
 def penalize_repetition(
     logits: Float[Tensor, "batch vocab"], ids: Int[Tensor, "batch time"], penalty: float
 ) -> Float[Tensor, "batch vocab"]:
-    """Make tokens that occurred already less likely: x / penalty where x > 0, x · penalty where x < 0.
+    """Lower the logits of tokens that have occurred: x / penalty where x > 0, x · penalty where x < 0.
 
     Args:
         logits: scores of the next token.
-        ids: the tokens so far, prompt included; −1 marks padding.
-        penalty: above 0; 1 changes nothing, 1.1 to 1.3 is usual.
+        ids: the tokens so far, those of the prompt included; −1 marks padding.
+        penalty: above 0; 1 changes nothing, and 1.1 to 1.3 are usual.
 
     Source: Keskar et al., "CTRL", arXiv:1909.05858, section 4.1. Differs: negative scores are multiplied, as in
-    `transformers`, since dividing them would make their tokens likelier.
+    `transformers`, since division would make their tokens more likely.
     """
     if penalty == 1.0:
         return logits
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids.clamp_min(0), ids >= 0)
-    # a padded place stands in column 0 and may have put out a real token's mark there
+    # padding writes to column 0 and may have erased the mark of a real token there
     seen[:, 0] = (ids == 0).any(1)
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -61,9 +61,9 @@ def sample_token(
     top_p: float | None,
     generator: torch.Generator,
 ) -> Int[Tensor, " batch"]:
-    """Draw the next token; a temperature of 0 takes the highest score.
+    """Draw the next token; at temperature 0 take the highest logit.
 
-    The draw is argmax(logits + Gumbel noise) with noise from the CPU, so that a seed gives the same text on any device.
+    The draw is argmax(logits + Gumbel noise). The noise is made on the CPU, so that a seed fixes the text.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -81,7 +81,7 @@ def check_sampling(
     top_p: float | None,
     repetition_penalty: float = 1.0,
 ) -> None:
-    """Raise ConfigError for a sampling setting out of its range."""
+    """Raise ConfigError for a sampling setting outside its range."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens}: must be at least 1; try 128")
     if not temperature >= 0:

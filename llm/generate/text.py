@@ -1,4 +1,4 @@
-"""Texts in, texts out: where a text ends, how it streams, and what it cost."""
+"""Continues texts: decides where a text ends, streams it, and measures time and memory."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -12,45 +12,51 @@ from llm.errors import ConfigError
 from llm.generate.decode import Decoding
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
-"""What a character decodes to as long as some of its bytes are missing."""
+"""The character that decoding gives as long as some bytes of a character are missing."""
+
+CONTEXT_TOKENS = 8
+"""Last tokens of a prompt that a continuation is decoded after. Decoded alone it can lose its first space."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Continued texts, and what they cost."""
+    """Continued texts, with the time and memory that they took."""
 
     prompts: list[str]
     continuations: list[str]
     num_tokens: int
-    """Tokens drawn that are part of a text or end it, over all texts."""
+    """Number of tokens drawn, over all texts, those that end a text included."""
     prefill_seconds: float
-    """Until the first token."""
+    """Seconds until the first token."""
     decode_seconds: float
-    """For all tokens after the first."""
+    """Seconds for all tokens after the first."""
     decode_steps: int
     cache_bytes: int
 
     @property
     def texts(self) -> list[str]:
-        """Each prompt with its continuation."""
+        """The prompts, each followed by its continuation."""
         return [prompt + text for prompt, text in zip(self.prompts, self.continuations, strict=True)]
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of all texts over the whole time."""
+        """Tokens of all texts per second of the whole time."""
         return self.num_tokens / max(self.prefill_seconds + self.decode_seconds, 1e-9)
 
 
 class GrowingText:
-    """One text while it is drawn: it ends at the tokenizer's bos token or before a stop string.
+    """A text while it is drawn; it ends at the tokenizer's bos token or before a stop string.
 
     Args:
         tokenizer: with `bos_id` and `decode`.
-        stop: strings that end the text and are no part of it.
+        stop: strings that end the text and are not part of it.
+        prompt: ids that the text follows; SentencePiece tokenizers drop the space before a text that is decoded alone.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt: Sequence[int] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.context = list(prompt[-CONTEXT_TOKENS:])
+        self.context_text = tokenizer.decode(self.context).rstrip(BROKEN) if self.context else ""
         self.tail = 4 + max((len(s.encode()) for s in stop), default=0)  # tokens that a stop string can lie in
         self.ids: list[int] = []
         self.num_drawn = 0
@@ -58,7 +64,7 @@ class GrowingText:
         self._shown = 0
 
     def add(self, token: int) -> None:
-        """Take the next token; without effect once the text has ended."""
+        """Append the next token, unless the text has ended."""
         if self.is_done:
             return
         self.num_drawn += 1
@@ -67,17 +73,21 @@ class GrowingText:
             return
         self.ids.append(token)
         if self.stop:
-            tail = self.tokenizer.decode(self.ids[-self.tail :])
+            is_short = len(self.ids) <= self.tail
+            tail = self._decoded() if is_short else self.tokenizer.decode(self.ids[-self.tail :])
             self.is_done = any(stop in tail for stop in self.stop)
 
     def finished(self) -> str:
-        """Return the text without what ended it."""
-        text = self.tokenizer.decode(self.ids)
+        """Return the text without the stop string that ended it."""
+        text = self._decoded()
         places = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
         return text[: min(places)] if places else text
 
+    def _decoded(self) -> str:
+        return self.tokenizer.decode([*self.context, *self.ids])[len(self.context_text) :]
+
     def news(self) -> str:
-        """Return what can be shown since the last call: no half characters, nothing that may begin a stop string."""
+        """Return the new text since the last call, without half characters and without the start of a stop string."""
         text = self.finished()
         if not self.is_done:
             text = text[: len(text) - self._held_back(text)]
@@ -94,20 +104,20 @@ class GrowingText:
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Return the ids of each prompt, each beginning a document."""
+    """Return the ids of each prompt, after a bos token."""
     return [[tokenizer.bos_id, *map(int, ids)] for ids in tokenizer.encode_batch(list(prompts))]
 
 
 class Continuation:
-    """Prompts being continued until each meets the tokenizer's bos token, a stop string, or max_new_tokens.
+    """Prompts that are continued until each reaches the tokenizer's bos token, a stop string, or max_new_tokens.
 
-    Iterating gives the growing texts after every token; `result` then says what came of them.
+    Iterating yields the growing texts after every token; `result` then returns the texts with their time and memory.
 
     Args:
-        model: a decoder; left in the mode it was in.
-        prompts: texts, an empty one starting a document; or their ids, as they are to be read.
+        model: a decoder; its training mode is restored at the end.
+        prompts: texts, or lists of ids that are read as they are; an empty text starts a document.
         tokenizer: with `bos_id`, `encode_batch` and `decode`.
-        stop: strings that end a text and are no part of it.
+        stop: strings that end a text and are not part of it.
         sampling: see `Decoding`.
     """
 
@@ -121,12 +131,12 @@ class Continuation:
         **sampling: Any,
     ) -> None:
         if "" in stop:
-            raise ConfigError("stop=['']: an empty string ends every text at once; leave it out")
+            raise ConfigError("stop=['']: an empty string ends every text at once; remove it")
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         ids = [list(prompt) for prompt in prompts if not isinstance(prompt, str)] or encode_prompts(texts, tokenizer)
         self.model, self.prompts = model, texts or [tokenizer.decode(row) for row in ids]
         self.decoding = Decoding(model, ids, **sampling)
-        self.texts = [GrowingText(tokenizer, stop) for _ in prompts]
+        self.texts = [GrowingText(tokenizer, stop, prompt) for prompt in ids]
         self.prefill_seconds, self.decode_seconds, self.decode_steps = 0.0, 0.0, 0
 
     def __iter__(self) -> Iterator[list[GrowingText]]:
@@ -150,7 +160,7 @@ class Continuation:
                 last = time.perf_counter()
 
     def result(self) -> Generation:
-        """Return the texts as they stand, and what they cost."""
+        """Return the texts so far, with the time and memory that they took."""
         return Generation(
             prompts=self.prompts,
             continuations=[text.finished() for text in self.texts],
@@ -176,7 +186,7 @@ def generate_text(model: Any, prompts: Sequence[str], **options: Any) -> list[st
 
 
 def stream_text(model: Any, prompt: str, **options: Any) -> Iterator[str]:
-    """Yield the continuation of one prompt piece by piece, as soon as characters are whole; see `Continuation`."""
+    """Yield the continuation of one prompt in pieces of whole characters; see `Continuation`."""
     for (text,) in Continuation(model, [prompt], **options):
         if piece := text.news():
             yield piece

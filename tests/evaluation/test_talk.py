@@ -51,6 +51,27 @@ def test_a_stop_string_ends_a_text_and_is_no_part_of_it_however_it_is_cut_into_t
     assert text.num_drawn == len("one ENE END")
 
 
+def test_a_continuation_keeps_its_first_space():
+    from tokenizers import Tokenizer, decoders, models
+
+    block = "\N{LOWER ONE EIGHTH BLOCK}"
+    pieces = Tokenizer(models.BPE(vocab={f"{block}hello": 0, f"{block}world": 1}, merges=[]))
+    pieces.decoder = decoders.Metaspace()
+
+    class Pieces:
+        bos_id = 2
+        decode = staticmethod(lambda ids: pieces.decode([i for i in ids if i != 2]))
+
+    def continued(prompt, stop):
+        text = GrowingText(Pieces(), stop, prompt=prompt)
+        text.add(1)
+        return text.finished(), text.is_done
+
+    assert continued([2, 0], [" world w"]) == (" world", False)
+    assert continued([2, 0], [" world"]) == ("", True)
+    assert continued([2], []) == ("world", False)
+
+
 def test_half_characters_and_possible_stops_wait(tokenizer):
     text = GrowingText(tokenizer, ["xyz"])
     pieces = []

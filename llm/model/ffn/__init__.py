@@ -1,1 +1,1 @@
-"""Feed-forwards: what a token does alone."""
+"""Feed-forward layers, which act on each token alone: dense and mixtures of experts."""

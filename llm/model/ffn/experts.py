@@ -79,7 +79,7 @@ class Experts(nn.Module):
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The precision that matrix products of x are taken in, here and now."""
+    """Return the dtype of matrix products of x, which autocast may lower."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 

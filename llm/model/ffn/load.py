@@ -1,4 +1,4 @@
-"""How evenly a router used its experts."""
+"""Measures how evenly a router uses its experts."""
 
 import torch
 from jaxtyping import Float, Int
@@ -8,14 +8,14 @@ from llm.model.ffn.routing import Routing
 
 
 def expert_counts(expert_ids: Int[Tensor, "tokens slots"], num_experts: int) -> Int[Tensor, " experts"]:
-    """Tokens of each expert; empty slots count nowhere."""
+    """Return the number of tokens per expert; empty slots are not counted."""
     counts = expert_ids.new_zeros(num_experts + 1)
     ids = expert_ids.flatten()
     return counts.index_add_(0, ids, torch.ones_like(ids))[:num_experts]
 
 
 def max_violation(counts: Tensor) -> Float[Tensor, ""]:
-    """Largest load over the mean load, minus one: 0 at perfect balance.
+    """Return the largest load over the mean load, minus one: 0 at perfect balance.
 
     Source: Wang et al., arXiv:2408.15664, eq. 4.
     """
@@ -24,9 +24,9 @@ def max_violation(counts: Tensor) -> Float[Tensor, ""]:
 
 
 def load_metrics(routing: Routing, num_experts: int) -> dict[str, Tensor]:
-    """Return what is worth seeing of one micro-batch, and its counts as a statistic.
+    """Return metrics of the routing of one micro-batch, and its counts as a statistic.
 
-    expert_load: share of the slots, an expert each. max_violation: see there. dead_experts: experts without a token.
+    expert_load: share of the slots per expert. max_violation: see there. dead_experts: experts without a token.
     top_expert_share: the largest load. router_entropy: mean entropy of a token's scores in nats. experts_per_token.
     """
     counts = expert_counts(routing.expert_ids, num_experts)

@@ -1,4 +1,4 @@
-"""The mixture-of-experts feed-forward: a router, its experts, and a rule that keeps them evenly used."""
+"""Defines the mixture-of-experts feed-forward: a router, experts, and a rule that balances their load."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ from llm.model.ffn.swiglu import SwiGLU
 
 
 class MoE(nn.Module):
-    """Feeds each token through a few of many experts; none is dropped, and there is no capacity.
+    """A mixture-of-experts feed-forward layer: each token passes through a few of many experts, and none is dropped.
 
         y_t = Σ_{e chosen for t} g_te E_e(x_t)  +  Σ_{shared} S(x_t)
 
@@ -103,11 +103,11 @@ class MoE(nn.Module):
         return metrics | {f"stat/{name}": value for name, value in statistics.items()}
 
     def after_optimizer_step(self, statistics: dict[str, Tensor]) -> None:
-        """Remember how many tokens of the update, over all micro-batches and ranks, each expert had."""
+        """Save how many tokens of the update, over all micro-batches and ranks, each expert received."""
         self.update_counts.copy_(statistics["expert_counts"])
 
     def flops_per_token(self, context_length: int) -> float:
-        """Forward FLOPs a token: the router, the shared experts and top_k of the others."""
+        """Return forward FLOPs per token: the router, the shared experts and top_k of the others."""
         shared = 0.0 if self.shared is None else self.shared.flops_per_token(context_length)
         return 2.0 * self.router.proj.weight.numel() + self.experts.active_flops_per_token + shared
 

@@ -1,4 +1,4 @@
-"""The router that sends each token to a fixed number of experts."""
+"""Defines the router that sends each token to a fixed number of experts."""
 
 from typing import Any, ClassVar, Literal
 

@@ -1,4 +1,4 @@
-"""What a router decides, and the order in which experts work through it."""
+"""Defines the result of routing, and the order in which experts process it."""
 
 from typing import ClassVar, NamedTuple
 

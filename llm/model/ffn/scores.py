@@ -1,4 +1,4 @@
-"""Router scores, and the factor that makes routed experts as loud as what they stand beside."""
+"""Router scores, and the factor that gives routed experts the norm of shared experts or of a dense layer."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -20,14 +20,14 @@ SCORE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 TINY = 1e-20
-"""Added to a sum of scores before it divides: a token may have none."""
+"""Added to a sum of scores before division, because all scores of a token may be 0."""
 
 AUTO_SCALE_SAMPLES = 4096
 """Tokens with random logits over which `auto_routed_scale` averages: within 1 % of the expectation."""
 
 
 def normalized(scores: Float[Tensor, "tokens n"]) -> Float[Tensor, "tokens n"]:
-    """Scores over their sum, a row each."""
+    """Return the scores of each row, divided by their sum."""
     return scores / (scores.sum(-1, keepdim=True) + TINY)
 
 

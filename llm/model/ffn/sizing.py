@@ -1,4 +1,4 @@
-"""How wide experts are, so that a mixture is compared with a dense layer fairly."""
+"""Derives the width of experts, so that a mixture and a dense layer can be compared fairly."""
 
 from typing import Literal
 

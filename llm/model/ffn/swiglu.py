@@ -1,4 +1,4 @@
-"""The dense feed-forward."""
+"""Defines the dense feed-forward layer."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -35,5 +35,5 @@ class SwiGLU(nn.Module):
         return SublayerOutput(hidden=hidden, losses={}, metrics={})
 
     def flops_per_token(self, context_length: int) -> float:
-        """Forward FLOPs a token: two for each weight."""
+        """Return forward FLOPs per token: two per weight."""
         return 2.0 * sum(weight.numel() for weight in self.parameters())

@@ -1,4 +1,4 @@
-"""The router that gives a token as many experts as it asks for."""
+"""Defines the router whose number of experts per token depends on the token's scores."""
 
 from typing import Any, ClassVar, Literal
 

@@ -1,4 +1,4 @@
-"""Balance by an auxiliary loss."""
+"""Defines the auxiliary load-balancing loss."""
 
 from typing import Literal
 

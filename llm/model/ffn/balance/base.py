@@ -1,4 +1,4 @@
-"""What every balancing rule can do; on its own it does nothing."""
+"""Defines the base class of balancing rules, which by itself balances nothing."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ def without_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Balance(nn.Module):
-    """Leaves the router alone, and is the base of the rules that do not.
+    """A balancing rule that changes nothing, and the base class of all others.
 
     Rules act in three places: `selection_bias` shifts the choice of experts, `losses` adds to the objective, and
     `after_optimizer_step` moves state once an update, from `statistics` that were summed over the update's
