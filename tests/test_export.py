@@ -13,6 +13,7 @@ from catalogue import options
 
 from llm.commands.export import ExportConfig, export, write_model
 from llm.config.build import build_model, build_tokenizer
+from llm.config.check import check
 from llm.config.settings import settings
 from llm.errors import CheckpointError, ConfigError
 from llm.huggingface.defaults import DEFAULTS, complete
@@ -26,7 +27,7 @@ from llm.training.train import train
 
 SMALL = (
     "model.d_model=32", "model.num_layers=3", "model.num_heads=4", "model.num_kv_heads=2", "model.ffn.d_ff=48",
-    "tokenizer=bytes", "context_length=24",
+    "tokenizer=bytes", "context_length=24", "batch_tokens=24", "micro_batch_size=1", "loader.val_tokens=24",
 )  # fmt: skip
 MOE = ("model=moe", "model.ffn.num_experts=5", "model.ffn.top_k=2")
 SOFTMAX = (*MOE, "model/ffn/router=softmax", "model/ffn/balance=aux_loss")
@@ -81,7 +82,7 @@ def random_model(composed):
                 tensor.add_(torch.randn_like(tensor) * 0.1)
         return TrainedModel(
             folder=Path("run"),
-            config=cfg,
+            config=check(cfg),
             model=model,
             tokenizer=tokenizer,
             device=torch.device("cpu"),
@@ -92,7 +93,7 @@ def random_model(composed):
 
 
 def load_back(folder, trained):
-    cfg = trained.config
+    cfg = trained.config.tree
     fresh = build_model({**cfg, "seed": 1}, trained.tokenizer.vocab_size)
     return load_hf_weights(folder, fresh, context_length=cfg["context_length"], bos_id=trained.tokenizer.bos_id)
 
