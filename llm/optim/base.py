@@ -1,4 +1,4 @@
-"""What every optimizer of the project shares: the one step loop, the checks, and work cut to fit the cache."""
+"""The base class of the project's optimizers: the step loop, the checks, and the split of work into pieces."""
 
 import math
 from abc import abstractmethod
@@ -16,28 +16,28 @@ from llm.optim import foreach
 from llm.optim.shard_steps import ShardSteps
 
 CHUNK = 2**19
-"""Elements that a CPU works on at once: what a rule reads and writes for them (8 MB) stays in the cache, so that a
-rule of several plain operations takes one pass over memory, as a fused kernel would."""
+"""Number of elements that a CPU processes at once. An update rule reads and writes about 8 MB for them, which fits the
+cache. A rule of several elementwise operations therefore passes over main memory once, as a fused kernel does."""
 
 WIDTH = {"matrix": (2, 3), "embedding": (2,), "head": (2,)}
-"""Dimensions that a kind of tensor may have; 3 is a stack of experts."""
+"""Numbers of dimensions that each kind of tensor may have; a tensor with 3 dimensions is a stack of experts."""
 
 
 class Slab(NamedTuple):
-    """Pieces of tensors that a rule updates together: equally long lists, matched in shape."""
+    """Pieces of tensors that a rule updates together. All lists have the same length and matching shapes."""
 
     params: list[Tensor]
     gradients: list[Tensor]
     state: dict[str, list[Tensor]]
     scratch: list[Tensor] | None
-    """Room for one update, on a CPU; on a GPU the caching allocator is as good."""
+    """Temporary buffers for one update on a CPU; None on a GPU, where the caching allocator is as fast."""
 
 
 def in_range(key: str, value: float, low: float, high: float, *, closed: bool = False) -> float:
     """Return `value` if low <= value < high (or <= high, if closed).
 
     Raises:
-        ConfigError: otherwise, and for what is no number.
+        ConfigError: if the value is out of range or is not a number.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or not (low <= value < high or (closed and value == high)):
@@ -51,7 +51,7 @@ def check_betas(key: str, betas: Sequence[float]) -> tuple[float, float]:
     """Return two decay rates in [0, 1).
 
     Raises:
-        ConfigError: another count of them, or one out of range.
+        ConfigError: if there are not exactly two values, or one is out of range.
     """
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise ConfigError(f"optimizer.{key}={betas}: needs two numbers; write for instance [0.9, 0.95]")
@@ -59,20 +59,20 @@ def check_betas(key: str, betas: Sequence[float]) -> tuple[float, float]:
 
 
 class GroupedOptimizer(ShardSteps, torch.optim.Optimizer):
-    """Base of the project's optimizers: takes tagged groups, runs one loop, leaves `update` to the rule.
+    """The base class of the project's optimizers: it takes tagged groups and calls the subclass's `update` for each.
 
     Args:
-        params: groups from `build_param_groups`; they are copied, so that a rule may set what it needs in its own.
-        lr: peak learning rate, for groups without their own; >= 0.
-        weight_decay: decoupled decay, for groups without their own; >= 0.
+        params: groups from `build_param_groups`. They are copied, so that a rule can add its own entries.
+        lr: peak learning rate of groups that set none; >= 0.
+        weight_decay: decoupled weight decay of groups that set none; >= 0.
 
     Raises:
-        ConfigError: groups without kind and names, a rate or decay out of range.
-        ShapeError: a matrix or embedding that arrives with another number of dimensions.
+        ConfigError: if a group has no kind or no names, or a rate or decay is out of range.
+        ShapeError: if a matrix or embedding has an unsupported number of dimensions.
     """
 
     folds_gradients: ClassVar[bool] = False
-    """Whether gradients are consumed during the backward pass, so that none is there to be clipped."""
+    """Whether gradients are consumed during the backward pass, so that they cannot be clipped before the step."""
 
     def __init__(self, params: list[ParamGroup], *, lr: float, weight_decay: float, **defaults: Any) -> None:
         in_range("lr", lr, 0.0, math.inf)
@@ -88,7 +88,7 @@ class GroupedOptimizer(ShardSteps, torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Run the closure, if there is one, then update every parameter that has a gradient."""
+        """Run the closure if one is given, then update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -104,10 +104,10 @@ class GroupedOptimizer(ShardSteps, torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved state; buffers stay in fp32 even where the parameters are not (torch would cast them).
+        """Load a saved state and keep its buffers in fp32. torch would cast them to the dtype of the parameters.
 
         Raises:
-            CheckpointError: the state belongs to other parameters.
+            CheckpointError: if the state belongs to other parameters.
         """
         own = [name for group in self.param_groups for name in group["names"]]
         saved = [name for group in state_dict["param_groups"] for name in group.get("names", [])]
@@ -126,27 +126,27 @@ class GroupedOptimizer(ShardSteps, torch.optim.Optimizer):
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
 
     def is_due(self, parameter: Tensor) -> bool:
-        """Whether this step updates `parameter`."""
+        """Return whether this step updates `parameter`."""
         return parameter.grad is not None
 
     @abstractmethod
     def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Update `params`, members of `group` that have gradients."""
+        """Update `params`, the parameters of `group` that have gradients."""
 
     @abstractmethod
     def rule_of(self, group: dict[str, Any]) -> str:
-        """Name the rule that `group` gets, for the receipt."""
+        """Return the name of the rule that updates `group`, for the receipt."""
 
     def buffers_of(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Name the state tensors of a parameter's size that the rule of `group` keeps, in fp32."""
+        """Return the names of the fp32 state tensors of a parameter's size that the rule of `group` keeps."""
         return ("momentum",)
 
     def state_bytes(self, group: dict[str, Any], parameter: Tensor) -> int:
-        """Bytes of state that `parameter` will have."""
+        """Return the bytes of state that `parameter` will have."""
         return len(self.buffers_of(group)) * parameter.numel() * 4
 
     def buffers(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, list[Tensor]]:
-        """The state tensors of `params` by name, made of zeros where they are new."""
+        """Return the state tensors of `params` by name; create missing ones as zeros."""
         names = self.buffers_of(group)
         for parameter in params:
             state = self.state[parameter]
@@ -157,7 +157,7 @@ class GroupedOptimizer(ShardSteps, torch.optim.Optimizer):
 
 
 def check_shapes(group: dict[str, Any]) -> None:
-    """Raise ShapeError if a strategy has flattened or merged the tensors of `group`."""
+    """Raise ShapeError if a training strategy has flattened or merged the tensors of `group`."""
     params, names, kind = group["params"], group["names"], group["kind"]
     if len(params) != len(names):
         raise ShapeError(
@@ -174,14 +174,14 @@ def check_shapes(group: dict[str, Any]) -> None:
 
 
 def gradients_of(params: list[Tensor]) -> list[Tensor]:
-    """The gradients in fp32, the gradient itself where it is that already."""
+    """Return the gradients in fp32, without a copy where they already are."""
     return [p.grad.to(torch.float32) for p in params if p.grad is not None]
 
 
 def slabs(params: list[Tensor], gradients: list[Tensor], state: dict[str, list[Tensor]]) -> Iterator[Slab]:
-    """Cut the work: on a GPU all tensors at once, for grouped kernels; on a CPU pieces along dim 0 that fit the cache.
+    """Split an update into slabs: all tensors together on a GPU, and pieces along dim 0 that fit the cache on a CPU.
 
-    Rows stay whole, so a rule may look at a row; a count of steps goes with every piece.
+    Rows stay whole, so that a rule can compute a statistic per row. Step counters are passed with every piece.
     """
     if params[0].device.type != "cpu":
         yield Slab(params, gradients, state, None)
@@ -203,7 +203,7 @@ def slabs(params: list[Tensor], gradients: list[Tensor], state: dict[str, list[T
 
 
 def between(start: list[Tensor], end: list[Tensor], weight: float, *, out: list[Tensor] | None) -> list[Tensor]:
-    """start + weight · (end − start) for each pair, written to `out` if there is room."""
+    """Return start + weight · (end − start) for each pair, and write it to `out` if that is given."""
     if out is None:
         return list(foreach.lerp(start, end, weight))
     for room, first, last in zip(out, start, end, strict=True):
@@ -212,7 +212,7 @@ def between(start: list[Tensor], end: list[Tensor], weight: float, *, out: list[
 
 
 def descend(params: list[Tensor], directions: list[Tensor], *, lr: float, weight_decay: float) -> None:
-    """θ ← θ − lr · (direction + weight_decay · θ), which is a step of SGD: torch's fused kernel passes over θ once."""
+    """Apply θ ← θ − lr · (direction + weight_decay · θ) with torch's fused SGD kernel, which passes over θ once."""
     if any(p.dtype != d.dtype for p, d in zip(params, directions, strict=True)):
         if weight_decay:
             foreach.mul_(params, 1 - lr * weight_decay)
@@ -233,15 +233,17 @@ def descend(params: list[Tensor], directions: list[Tensor], *, lr: float, weight
 
 
 def active_rows(gradient: Tensor) -> Tensor:
-    """Which rows of an embedding, or experts of a stack, the loss depended on: those with a gradient that is not 0."""
+    """Return which rows of an embedding, or experts of a stack, have a nonzero gradient: those that the loss used."""
     dims = tuple(range(1, gradient.ndim))
-    return (gradient.amax(dims, keepdim=True) != 0) | (gradient.amin(dims, keepdim=True) != 0)  # any() is 8 x slower
+    return (gradient.amax(dims, keepdim=True) != 0) | (
+        gradient.amin(dims, keepdim=True) != 0
+    )  # any() takes 8 times as long
 
 
 def keep_idle_rows(slab: Slab, apply: Callable[[], None]) -> None:
-    """Run `apply`, which moves `slab.params`, and put the rows that saw no gradient back where they were."""
+    """Run `apply`, which changes `slab.params`, and restore the rows that have no gradient."""
     on_cpu = slab.gradients[0].device.type == "cpu"
-    if on_cpu and all(bool(g.flatten(1)[:, 0].all()) for g in slab.gradients):  # one element a row tells, mostly
+    if on_cpu and all(bool(g.flatten(1)[:, 0].all()) for g in slab.gradients):  # one element per row usually suffices
         apply()
         return
     masks = [active_rows(gradient) for gradient in slab.gradients]
@@ -255,5 +257,5 @@ def keep_idle_rows(slab: Slab, apply: Callable[[], None]) -> None:
 
 
 def has_rows(parameter: Tensor, kind: str) -> bool:
-    """Whether a tensor's first axis counts things that may go unused: token rows or experts."""
+    """Return whether the first axis of a tensor indexes tokens or experts, some of which a batch may not use."""
     return kind == "embedding" or parameter.ndim == 3

@@ -1,4 +1,4 @@
-"""Whole matrices out of flat shards: each is sent to one rank, worked on there, and sent back in slices."""
+"""Exchange of sharded matrices: each is gathered on one rank, processed there, and returned in slices."""
 
 from collections.abc import Callable, Mapping
 
@@ -10,12 +10,13 @@ from llm.optim.shard import ShardLayout, Slice
 
 
 class OwnerExchange:
-    """Lets a rule see whole matrices that a strategy has cut into flat shards, each on one rank.
+    """An exchange that gathers each matrix of flat shards on one rank, its owner, so that a rule can process it whole.
 
     Args:
-        layout: of the shard.
-        cost: what working on a matrix costs, by its shape; owners are chosen so that each rank's share is about the
-            same, the dearest matrices first, and among equals a rank that already holds most of it.
+        layout: layout of the shard.
+        cost: function from a matrix's shape to the cost of processing it. Owners are chosen so that ranks have about
+            equal cost. The costliest matrices are assigned first; among equal ranks, the one that stores most of the
+            matrix becomes its owner.
     """
 
     def __init__(self, layout: ShardLayout, *, cost: Callable[[tuple[int, ...]], float]) -> None:
@@ -30,15 +31,15 @@ class OwnerExchange:
         ]
         self.owned = {name: layout.shapes[name] for name, owner in self.owners.items() if owner == rank}
         self.elements_sent = 0
-        """Elements that this rank has sent to others so far, both ways."""
+        """Number of elements that this rank has sent to other ranks so far, in both directions."""
 
     def map(self, flat: Tensor, function: Callable[[str, Tensor], Tensor], *, dtype: torch.dtype) -> Tensor:
         """Return `flat` with each tensor in it replaced by `function(name, whole tensor)`, in `dtype`; 0 elsewhere.
 
         Args:
-            flat: laid out as the shard.
-            function: is called on the owner of each tensor; keeps its shape.
-            dtype: of what `function` returns.
+            flat: tensor with the layout of the shard.
+            function: called on the owner of each tensor; it must return the same shape.
+            dtype: dtype of what `function` returns.
         """
         pieces = _cut(flat, self._send)
         arrived = self._exchange(pieces, flat.dtype, self._send, self._receive)
@@ -63,7 +64,7 @@ class OwnerExchange:
     def _exchange(
         self, parts: list[Tensor], dtype: torch.dtype, going: list[list[Slice]], coming: list[list[Slice]]
     ) -> list[Tensor]:
-        """Send part r to rank r and return what each rank sent here."""
+        """Send part r to rank r, and return the part that each rank sent to this one."""
         layout = self.layout
         if len(parts) == 1:
             return parts
@@ -76,7 +77,7 @@ class OwnerExchange:
 
 
 def choose_owners(layout: ShardLayout, cost: Callable[[tuple[int, ...]], float]) -> Mapping[str, int]:
-    """Give every tensor of the layout an owner: longest processing time first, the same answer on all ranks."""
+    """Choose an owner for each tensor by the longest-processing-time rule; all ranks compute the same result."""
     held = [{piece.name: piece.numel for piece in rows} for rows in layout.table]
     loads = [0.0] * len(held)
     owners = {}

@@ -1,6 +1,7 @@
-"""torch's grouped operations on lists of tensors, under the names that the rules use; nothing else imports them.
+"""Short names for torch's private foreach operations on lists of tensors, which torch.optim uses too.
 
-On a GPU each is a few kernels for the whole list; on a CPU a loop. torch.optim is built on the same functions.
+On a GPU each operation runs a few kernels for the whole list; on a CPU it runs a loop. No other module imports the
+private functions.
 """
 
 from typing import Any

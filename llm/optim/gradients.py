@@ -1,4 +1,4 @@
-"""The gradients between the backward pass and the update, where the parameters are whole; which of them there are."""
+"""Operations on gradients between the backward pass and the update, and a check that every parameter has one."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,10 +10,10 @@ from llm.errors import ConfigError
 
 
 class WholeGradients:
-    """Measures, clips and drops the gradients of whole parameters, before any update rule.
+    """The gradients of unsharded parameters, which can be measured, clipped and discarded before the update.
 
     Args:
-        parameters: those that may have gradients.
+        parameters: parameters that may have gradients.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -21,11 +21,11 @@ class WholeGradients:
 
     @property
     def exist(self) -> bool:
-        """Whether there are gradients: an optimizer may have folded them into its momentum already."""
+        """Whether any gradient exists. An optimizer may already have added them all to its momentum."""
         return bool(self._parameters)
 
     def norm(self) -> Tensor:
-        """2-norm of the whole gradient."""
+        """Return the 2-norm of all gradients together."""
         return torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
 
     def clip(self, max_norm: float, norm: Tensor) -> None:
@@ -33,19 +33,19 @@ class WholeGradients:
         torch.nn.utils.clip_grads_with_norm_(self._parameters, max_norm, norm)
 
     def drop(self) -> None:
-        """Forget the gradients, so that the coming step updates nothing."""
+        """Discard the gradients, so that the next step updates nothing."""
         for parameter in self._parameters:
             parameter.grad = None
 
 
 class FirstGradients:
-    """Notes which trained parameters the first backward pass reaches, so that one that no loss depends on is named.
+    """A record of the trainable parameters that the first backward pass reaches; those without a gradient are refused.
 
-    One device leaves such a parameter where it is. DDP waits for its gradient, and ZeRO makes one of zeros, with which
-    weight decay and momentum move it: several devices would train something else.
+    A single device does not update such a parameter. DDP waits for its gradient. ZeRO gives it a zero gradient, so that
+    weight decay and momentum change it. Training on several devices would then differ from training on one.
 
     Args:
-        model: whose parameters are watched, until `check` is called.
+        model: model whose parameters are observed until `check` is called.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,13 +60,13 @@ class FirstGradients:
         return note
 
     def check(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Stop watching; refuse what no rank has reached.
+        """Remove the hooks, and raise an error for parameters that no rank has reached.
 
         Args:
-            total: sums over the ranks; called by all of them together.
+            total: function that sums a tensor over the ranks; all ranks must call it together.
 
         Raises:
-            ConfigError: parameters without a gradient, by name.
+            ConfigError: if a parameter has no gradient; the message names it.
         """
         for hook in self._hooks:
             hook.remove()

@@ -1,4 +1,4 @@
-"""Lion: one momentum, and steps of one size."""
+"""Lion: an optimizer that moves weights by the sign of an interpolated momentum."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -12,26 +12,27 @@ from llm.optim.shard import ShardLayout, rows_to_watch
 
 
 class Lion(GroupedOptimizer):
-    """Moves every weight by ±lr, by the sign of an interpolated momentum; half of AdamW's state.
+    """An optimizer that moves every weight by ±lr, the sign of an interpolated momentum, with half of AdamW's state.
 
         u = sign(β1·m + (1−β1)·g);  θ ← θ − lr·(u + λθ);  m ← β2·m + (1−β2)·g
 
-    Start from an lr 3 to 10 times below AdamW's and a decay as much above; signs need large batches.
+    Start with an lr 3 to 10 times smaller than AdamW's and a weight decay larger by the same factor. Sign updates need
+    large batches.
 
     Args:
         params: groups from `build_param_groups`.
-        lr: peak learning rate, >= 0: how far each weight moves in a step.
-        weight_decay: decoupled decay, >= 0.
-        betas: β1 weighs the momentum in the update, β2 keeps it; each in [0, 1).
-        skip_idle_rows: leave a token's embedding, or an expert of a stack, that had no gradient in this step where
-            it is; its momentum still decays.
+        lr: peak learning rate, >= 0: the distance that each weight moves per step.
+        weight_decay: decoupled weight decay, >= 0.
+        betas: β1 weights the momentum in the update, β2 is the momentum's decay rate; each in [0, 1).
+        skip_idle_rows: do not update a token's embedding, or an expert of a stack, that has no gradient in this step;
+            its momentum still decays.
 
     Raises:
-        ConfigError: a setting out of range, or groups without kinds.
-        ShapeError: a matrix that a strategy has flattened.
+        ConfigError: if a setting is out of range or a group has no kind.
+        ShapeError: if a training strategy has flattened a matrix.
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675, Algorithm 2.
-    Differs: `skip_idle_rows`; as published, an unused row moves by a full ±lr for as long as its momentum is not 0.
+    Differs: `skip_idle_rows` is added; in the published rule an unused row moves by ±lr while its momentum is not 0.
     """
 
     update_family: ClassVar = "sign"
@@ -49,11 +50,11 @@ class Lion(GroupedOptimizer):
         super().__init__(params, lr=lr, weight_decay=weight_decay)
 
     def rule_of(self, group: dict[str, Any]) -> str:
-        """Lion, for every kind."""
+        """Return "lion" for every kind."""
         return "lion"
 
     def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Apply the rule to the whole group; stacks of experts and embeddings apart, for their rows."""
+        """Apply the rule to the group; update stacks of experts and embeddings separately, for idle rows."""
         for rows in (False, True):
             members = [p for p in params if has_rows(p, group["kind"]) == rows]
             if members:
@@ -68,7 +69,7 @@ class Lion(GroupedOptimizer):
                 )
 
     def update_shard(self, group: dict[str, Any], flat: Tensor, layout: ShardLayout) -> None:
-        """Apply the rule to a flat shard; which rows had a gradient is agreed on by all ranks."""
+        """Apply the rule to a flat shard; the ranks combine their flags of rows that have a gradient."""
         gradient = gradients_of([flat])[0]
         rows = rows_to_watch(layout, group["kind"]) if self.skip_idle_rows else {}
         apply_rule_to_shard(

@@ -1,4 +1,4 @@
-"""SGD with momentum: the step along the gradient itself, whose batch rules are exact."""
+"""SGD with momentum, the optimizer whose batch-size rules are exact."""
 
 from typing import Any, ClassVar
 
@@ -10,19 +10,19 @@ from llm.optim.base import GroupedOptimizer, descend, gradients_of, in_range, sl
 
 
 class SGD(GroupedOptimizer):
-    """Moves weights along their momentum, in proportion to the gradient: the reference for rules of the batch size.
+    """Stochastic gradient descent with momentum, the reference for batch-size rules.
 
         m ← μ·m + g;  θ ← θ − lr·(m + λθ)
 
     Args:
         params: groups from `build_param_groups`.
-        lr: peak learning rate, >= 0; a constant gradient moves a weight by lr / (1 − μ) of itself.
-        weight_decay: decoupled decay, >= 0.
-        momentum: μ, in [0, 1).
+        lr: peak learning rate, >= 0; a constant gradient g moves a weight by lr · g / (1 − μ) per step.
+        weight_decay: decoupled weight decay, >= 0.
+        momentum: decay rate μ of the momentum, in [0, 1).
 
     Raises:
-        ConfigError: a setting out of range, or groups without kinds.
-        ShapeError: a matrix that a strategy has flattened.
+        ConfigError: if a setting is out of range or a group has no kind.
+        ShapeError: if a training strategy has flattened a matrix.
 
     Source: Polyak 1964, "Some methods of speeding up the convergence of iteration methods"; Sutskever et al. 2013, "On
         the importance of initialization and momentum in deep learning", eqs. 1 and 2, with lr outside of the momentum.
@@ -36,11 +36,11 @@ class SGD(GroupedOptimizer):
         super().__init__(params, lr=lr, weight_decay=weight_decay)
 
     def rule_of(self, group: dict[str, Any]) -> str:
-        """SGD, for every kind."""
+        """Return "sgd" for every kind."""
         return "sgd"
 
     def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Advance the momenta and follow them."""
+        """Update the momenta, then move the parameters along them."""
         for slab in slabs(params, gradients_of(params), self.buffers(group, params)):
             momenta = slab.state["momentum"]
             foreach.mul_(momenta, self.momentum)

@@ -1,4 +1,4 @@
-"""Tiger: Lion with one beta, rates relative to each tensor's size, and gradient accumulation for free."""
+"""Tiger: Lion with one beta, relative learning rates, and gradient accumulation inside the momentum."""
 
 from typing import Any, ClassVar
 
@@ -23,36 +23,36 @@ from llm.optim.shard import ShardLayout
 from llm.optim.tiger_shards import broken_tensors, move_shard_by_sign, relative_rates, shrink, watched
 
 VECTOR_RATE = 0.5
-"""Gains and biases have no size of their own to be relative to: they move by half the rate (Tiger's reference code)."""
+"""Factor on lr for gains and biases, whose rate is not relative to their RMS. The value is that of Tiger's code."""
 
 ACCUMULATE = ("buffer", "momentum")
 
 
 class Tiger(GroupedOptimizer):
-    """Moves weights by the sign of one momentum, at a rate relative to the size of the tensor.
+    """An optimizer that moves weights by the sign of one momentum, at a rate relative to the tensor's RMS.
 
         m ← β·m + (1−β)·g;  θ ← θ − η·(sign(m) + λθ)
         η = lr·RMS(θ) for matrices and the head, lr·RMS(row) for each row of an embedding, lr/2 for vectors
 
-    With k micro-batches and `accumulate="momentum"` each gradient goes into m as the backward pass makes it
-    (m ← [β at the first, else 1]·m + (1−β)·g/k) and is freed: no accumulation buffer is held, and the step equals the
-    ordinary one to fp32 rounding. One device only, and nothing is left to clip.
+    With k micro-batches and `accumulate="momentum"`, the backward pass adds each gradient to m and frees it:
+    m ← [β at the first, else 1]·m + (1−β)·g/k. No accumulation buffer is needed, and the step equals the ordinary one
+    up to fp32 rounding. This works on one device only, and gradients cannot be clipped.
 
     Args:
         params: groups from `build_param_groups`.
-        lr: peak relative rate, >= 0: the fraction of its size that a matrix moves in a step.
-        weight_decay: λ, >= 0.
-        beta: decay of the momentum, in [0, 1).
-        min_rms: a tensor's or row's size counts as at least this, >= 0; with 0 a matrix of zeros never moves.
-        shrink_ratio: in (0, 1): a tensor whose gradient is not finite keeps its momentum and is shrunk towards its
-            resting value (1 for gains, else 0) by this factor, and counted in its state as `shrunk`; or None: such
-            gradients are left to the run's `on_nonfinite`.
-        accumulate: where micro-batches add up: in the gradients ("buffer") or in the momentum ("momentum").
-        skip_idle_rows: leave a token's embedding, or an expert of a stack, that had no gradient where it is.
+        lr: peak relative rate, >= 0: the fraction of its RMS that a matrix moves per step.
+        weight_decay: decoupled weight decay λ, >= 0.
+        beta: decay rate β of the momentum, in [0, 1).
+        min_rms: lower bound of the RMS of a tensor or row, >= 0; with 0, a matrix of zeros never moves.
+        shrink_ratio: factor in (0, 1) for tensors with a non-finite gradient, or None. Such a tensor keeps its momentum
+            and shrinks by this factor towards its resting value, which is 1 for gains and 0 otherwise. Its state counts
+            these events as `shrunk`. With None, the run's `on_nonfinite` handles such gradients.
+        accumulate: where micro-batches are accumulated: in the gradients ("buffer") or in the momentum ("momentum").
+        skip_idle_rows: do not update a token's embedding, or an expert of a stack, that has no gradient.
 
     Raises:
-        ConfigError: a setting out of range, groups without kinds, or accumulate="momentum" on several devices.
-        ShapeError: a matrix that a strategy has flattened.
+        ConfigError: if a setting is out of range, a group has no kind, or several devices use accumulate="momentum".
+        ShapeError: if a training strategy has flattened a matrix.
 
     Source: Su, "Tiger: A Tight-fisted Optimizer", kexue.fm/archives/9512, and its reference code, bojone/tiger.
     Differs: `min_rms` (published: 0); non-finite means NaN or infinite (published: NaN); the decay of a cycle is
@@ -89,19 +89,19 @@ class Tiger(GroupedOptimizer):
 
     @property
     def folds_gradients(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether gradients go into the momentum during the backward pass."""
+        """Whether the backward pass adds gradients to the momentum."""
         return self.folds
 
     def rule_of(self, group: dict[str, Any]) -> str:
-        """Tiger, with what its rate is relative to."""
+        """Return "tiger" with the quantity that its rate is relative to."""
         return {"vector": "tiger (lr/2)", "embedding": "tiger (row RMS)"}.get(group["kind"], "tiger (RMS)")
 
     def is_due(self, parameter: Tensor) -> bool:
-        """Whether `parameter` has a gradient, or has folded one since the last step."""
+        """Return whether `parameter` has a gradient, or has added one to its momentum since the last step."""
         return parameter.grad is not None or self.state.get(parameter, {}).get("folded", 0) > 0
 
     def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Advance the momenta by what gradients are there, then move the parameters by their signs."""
+        """Update the momenta by the gradients, then move the parameters by the signs of the momenta."""
         if self.folds:
             params = [p for p in params if self._closes_cycle(group, p)]
         elif self.shrink_ratio is not None:
@@ -112,7 +112,7 @@ class Tiger(GroupedOptimizer):
                 self._move(group, members, rows=rows and self.skip_idle_rows)
 
     def update_shard(self, group: dict[str, Any], flat: Tensor, layout: ShardLayout) -> None:
-        """Update a flat shard; sizes of tensors and what is not finite are agreed on by all ranks."""
+        """Update a flat shard; the ranks combine the tensors' RMS and their flags of non-finite gradients."""
         (gradient,) = gradients_of([flat])
         broken = set() if self.shrink_ratio is None else broken_tensors(gradient, layout)
         if broken:
@@ -155,28 +155,30 @@ class Tiger(GroupedOptimizer):
     def _paired(
         self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], state: dict[str, list[Tensor]]
     ) -> Any:
-        """Slabs with the rates of the tensors that they are cut from."""
+        """Yield slabs with the rates of the tensors that they are cut from."""
         if params[0].device.type != "cpu":
             rates = self._rates(group, params)
             yield from ((slab, rates) for slab in slabs(params, gradients, state))
             return
-        for i, parameter in enumerate(params):  # one at a time: its update finds in the cache what its size has read
+        for i, parameter in enumerate(
+            params
+        ):  # one at a time, so that the update finds the tensor in the cache after its norm was read
             rates = self._rates(group, [parameter])
             held = {name: buffers[i : i + 1] for name, buffers in state.items()}
             yield from ((slab, rates) for slab in slabs([parameter], [gradients[i]], held))
 
     def _rates(self, group: dict[str, Any], params: list[Tensor]) -> list[float]:
-        """η of each tensor; of an embedding, whose rows have their own, the factor before RMS(row)."""
+        """Return η of each tensor; for an embedding, the factor that is multiplied by each row's RMS."""
         lr = float(group["lr"])
         if group["kind"] == "vector":
             return [VECTOR_RATE * lr] * len(params)
         if group["kind"] == "embedding":
             return [lr] * len(params)
-        norms = torch.stack(norms_of(params)).tolist()  # one wait for the device, not one a tensor
+        norms = torch.stack(norms_of(params)).tolist()  # one synchronization with the device, not one per tensor
         return [lr * max(norm / p.numel() ** 0.5, self.min_rms) for norm, p in zip(norms, params, strict=True)]
 
     def _shrink_if_broken(self, group: dict[str, Any], parameter: Tensor) -> bool:
-        """Shrink a tensor whose gradient is not finite; say whether that was so."""
+        """Shrink the tensor if its gradient is not finite, and return whether it was shrunk."""
         gradient = parameter.grad
         if gradient is None or bool(torch.isfinite(torch.linalg.vector_norm(gradient, ord=float("inf")))):
             return False
@@ -200,7 +202,7 @@ class Tiger(GroupedOptimizer):
 
     @torch.no_grad()
     def _fold(self, group: dict[str, Any], parameter: Tensor) -> None:
-        """Add a micro-batch's gradient to the momentum and free it; called by the backward pass."""
+        """Add a micro-batch's gradient to the momentum and free it. The backward pass calls this."""
         state = self.state[parameter]
         if self.shrink_ratio is not None and self._shrink_if_broken(group, parameter):
             state["last_broken"] = 1
@@ -216,7 +218,7 @@ class Tiger(GroupedOptimizer):
         parameter.grad = None
 
     def _closes_cycle(self, group: dict[str, Any], parameter: Tensor) -> bool:
-        """End the parameter's cycle of micro-batches; a last one that was not finite takes the update's place."""
+        """End the parameter's cycle of micro-batches; return whether to update. A non-finite last gradient skips it."""
         state = self.state[parameter]
         if parameter.grad is not None:
             self._fold(group, parameter)
@@ -227,21 +229,21 @@ class Tiger(GroupedOptimizer):
         return moves
 
     def _take_mask(self, parameter: Tensor) -> Tensor:
-        """What stands for the gradient once it is folded: 1 in the rows that had one, at the size of a view."""
+        """Return a mask in place of the freed gradient: 1 in the rows that had one, expanded as a view."""
         used = self.state[parameter].pop("used", None)
         mask = torch.ones((), device=parameter.device) if used is None else used
         return mask.expand(parameter.shape)
 
 
 def norms_of(params: list[Tensor]) -> list[Tensor]:
-    """‖θ‖ of each tensor; on a CPU by way of its rows, for torch takes the norm of a whole tensor with one thread."""
+    """Return ‖θ‖ of each tensor. On a CPU reduce rows first: torch takes a whole tensor's norm with one thread."""
     if params[0].device.type != "cpu":
         return list(foreach.norm(params))
     return [torch.linalg.vector_norm(torch.linalg.vector_norm(parameter, dim=-1)) for parameter in params]
 
 
 def move_by_sign(slab: Slab, rates: list[float], group: dict[str, Any], *, min_rms: float) -> None:
-    """θ ← θ − η·(sign(m) + λθ), with η one number a tensor, or for embeddings one a row."""
+    """Apply θ ← θ − η·(sign(m) + λθ), where η is one number per tensor, or per row of an embedding."""
     momenta, decay = slab.state["momentum"], float(group["weight_decay"])
     if slab.scratch is None:
         signs = list(foreach.sign(momenta))

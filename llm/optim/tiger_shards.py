@@ -1,4 +1,4 @@
-"""Tiger on flat shards: sums of squares and flags are agreed on by all ranks, everything else stays where it lies."""
+"""Tiger on flat shards: ranks exchange sums of squares and flags; weights and momenta stay on their rank."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from llm.optim.shard_steps import keep_inactive
 
 
 def broken_tensors(gradient: Tensor, layout: ShardLayout) -> set[str]:
-    """Return the tensors whose gradient is not finite somewhere, on any rank."""
+    """Return the names of the tensors whose gradient has a non-finite element on any rank."""
     sizes = {name: max(1, torch.Size(shape).numel()) for name, shape in layout.shapes.items()}
     flags = layout.block_measure(gradient, sizes, _is_broken, dist.ReduceOp.MAX)
     return {name for name, flag in flags.items() if bool(flag.any())}
@@ -29,7 +29,9 @@ def shrink(flat: Tensor, layout: ShardLayout, broken: set[str], *, ratio: float,
 def relative_rates(
     flat: Tensor, layout: ShardLayout, *, kind: str, lr: float, min_rms: float
 ) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """Return elements of a block and η of each block, by tensor: rows for embeddings, else the whole tensor.
+    """Return, by tensor, the number of elements per block and η of each block.
+
+    A block is a row of an embedding, and the whole tensor otherwise.
 
     η = lr · max(RMS(block), min_rms)
     """
@@ -56,19 +58,19 @@ def move_shard_by_sign(
     beta: float,
     decay: float,
 ) -> None:
-    """m ← β·m + (1−β)·g;  θ ← θ − η·(sign(m) + λθ) on every slice whose tensor is not broken.
+    """Apply m ← β·m + (1−β)·g and θ ← θ − η·(sign(m) + λθ) to each slice of a tensor whose gradient is finite.
 
     Args:
         flat: the shard of weights.
-        momentum: laid out as the shard.
-        gradient: likewise.
-        layout: of the shard.
-        sizes: elements of a block with one η, by tensor.
+        momentum: momenta, with the layout of the shard.
+        gradient: gradients, with the layout of the shard.
+        layout: layout of the shard.
+        sizes: number of elements per block with one η, by tensor.
         rates: η of each block, by tensor.
-        broken: tensors to leave alone.
-        active: elements that may move; None for all.
-        beta: β.
-        decay: λ.
+        broken: names of the tensors to skip.
+        active: mask of the elements to update; None for all.
+        beta: decay rate β of the momentum.
+        decay: weight decay λ.
     """
     for piece in layout.slices:
         if piece.name in broken:
@@ -87,7 +89,7 @@ def _step(weight: Tensor, momentum: Tensor, eta: Tensor, decay: float) -> None:
 
 
 def _pieces(span: Span, rates: Tensor) -> Any:
-    """Cut a span into pieces that fit the cache, each with the η of its blocks as a column."""
+    """Yield pieces of a span that fit the cache, each with the η of its blocks as a column."""
     width = span.length // span.num_blocks
     if span.num_blocks == 1:
         for start in range(0, span.length, CHUNK):
@@ -103,7 +105,7 @@ def _pieces(span: Span, rates: Tensor) -> Any:
 
 
 def watched(layout: ShardLayout, kind: str, gradient: Tensor) -> Tensor | None:
-    """Mark the elements of rows that had a gradient; None where all may move."""
+    """Return a mask of the elements whose row has a gradient, or None where all elements are updated."""
     rows = rows_to_watch(layout, kind)
     return layout.active_elements(gradient, rows) if rows else None
 
