@@ -1,4 +1,4 @@
-"""Muon: hidden matrices step along their orthogonalised momentum, all else by AdamW or Lion, in one optimizer."""
+"""Muon: it orthogonalises the momentum of hidden matrices, and updates other parameters by AdamW or Lion."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -20,53 +20,53 @@ from llm.optim.shard import ShardLayout, rows_to_watch
 from llm.optim.threads import side_by_side
 
 UPDATE_SCALES: dict[str, Callable[[float, float], float]] = {
-    # Liu et al., "Muon is Scalable for LLM Training", arXiv:2502.16982, eq. 4: AdamW's lr and decay carry over
+    # Liu et al., "Muon is Scalable for LLM Training", arXiv:2502.16982, eq. 4: AdamW's lr and weight decay apply
     "match_adamw": lambda rows, columns: 0.2 * max(rows, columns) ** 0.5,
-    # Jordan et al. 2024, "Muon": an lr that carries over from width to width
+    # Jordan et al. 2024, "Muon": the best lr does not change with the width
     "spectral": lambda rows, columns: max(1.0, rows / columns) ** 0.5,
 }
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 STACK_ELEMENTS = 2**26
-"""Elements orthogonalised at once on a GPU: enough to fill it, 128 MB in bfloat16. A CPU takes matrices singly."""
+"""Number of elements orthogonalised at once on a GPU: 128 MB in bfloat16 use it fully. A CPU processes one matrix."""
 
 
 class Muon(GroupedOptimizer):
-    """Moves each hidden matrix by an orthogonal one, so that all its directions learn at one rate.
+    """An optimizer that moves each hidden matrix by an orthogonal one, so that all its directions learn at one rate.
 
         M ← μ·M + (1−μ)·G;  O = NewtonSchulz((1−μ)·G + μ·M);  W ← W − lr·(scale·O + λ·W)
 
-    Embeddings, head and vectors get the rule `aux`. Orthogonalised as they are: each expert of a stack; each head, if
-    asked. State: 4 bytes a parameter for matrices, the rule's own for the rest.
+    The rule `aux` updates embeddings, head and vectors. Each expert of a stack is orthogonalised separately; with
+    `by_head`, each attention head is too. Matrices need 4 bytes of state per parameter, other kinds what `aux` needs.
 
     Args:
-        params: groups from `build_param_groups`; the kind `matrix` is orthogonalised.
+        params: groups from `build_param_groups`; parameters of kind `matrix` are orthogonalised.
         lr: peak learning rate, >= 0.
-        weight_decay: decoupled decay, times lr and not `update_scale`; >= 0.
-        momentum: μ, in [0, 1).
-        nesterov: look one step ahead, or orthogonalise M itself.
+        weight_decay: decoupled weight decay, multiplied by lr but not by `update_scale`; >= 0.
+        momentum: decay rate μ of the momentum, in [0, 1).
+        nesterov: orthogonalise (1−μ)·G + μ·M if True, and M itself if False.
         iteration: Newton-Schulz coefficients, "quintic" or "polar_express".
-        update_scale: "match_adamw", 0.2·√max(d_out, d_in), or "spectral", √max(1, d_out/d_in), of the true matrix.
-        matmul_dtype: of the products: "float32", "bfloat16", or "auto": bfloat16 where that is native.
-        by_head: orthogonalise each attention head apart, where a module says how many its projection stacks.
-        row_beta: decay of the rows' second moments in NorMuon's normalisation, in (0, 1); None: without.
-        cautious_decay: decay only the weights that the update pulls towards 0 as well.
-        aux: rule of the other kinds, "adamw" or "lion".
-        aux_lr_scale: factor on their lr, > 0.
-        aux_betas: the rule's betas, each in [0, 1).
-        aux_eps: AdamW's eps; None for Lion.
-        skip_idle_rows: leave an expert, or a token's embedding, that had no gradient in this step where it is.
+        update_scale: "match_adamw", 0.2·√max(d_out, d_in), or "spectral", √max(1, d_out/d_in).
+        matmul_dtype: dtype of the products: "float32", "bfloat16", or "auto", bfloat16 where that is native.
+        by_head: orthogonalise each attention head separately, where a module declares its projection's heads.
+        row_beta: decay rate of the rows' second moments in NorMuon's normalisation, in (0, 1); None disables it.
+        cautious_decay: decay only the weights that the update also moves towards 0.
+        aux: rule for the other kinds, "adamw" or "lion".
+        aux_lr_scale: factor on the lr of the other kinds, > 0.
+        aux_betas: betas of `aux`, each in [0, 1).
+        aux_eps: eps of AdamW; None for Lion.
+        skip_idle_rows: do not update an expert, or a token's embedding, that has no gradient in this step.
 
     Raises:
-        ConfigError: a setting out of range, an unknown name, or no matrix to orthogonalise.
-        ShapeError: a matrix that a strategy has flattened.
+        ConfigError: if a setting is out of range, a name is unknown, or there is no matrix to orthogonalise.
+        ShapeError: if a training strategy has flattened a matrix.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", kellerjordan.github.io/posts/muon,
         2024; Liu et al., arXiv:2502.16982, Algorithm 1 without its distribution; Chen et al., "Cautious Weight Decay",
         arXiv:2510.12402, Algorithm 1, for `cautious_decay`.
-    Differs: `skip_idle_rows`: orthogonalisation is blind to scale, so a stale momentum would keep moving an unused
-        expert at full size; `aux` rules share the object.
+    Differs: `skip_idle_rows` is added. Orthogonalisation ignores scale, so an old momentum would otherwise move an
+        unused expert by full steps. The rule `aux` is part of the same optimizer object.
     """
 
     orthogonalizes: ClassVar[bool] = True
@@ -117,24 +117,24 @@ class Muon(GroupedOptimizer):
 
     @staticmethod
     def update_norm(settings: dict[str, Any], rows: float, columns: float) -> float:
-        """Spectral norm of a step at lr = 1, for a factory with these settings."""
+        """Return the spectral norm of a step at lr = 1, for a factory with these settings."""
         return UPDATE_SCALES[settings["update_scale"]](rows, columns)
 
     def rule_of(self, group: dict[str, Any]) -> str:
-        """Muon for matrices, the name of `aux` for the rest."""
+        """Return "muon" for matrices and the name of `aux` for other kinds."""
         return "muon" if group["kind"] == "matrix" else self.aux.name
 
     def buffers_of(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """One momentum for matrices, what `aux` keeps for the rest."""
+        """Return the buffers: one momentum for matrices, and those of `aux` for other kinds."""
         return ("momentum",) if group["kind"] == "matrix" else self.aux.buffers
 
     def state_bytes(self, group: dict[str, Any], parameter: Tensor) -> int:
-        """Bytes of state, with the rows' second moments where they are kept."""
+        """Return the bytes of state, including the rows' second moments where they exist."""
         rows = parameter.numel() // parameter.shape[-1] if self.row_beta and group["kind"] == "matrix" else 0
         return super().state_bytes(group, parameter) + 4 * rows
 
     def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Orthogonalise the matrices, equal shapes together; apply `aux` to other kinds."""
+        """Update matrices by orthogonalised momenta, those of equal shape together; apply `aux` to other kinds."""
         if group["kind"] != "matrix":
             self._update_aux(group, params)
             return
@@ -147,7 +147,7 @@ class Muon(GroupedOptimizer):
             self._update_stack(group, members, heads)
 
     def update_shard(self, group: dict[str, Any], flat: Tensor, layout: ShardLayout) -> None:
-        """Update a flat shard: matrices by the ranks that own them, other kinds where they lie."""
+        """Update a flat shard. Owner ranks orthogonalise the matrices; other kinds are updated on each rank."""
         (gradient,) = gradients_of([flat])
         if group["kind"] != "matrix":
             rows = rows_to_watch(layout, group["kind"]) if self.skip_idle_rows else {}
@@ -177,14 +177,14 @@ class Muon(GroupedOptimizer):
         )
 
     def exchange_of(self, layout: ShardLayout) -> OwnerExchange:
-        """Return the exchange of a layout; the owners are chosen once."""
+        """Return the exchange of a layout, which is created once."""
         exchanges = self.__dict__.setdefault("_exchanges", {})
         if id(layout) not in exchanges:
             exchanges[id(layout)] = make_exchange(layout)
         return exchanges[id(layout)]
 
     def load_owned_state(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Keep the state of the matrices that this rank owns: only an owner's is kept up to date."""
+        """Keep the state of the matrices that this rank owns, since only the owner updates it."""
         layouts = [layout for layout in self._layouts.values() if layout.shapes.keys() & state.keys()]
         owned = {name for layout in layouts for name in self.exchange_of(layout).owned}
         super().load_owned_state({name: held for name, held in state.items() if name in owned})
@@ -193,7 +193,7 @@ class Muon(GroupedOptimizer):
         return fast_dtype(device) if self.matmul_dtype == "auto" else DTYPES[self.matmul_dtype]
 
     def _aux_state(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, list[Tensor]]:
-        """State of the rule `aux`; a step counter is advanced."""
+        """Return the state of the rule `aux`, after its step counters are increased."""
         state = self.buffers(group, params)
         if self.aux.name == "adamw":
             for parameter in params:
@@ -215,7 +215,7 @@ class Muon(GroupedOptimizer):
         )
 
     def _stacks(self, group: dict[str, Any], params: list[Tensor]) -> Iterator[tuple[list[Tensor], int]]:
-        """Matrices of one shape and number of heads, as many together as the device works on well."""
+        """Yield matrices of one shape and number of heads, in batches of a size that suits the device."""
         counts = dict(zip(map(id, group["params"]), group.get("heads", [1] * len(group["params"])), strict=True))
         buckets: dict[tuple[torch.Size, int], list[Tensor]] = {}
         for parameter in params:
@@ -239,7 +239,7 @@ class Muon(GroupedOptimizer):
             self._descend(group, as_blocks(parameter, heads), direction, used)
 
     def _look_ahead(self, gradients: list[Tensor], momenta: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """Advance the momenta; return what is to be orthogonalised, in the dtype of the products."""
+        """Update the momenta, and return the matrices to orthogonalise in the dtype of the products."""
         out = [torch.empty_like(gradient, dtype=dtype) for gradient in gradients]
         for slab in slabs(out, gradients, {"momentum": momenta}):
             momentum = slab.state["momentum"]
@@ -249,23 +249,23 @@ class Muon(GroupedOptimizer):
         return out
 
     def _used(self, gradient: Tensor) -> Tensor | None:
-        """Which blocks the loss depended on, or None if all may move."""
+        """Return which blocks have a nonzero gradient, or None if all blocks are updated."""
         if not self.skip_idle_rows:
             return None
         if gradient.device.type == "cpu" and bool(gradient[:, 0, 0].all()):
-            return None  # one element of each is enough to know
+            return None  # a nonzero element per block proves that all are used
         used = active_rows(gradient)
         return None if used.device.type == "cpu" and bool(used.all()) else used.float()
 
     def _row_moments(self, params: list[Tensor], blocks: Tensor) -> list[Tensor]:
-        """The running mean square of each row of each parameter's blocks."""
+        """Return the running mean square of each row of each parameter's blocks."""
         for parameter in params:
             if "row_moment" not in self.state[parameter]:
                 self.state[parameter]["row_moment"] = blocks.new_zeros(*blocks.shape[1:-1], 1, dtype=torch.float32)
         return [self.state[parameter]["row_moment"] for parameter in params]
 
     def _descend(self, group: dict[str, Any], weight: Tensor, direction: Tensor, used: Tensor | None) -> None:
-        """W ← W − lr·(scale·O + λ·W) on the blocks of one parameter that may move, piece by piece on a CPU."""
+        """Apply W ← W − lr·(scale·O + λ·W) to the used blocks of one parameter, in cache-sized pieces on a CPU."""
         lr, decay = float(group["lr"]), float(group["weight_decay"])
         step = lr * self.update_scale(*weight.shape[-2:])
         rows = weight.shape[-2]

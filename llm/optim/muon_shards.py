@@ -1,4 +1,4 @@
-"""Muon on flat shards: momentum stays where it lies, each matrix is orthogonalised whole on the rank that owns it."""
+"""Muon on flat shards: momenta stay sharded, and each matrix is orthogonalised on the rank that owns it."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,12 +17,12 @@ from llm.optim.shard import ShardLayout, is_active
 
 
 def make_exchange(layout: ShardLayout) -> OwnerExchange:
-    """Choose the owner of each matrix by what its Newton-Schulz iteration costs."""
+    """Return an exchange that chooses the owner of each matrix by the cost of its Newton-Schulz iteration."""
     return OwnerExchange(layout, cost=iteration_cost)
 
 
 def iteration_cost(shape: tuple[int, ...]) -> float:
-    """Multiplications of one Newton-Schulz step: the smaller side squared times the larger, for each expert."""
+    """Return the multiplications of one Newton-Schulz step: per expert, the smaller side squared times the larger."""
     rows, columns = shape[-2:]
     return float(min(rows, columns) ** 2 * max(rows, columns) * torch.Size(shape[:-2]).numel())
 
@@ -37,7 +37,7 @@ def direction_of(
     row_beta: float | None,
     owned_state: dict[str, dict[str, Tensor]],
 ) -> Tensor:
-    """Orthogonalise one whole matrix; NorMuon's row moments stay with the owner."""
+    """Return one matrix orthogonalised; NorMuon's row moments are stored on its owner."""
     blocks = as_blocks(whole, heads)[None]
     directions = orthogonalize(blocks, iteration=iteration, dtype=dtype)
     if row_beta is not None:
@@ -50,11 +50,11 @@ def direction_of(
 
 
 def active_blocks(gradient: Tensor, layout: ShardLayout, heads: Mapping[str, int]) -> Tensor | None:
-    """Mark the elements of blocks that the loss depended on, on any rank; None where all are."""
+    """Return a mask of the elements of blocks with a nonzero gradient on any rank, or None if all blocks have one."""
     sizes, columns_cut = {}, {}
     for name, shape in layout.shapes.items():
         rows, columns = block_shape(shape, heads[name])
-        if len(shape) == 2 and heads[name] < 0:  # a block's rows lie apart: look at each, then join them
+        if len(shape) == 2 and heads[name] < 0:  # a block's rows are not contiguous: flag each row, then combine
             sizes[name], columns_cut[name] = columns, -heads[name]
         else:
             sizes[name] = rows * columns
@@ -75,7 +75,7 @@ def descend_shard(
     update_scale: Callable[[int, int], float],
     cautious: bool,
 ) -> None:
-    """W ← W − lr·(scale·O + λ·W) on the elements that may move, piece by piece."""
+    """Apply W ← W − lr·(scale·O + λ·W) to the active elements, in cache-sized pieces."""
     lr, decay = float(group["lr"]), float(group["weight_decay"])
     for held in layout.slices:
         step = lr * update_scale(*block_shape(held.shape, heads[held.name]))
@@ -100,18 +100,18 @@ def update_matrix_shard(
     muon: Any,
     dtype: torch.dtype,
 ) -> None:
-    """Orthogonalise what is `ahead` on the owners, and move the shard along it.
+    """Orthogonalise `ahead` on the owner ranks, and update the shard with the result.
 
     Args:
         flat: the shard of weights.
-        ahead: what is to be orthogonalised, laid out as the shard.
-        gradient: likewise, to see which blocks were used.
-        layout: of the shard.
-        exchange: of the layout.
-        heads: of each tensor, as `as_blocks` takes them.
-        group: with `lr` and `weight_decay`.
-        muon: the optimizer, for its settings.
-        dtype: of the products.
+        ahead: values to orthogonalise, with the layout of the shard.
+        gradient: gradients with the layout of the shard; they show which blocks were used.
+        layout: layout of the shard.
+        exchange: exchange of the layout.
+        heads: heads of each tensor, in the convention of `as_blocks`.
+        group: parameter group with `lr` and `weight_decay`.
+        muon: optimizer whose settings are used.
+        dtype: dtype of the products.
     """
     settings = {"iteration": muon.iteration, "dtype": dtype, "row_beta": muon.row_beta}
     work = partial(direction_of, owned_state=muon.owned_state, **settings)

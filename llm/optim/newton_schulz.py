@@ -1,4 +1,4 @@
-"""Orthogonalisation by Newton-Schulz iteration, with fewer products than the published loop."""
+"""Orthogonalisation by Newton-Schulz iteration, with fewer matrix products than the published loop."""
 
 from functools import cache
 from itertools import pairwise
@@ -13,21 +13,22 @@ from llm.ops.precision import cpu_multiplies_bf16
 
 
 class Iteration(NamedTuple):
-    """Coefficients (a, b, c) of each step x ← a·x + b·x³ + c·x⁵ on the singular values, and the room above them."""
+    """Coefficients (a, b, c) of each step x ← a·x + b·x³ + c·x⁵ on the singular values, and the margin of the input."""
 
     coefficients: tuple[tuple[float, float, float], ...]
     margin: float
-    """The input is divided by margin · ‖X‖_F."""
+    """The input is divided by margin · ‖X‖_F before the first step."""
     gram_steps: int
-    """Steps that the first Gram matrix is good for in bfloat16, as its rounding errors grow by a² a step. Three of the
-    quintic's leave 0.6 to 1.9 x the published loop's error, four break the bounds for singular values that fall as
-    1/i; two of Polar Express's leave up to 6 x."""
+    """Number of steps taken on the first Gram matrix in bfloat16, whose rounding errors grow by a² per step. Three
+    steps of the quintic have 0.6 to 1.9 times the error of the published loop. Four exceed its bounds for singular
+    values that fall as 1/i. Two steps of Polar Express have up to 6 times the error."""
 
 
 ITERATIONS = {
     # Jordan et al., "Muon: An optimizer for hidden layers in neural networks", kellerjordan.github.io/posts/muon, 2024
     "quintic": Iteration(((3.4445, -4.7750, 2.0315),) * 5, margin=1.0, gram_steps=3),
-    # Amsel et al., "The Polar Express", arXiv:2505.16932, Algorithm 1, five steps, with its safety factor folded in
+    # Amsel et al., "The Polar Express", arXiv:2505.16932, with the coefficients of nanochat and modded-nanogpt: five
+    # steps, safety factor 0.02, cushion 2. They differ from those of Algorithm 1, whose safety factor is 0.01.
     "polar_express": Iteration(
         (
             (8.15655, -22.48329, 15.87877),
@@ -42,20 +43,20 @@ ITERATIONS = {
 }
 
 PANEL_ROWS = 256
-"""A symmetric product is computed by panels of about so many rows, of which only the lower half is multiplied."""
+"""Approximate number of rows per panel of a symmetric product, of which only the lower half is computed."""
 
 MIN_GRAM_ROWS = 128
-"""Matrices with fewer rows take every step on themselves: rounding weighs more in a small Gram matrix."""
+"""Smallest number of rows for steps on a Gram matrix; rounding errors matter more in a smaller Gram matrix."""
 
 MAX_PANELS = 3
-"""More panels save fewer operations each than they lose in speed."""
+"""Largest number of panels; more panels save fewer operations than they lose in speed."""
 
 SAFE_NORM = 1e-8
-"""Norms between this and its inverse are exact in fp32: their squares are normal numbers, and so are the elements'."""
+"""Norms between this value and its inverse neither overflow nor underflow when squared in fp32."""
 
 
 def newton_schulz_reference(x: Float[Tensor, "rows columns"], *, iteration: str) -> Float[Tensor, "rows columns"]:
-    """The loop as published, one matrix, in the dtype of `x`: the definition that `orthogonalize` is tested against."""
+    """Run the published loop on one matrix in the dtype of `x`; tests compare `orthogonalize` with it."""
     coefficients, margin, _ = find_iteration(iteration)
     norm = torch.linalg.matrix_norm(x)
     x = x / (margin * norm) if norm > 0 else x
@@ -74,24 +75,24 @@ def orthogonalize(
         A = X·Xᵀ;  X ← a·X + (b·A + c·A²)·X,  five times, from X/‖X‖_F
 
     The quintic maps singular values in [0.01, 1] (relative to the norm) into [0.682, 1.135], none above 1.203.
-    A wide matrix is iterated on its small Gram matrix: with P = a + b·A + c·A², A ← P·A·P and Q ← P·Q are products of
-    small symmetric matrices, and X ← Q·X comes last; the last steps are taken on X itself, which makes up for the
-    rounding of those. Symmetric products compute one half.
+    The first steps on a wide matrix use its small Gram matrix. With P = a + b·A + c·A², the products A ← P·A·P and
+    Q ← P·Q are between small symmetric matrices, and X ← Q·X follows once. The last steps are taken on X itself, which
+    corrects rounding errors of the first ones. Only half of each symmetric product is computed.
 
     Args:
-        x: matrices in their last two dimensions; zero ones stay zero. Their scale does not matter, however small.
+        x: matrices in the last two dimensions, of any scale; a zero matrix stays zero.
         iteration: a key of ITERATIONS.
-        dtype: of the products.
+        dtype: dtype of the products.
 
     Raises:
-        ConfigError: an unknown iteration.
+        ConfigError: if the iteration is unknown.
 
     Source: Jordan et al. 2024, "Muon"; "Polar Express", arXiv:2505.16932.
-    Differs: the norm's epsilon is relative (published: an absolute 1e-7, which shrinks small updates).
+    Differs: the published loop adds 1e-7 to the norm, which shrinks small updates; here nothing is added.
     """
     found = find_iteration(iteration)
     flat = x.reshape(-1, *x.shape[-2:])
-    # on a CPU one product after another is faster, but for stacks of matrices that leave each product too little to do
+    # on a CPU single products are faster than batched ones, except for stacks of small matrices
     if x.device.type == "cpu" and min(x.shape[-2:]) >= (PANEL_ROWS // 2 if len(flat) == 1 else PANEL_ROWS):
         pieces = [iterate(normalized(matrix, margin=found.margin, dtype=dtype), found) for matrix in flat]
         out = torch.stack(pieces) if len(pieces) > 1 else pieces[0]
@@ -101,7 +102,7 @@ def orthogonalize(
 
 
 def find_iteration(name: str) -> Iteration:
-    """Look `name` up in ITERATIONS, or raise ConfigError."""
+    """Return the iteration called `name`, or raise ConfigError."""
     if name not in ITERATIONS:
         raise ConfigError(
             f"optimizer.iteration={name}: no such iteration; use one of {', '.join(ITERATIONS)}"
@@ -113,10 +114,10 @@ def find_iteration(name: str) -> Iteration:
 def normalized(
     x: Float[Tensor, "*stack rows columns"], *, margin: float, dtype: torch.dtype
 ) -> Float[Tensor, "*stack rows columns"]:
-    """x / (margin · ‖x‖_F) for each matrix, 0 for a zero one; norms in fp32, rounded once, to `dtype`."""
+    """Return x / (margin · ‖x‖_F) for each matrix, and 0 for a zero one; norms are fp32, the result `dtype`."""
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     if x.device.type != "cpu" or not bool(((norm > SAFE_NORM) & (norm < 1 / SAFE_NORM)).all()):
-        peak = x.abs().amax((-2, -1), keepdim=True)  # squares could leave fp32's range: divide by the largest first
+        peak = x.abs().amax((-2, -1), keepdim=True)  # divide by the largest element first, since squares could overflow
         x = x.float() / torch.where(peak > 0, peak, 1.0)
         norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
     return torch.mul(x, 1 / torch.where(norm > 0, margin * norm, 1.0), out=torch.empty_like(x, dtype=dtype))
@@ -124,12 +125,12 @@ def normalized(
 
 @cache
 def sections(iteration: Iteration, *, ratio: float, share: float) -> tuple[int, ...]:
-    """How many steps to take on each Gram matrix before it is computed anew: the cheaper of one, and several at first.
+    """Return the numbers of steps per Gram matrix: the cheaper of one step each, and several on the first.
 
     Args:
-        iteration: whose steps.
-        ratio: columns over rows, >= 1.
-        share: of a full product that a symmetric one costs, in (0, 1].
+        iteration: iteration that is planned.
+        ratio: columns divided by rows, >= 1.
+        share: cost of a symmetric product divided by that of a full one, in (0, 1].
     """
     count, first = len(iteration.coefficients), iteration.gram_steps
     plans = [(1,) * count, (first, *(1,) * (count - first))]
@@ -141,10 +142,10 @@ def sections(iteration: Iteration, *, ratio: float, share: float) -> tuple[int, 
 
 
 def iterate(x: Tensor, iteration: Iteration) -> Tensor:
-    """Run all steps on a matrix or a stack, from the right for a tall one, whose small Gram matrix is there.
+    """Run all steps on a matrix or a stack; for a tall matrix multiply from the right, by the smaller Gram matrix.
 
     No product has a scalar that depends on data. oneDNN compiles alpha and beta of a bf16 product into its kernel, so
-    a norm handed over as alpha would compile and keep a new kernel for each matrix at each update.
+    a norm passed as alpha would compile and cache a new kernel per matrix and update.
     """
     rows, columns = sorted(x.shape[-2:])
     panels = count_panels(x)
@@ -162,7 +163,7 @@ def iterate(x: Tensor, iteration: Iteration) -> Tensor:
 
 
 def run_section(x: Tensor, coefficients: tuple[tuple[float, float, float], ...], panels: int) -> Tensor:
-    """Take the given steps on one Gram matrix of x."""
+    """Apply the steps with the given coefficients to x, using one Gram matrix."""
     is_tall = x.shape[-2] > x.shape[-1]
     wide = x.mT if is_tall else x
     gram = symmetric_product(wide, wide, panels=panels)
@@ -171,7 +172,7 @@ def run_section(x: Tensor, coefficients: tuple[tuple[float, float, float], ...],
         update = symmetric_product(gram, gram, add=gram, beta=b, alpha=c, panels=panels)  # b·A + c·A²
         if len(coefficients) == 1:
             pair = (x, update.mT) if is_tall else (update, x)
-            # not with a on the diagonal of the update: rounded to bfloat16 there, it breaks the bounds
+            # adding a to the diagonal of the update would round it to bfloat16 and exceed the bounds
             return multiply(*pair, add=x, beta=a)
         if i < len(coefficients) - 1:
             half = symmetric_product(update, gram, add=gram, beta=a, panels=panels)  # P·A; A and P commute
@@ -183,24 +184,24 @@ def run_section(x: Tensor, coefficients: tuple[tuple[float, float, float], ...],
             total = symmetric_product(update, total, add=total, beta=a, panels=panels)
     if total is None:
         return x
-    return x @ total.mT if is_tall else total @ x  # `total` is not quite symmetric by now
+    return x @ total.mT if is_tall else total @ x  # rounding has made `total` slightly asymmetric
 
 
 def multiply(left: Tensor, right: Tensor, *, add: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
-    """beta · add + alpha · left · right."""
+    """Return beta · add + alpha · left · right."""
     operation = torch.addmm if left.ndim == 2 else torch.baddbmm
     return operation(add, left, right, beta=beta, alpha=alpha)
 
 
 def count_panels(x: Tensor) -> int:
-    """Panels for symmetric products of the size of `x`: several on a CPU, where products are bound by arithmetic."""
+    """Return the panels of symmetric products of `x`: several on a CPU, where products are limited by arithmetic."""
     return min(MAX_PANELS, max(1, min(x.shape[-2:]) // PANEL_ROWS)) if x.device.type == "cpu" and x.ndim == 2 else 1
 
 
 def symmetric_product(
     left: Tensor, right: Tensor, *, panels: int, add: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
 ) -> Tensor:
-    """beta · add + alpha · left · rightᵀ, where this is known to be symmetric: the lower panels, then mirrored."""
+    """Return beta · add + alpha · left · rightᵀ, a symmetric matrix, by computing and mirroring its lower panels."""
     if panels == 1:
         return left @ right.mT if add is None else multiply(left, right.mT, add=add, beta=beta, alpha=alpha)
     size = left.shape[0]
@@ -218,12 +219,12 @@ def symmetric_product(
 
 
 def mirror(out: Tensor, start: int, end: int) -> None:
-    """Copy the block left of the diagonal block at `start` to the place above it; bfloat16 as bits, which is faster."""
+    """Copy the block left of the diagonal block at `start` above it, transposed; bits of bfloat16 copy faster."""
     bits = out.view(torch.int16) if out.dtype == torch.bfloat16 else out
     bits[:start, start:end] = bits[start:end, :start].mT
 
 
 @cache
 def fast_dtype(device_type: str) -> torch.dtype:
-    """bfloat16 where the device multiplies it natively: a GPU, or a CPU with AVX512-BF16 or AMX (4 x fp32 there)."""
+    """Return bfloat16 on a GPU, or a CPU with AVX512-BF16 or AMX (4 times as fast as fp32 there), else float32."""
     return torch.bfloat16 if device_type != "cpu" or cpu_multiplies_bf16() else torch.float32

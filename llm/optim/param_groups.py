@@ -1,4 +1,4 @@
-"""Which kind each parameter is, and the tagged groups that every optimizer is given."""
+"""Kinds of parameters, and the tagged groups that every optimizer takes."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, NotRequired, get_args
@@ -16,20 +16,21 @@ DEFAULT_KINDS: dict[type[nn.Module], dict[str, ParameterKind]] = {
     nn.LayerNorm: {"weight": "vector", "bias": "vector"},
     nn.RMSNorm: {"weight": "vector"},
 }
-"""What torch's own modules hold; a module of the project states its own in a class attribute `parameter_kinds`."""
+"""Kinds of the parameters of torch's modules. The project's modules declare theirs in the class attribute
+`parameter_kinds`."""
 
 
 class TaggedGroup(ParamGroup):
-    """A `ParamGroup` with what some rules need beyond the kind, one entry a parameter."""
+    """A `ParamGroup` with further values that some rules need, one entry per parameter."""
 
     resting_values: NotRequired[list[float]]
-    """The value that a parameter is shrunk towards: 1 for a gain, else 0."""
+    """Value that Tiger shrinks each parameter towards: 1 for a gain, else 0."""
     heads: NotRequired[list[int]]
-    """Heads stacked along the output rows (negative: along the input columns); 1 where the matrix is one whole."""
+    """Heads stacked along the output rows, negative if along the input columns; 1 if the matrix has no heads."""
 
 
 def _own_kind(model: nn.Module, name: str) -> ParameterKind:
-    """What the module that owns parameter `name` says it is."""
+    """Return the kind that the module of parameter `name` declares."""
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
     owner = type(module).__name__
@@ -51,15 +52,15 @@ def _own_kind(model: nn.Module, name: str) -> ParameterKind:
 
 
 def parameter_kinds(model: nn.Module) -> dict[str, ParameterKind]:
-    """Tell what each trainable parameter is, by the module that owns it.
+    """Return the kind of each trainable parameter, as declared by the module that owns it.
 
-    A module states the kinds of its own parameters in `parameter_kinds: ClassVar = {"weight": "matrix", ...}`;
-    torch's Linear, Embedding, LayerNorm and RMSNorm need not. A tensor that several modules share appears once,
-    under its first name, and is an embedding if any of them embeds with it.
+    A module declares its own parameters in `parameter_kinds: ClassVar = {"weight": "matrix", ...}`. The kinds of
+    torch's Linear, Embedding, LayerNorm and RMSNorm are known. A tensor that several modules share appears once, under
+    its first name. It is an embedding if any of the modules declares it as one.
 
     Raises:
-        ConfigError: a parameter that its module does not claim, an unknown kind, or a shared tensor that two
-            modules claim as different things.
+        ConfigError: if a module does not declare one of its parameters, a kind is unknown, or two modules declare
+            different kinds for a shared tensor.
     """
     uses: dict[int, list[tuple[str, ParameterKind]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -72,7 +73,7 @@ def parameter_kinds(model: nn.Module) -> dict[str, ParameterKind]:
 
 
 def _shared_kind(uses: list[tuple[str, ParameterKind]]) -> ParameterKind:
-    """The kind of a tensor used under several names: an embedding tied to a head stays an embedding."""
+    """Return the kind of a tensor with several names; an embedding tied to a head is an embedding."""
     kinds = {kind for _, kind in uses}
     if len(kinds) == 1:
         return uses[0][1]
@@ -83,7 +84,7 @@ def _shared_kind(uses: list[tuple[str, ParameterKind]]) -> ParameterKind:
 
 
 def _resting_value(model: nn.Module, name: str, kind: ParameterKind) -> float:
-    """1 for a gain, which multiplies, else 0; a module may state otherwise in `parameter_resting_values`."""
+    """Return 1 for a gain and 0 otherwise, unless the module declares `parameter_resting_values`."""
     module_name, _, leaf = name.rpartition(".")
     stated = getattr(model.get_submodule(module_name), "parameter_resting_values", {})
     return float(stated.get(leaf, 1.0 if kind == "vector" and leaf == "weight" else 0.0))
@@ -154,10 +155,10 @@ def build_param_groups(
 
 
 def check_partition(model: nn.Module, groups: list[ParamGroup]) -> None:
-    """Prove that each trainable parameter of `model` is in exactly one group.
+    """Check that each trainable parameter of `model` is in exactly one group.
 
     Raises:
-        ConfigError: naming the parameters that are missing, repeated or foreign.
+        ConfigError: if parameters are missing, repeated or not of the model; the message names them.
     """
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}

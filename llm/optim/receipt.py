@@ -1,4 +1,4 @@
-"""The receipt: which rule each tensor gets, and what it costs in memory."""
+"""The receipt: a table of each tensor's update rule, learning rate, weight decay and optimizer state."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -15,11 +15,11 @@ STATES: dict[type[torch.optim.Optimizer], int] = {
     torch.optim.RMSprop: 1,
     torch.optim.SGD: 1,
 }
-"""Tensors of a parameter's size that torch's own optimizers keep; ours say so themselves."""
+"""Number of state tensors of a parameter's size in torch's optimizers; the project's optimizers declare theirs."""
 
 
 class Line(NamedTuple):
-    """What one tensor gets."""
+    """The row of one tensor in the receipt."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,7 +31,7 @@ class Line(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Elements of the tensor."""
+        """Number of elements of the tensor."""
         return torch.Size(self.shape).numel()
 
 
@@ -99,13 +99,13 @@ def _names(group: dict[str, Any]) -> Sequence[str]:
 
 
 def receipt(optimizer: Any, *, across_layers: bool = False) -> str:
-    """Write a table of what each tensor gets: name, shape, kind, rule, peak lr, decay, bytes of state.
+    """Return a table with the name, shape, kind, rule, peak lr, weight decay and state bytes of each tensor.
 
     Works for any torch optimizer built from tagged groups, also inside Lightning's wrapper.
 
     Args:
         optimizer: the optimizer.
-        across_layers: give tensors that differ in their layer alone one row, with their number and summed state.
+        across_layers: combine tensors that differ only in their layer into one row, with their count and total state.
     """
     items = lines(optimizer)
     listed = _across_layers(items) if across_layers else items
@@ -139,7 +139,7 @@ def _across_layers(items: list[Line]) -> list[Line]:
 
 
 def _totals(items: list[Line]) -> list[tuple[str, ...]]:
-    """One row for each kind and rule, and one for all."""
+    """Return one row per kind and rule, and one for all tensors."""
     sums: dict[tuple[str, str], list[Line]] = {}
     for item in items:
         sums.setdefault((item.kind, item.rule), []).append(item)
@@ -152,7 +152,7 @@ def _totals(items: list[Line]) -> list[tuple[str, ...]]:
 
 
 def _table(rows: Iterable[Sequence[str]]) -> str:
-    """Align columns: text to the left, numbers to the right."""
+    """Return rows with aligned columns: text to the left, numbers to the right."""
     rows = list(rows)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     numeric = [all(_is_number(row[column]) for row in rows[1:]) for column in range(len(rows[0]))]

@@ -1,11 +1,11 @@
-"""NorMuon's balancing of rows: every neuron's update gets the same size over time."""
+"""NorMuon's normalisation of rows, which gives the updates of all neurons the same RMS over time."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 EPS = 1e-10
-"""Under the root of a row's mean square, which for an orthogonal matrix is about 1 / columns."""
+"""Lower bound of a row's RMS. It is small beside that of an orthogonal matrix, whose mean square is 1 / columns."""
 
 
 def balance_rows(
@@ -20,11 +20,11 @@ def balance_rows(
 
     Args:
         directions: orthogonalised updates.
-        moments: v of each, updated in place.
-        beta: decay of v, in (0, 1).
+        moments: v of each matrix, updated in place.
+        beta: decay rate β of v, in (0, 1).
 
     Source: Li et al., "NorMuon: Making Muon more efficient and scalable", arXiv:2510.05491, Algorithm 1.
-    Differs: the norm kept is the update's own, so that `update_scale` means the same with and without.
+    Differs: the update keeps its own norm, so that `update_scale` means the same with and without normalisation.
     """
     out = []
     for direction, moment in zip(directions, moments, strict=True):
