@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from llm.callbacks.rows import log_rows
+from llm.contracts import ExpertCounter
 from llm.errors import ConfigError
 from llm.run_folder.folder import RunFolder
 
@@ -109,9 +110,8 @@ def load_rows(lines: list[dict[str, Any]]) -> list[list[Any]]:
 def expert_layers(pl_module: Any) -> Iterator[tuple[int, Tensor]]:
     """Yield (layer, tokens of each expert in the last update) for the layers that have experts."""
     for index, layer in enumerate(pl_module.model.layers):
-        counts = getattr(layer.ffn, "update_counts", None)
-        if counts is not None:
-            yield index, counts
+        if isinstance(layer.ffn, ExpertCounter):
+            yield index, layer.ffn.update_counts
 
 
 def draw_expert_load(lines: list[dict[str, Any]], path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from llm.contracts import ShardingStrategy
 from llm.errors import ConfigError
 from llm.optim.param_groups import parameter_kinds
 from llm.scaling.noise_scale import SmoothedNoiseScale, two_batch_estimate
@@ -96,9 +97,8 @@ class NoiseScale(Callback):
 
     def _squares_of_update(self, trainer: L.Trainer, kind: str) -> Tensor:
         """|G|² of one kind over the whole update; a strategy that shares gradients out says it itself."""
-        measure = getattr(trainer.strategy, "squared_gradients", None)
-        if measure is not None:
-            return measure(self._kinds[kind])
+        if isinstance(trainer.strategy, ShardingStrategy):
+            return trainer.strategy.squared_gradients(self._kinds[kind])
         gradients = [p.grad for p in self._kinds[kind] if p.grad is not None]
         if not gradients:
             raise ConfigError(

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from llm.contracts import ShardingStrategy
 from llm.errors import ConfigError
 from llm.optim.receipt import unwrap
 from llm.optim.stats import Move, kind_stats, moves_to_come, sampled_orthogonality
@@ -36,7 +37,7 @@ class OptimizerStats(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Refuse what it could not measure: updates of tensors that no rank holds whole."""
-        if getattr(trainer.strategy, "layouts", None):
+        if isinstance(trainer.strategy, ShardingStrategy) and trainer.strategy.layouts:
             raise ConfigError(
                 "callbacks.optimizer_stats: reads whole tensors, and this run holds them in parts; use trainer.stage=0 "
                 "or trainer=ddp, or leave the callback out"

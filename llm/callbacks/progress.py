@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from llm.contracts import SpeedReporter
 from llm.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,8 @@ class ProgressLine(ProgressBar):
         self._bar.refresh()
 
     def _speed_and_left(self, trainer: L.Trainer) -> tuple[str, str]:
-        speeds = (getattr(callback, "tokens_per_second", None) for callback in trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+        callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        speeds = (callback.tokens_per_second for callback in callbacks if isinstance(callback, SpeedReporter))
         speed = next((speed for speed in speeds if speed), None)
         began, first = self._start
         seconds_a_step = (time.monotonic() - began) / max(1, trainer.global_step - first)

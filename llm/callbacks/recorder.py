@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from llm.contracts import StepReporter, ValidationReporter
 from llm.errors import ConfigError
 from llm.run_folder.folder import RunFolder
 
@@ -55,9 +56,8 @@ class Recorder(Callback):
         validation = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         self._pending[1].update(validation)
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            contribute = getattr(callback, "validation_metrics", None)
-            if contribute is not None:
-                self._pending[1].update(contribute(trainer))
+            if isinstance(callback, ValidationReporter):
+                self._pending[1].update(callback.validation_metrics(trainer))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Write the line first: a run resumed from this checkpoint will not write it again."""
@@ -75,9 +75,8 @@ class Recorder(Callback):
         metrics: dict[str, Any] = {"tokens_seen": pl_module.tokens_seen(trainer.global_step)}
         metrics.update(pl_module.step_metrics)
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            contribute = getattr(callback, "step_metrics", None)
-            if contribute is not None:
-                metrics.update(contribute(trainer, pl_module))
+            if isinstance(callback, StepReporter):
+                metrics.update(callback.step_metrics(trainer, pl_module))
         return metrics
 
     def _flush(self, trainer: L.Trainer) -> None:

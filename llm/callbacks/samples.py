@@ -7,6 +7,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from llm.callbacks.rows import log_rows
+from llm.contracts import ShardingStrategy
 from llm.errors import ConfigError
 from llm.run_folder.folder import RunFolder
 
@@ -78,7 +79,8 @@ class Samples(Callback):
         self._validations = state_dict["validations"]
 
     def _sample(self, trainer: L.Trainer, pl_module: Any) -> str:
-        if not (trainer.is_global_zero or getattr(trainer.strategy, "forwards_together", False)):
+        strategy = trainer.strategy
+        if not (trainer.is_global_zero or (isinstance(strategy, ShardingStrategy) and strategy.forwards_together)):
             return ""
         step = trainer.global_step
         if self._sampled[0] != step:

@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
+from llm.contracts import ParameterBorrower, ShardedOptimizer
 from llm.distributed.zero.gradients import ShardedGradients
 from llm.distributed.zero.layouts import read_layouts
 from llm.distributed.zero.settings import (
@@ -136,7 +137,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         if self.stage:
             self.layouts = read_layouts(wrapped, self._names)
             check_coverage(shapes, self.layouts)
-            if hasattr(optimizer, "attach_layouts"):
+            if isinstance(optimizer, ShardedOptimizer):
                 optimizer.attach_layouts(self.layouts)
             self._sharded_gradients = ShardedGradients(wrapped, self.layouts)
         return engine, wrapped
@@ -147,7 +148,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         import deepspeed
 
         for module in model.modules():
-            for path in getattr(module, "borrowed_parameters", ()):
+            for path in _borrowed_parameters(module):
                 owner, _, leaf = path.rpartition(".")
                 parameter = getattr(module.get_submodule(owner), leaf)
                 if parameter is not None:
@@ -242,6 +243,10 @@ class ZeroStrategy(DeepSpeedStrategy):
             inner.load_state_dict(saved)
             return
         scatter_optimizer_state(inner, self.layouts, state_by_name(saved, inner.param_groups))
+
+
+def _borrowed_parameters(module: Any) -> Sequence[str]:
+    return module.borrowed_parameters if isinstance(module, ParameterBorrower) else ()
 
 
 def deepspeed_trainer(

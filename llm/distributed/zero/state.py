@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llm.contracts import ShardedOptimizer
 from llm.errors import CheckpointError
 from llm.optim.shard import ShardLayout
 
@@ -77,7 +78,8 @@ def gather_optimizer_state(
 
 def _gather_owned(optimizer: Any) -> dict[str, dict[str, Tensor]]:
     """Join what ranks hold of whole tensors."""
-    own = {n: {k: v.cpu() for k, v in held.items()} for n, held in getattr(optimizer, "owned_state", {}).items()}
+    held_here = optimizer.owned_state if isinstance(optimizer, ShardedOptimizer) else {}
+    own = {name: {key: value.cpu() for key, value in held.items()} for name, held in held_here.items()}
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, own)
     return {name: held for part in ranks for name, held in part.items()}
@@ -139,9 +141,8 @@ def scatter_optimizer_state(
                 scatter_whole(buffer, layout, partial(_whole, state, key, layout.shapes))
         if held:
             optimizer.state[layout.flat] = held
-    load = getattr(optimizer, "load_owned_state", None)
-    if load is not None:
-        load(owned)
+    if isinstance(optimizer, ShardedOptimizer):
+        optimizer.load_owned_state(owned)
 
 
 def _whole(
