@@ -156,7 +156,7 @@ def _less_memory(checked: CheckedConfig, folder: RunFolder, step: int, error: Ba
     less = f"micro_batch_size={max(1, micro // 2)}" if micro > 1 else "trainer=deepspeed trainer.stage=3"
     return (
         f"micro_batch_size={micro}: out of memory at step {step + 1} ({next(iter(str(error).splitlines()), '')}); "
-        f"run {again} with {less}, or with model.activation_checkpointing=true; plan=true prints the memory by part"
+        f"run {again} {less}, or add model.activation_checkpointing=true; plan=true prints the memory by part"
     )
 
 
