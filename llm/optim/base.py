@@ -81,6 +81,7 @@ class GroupedOptimizer(ShardSteps, torch.optim.Optimizer):
         if len(groups) != len(params) or not all("kind" in group and "names" in group for group in groups):
             raise ConfigError("optimizer.params: have no kinds; build the groups with build_param_groups")
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, **defaults})
+        self.owned_state = {}
         for group in self.param_groups:
             in_range(f"lr of {group['kind']}", float(group["lr"]), 0.0, math.inf)
             in_range(f"weight_decay of {group['kind']}", float(group["weight_decay"]), 0.0, math.inf)

@@ -8,6 +8,7 @@ import torch
 from catalogue import build_piece, options
 from torch import nn
 
+from llm.contracts import DescribedOptimizer, ShardedOptimizer
 from llm.errors import CheckpointError, ConfigError, ShapeError
 from llm.optim.base import GroupedOptimizer
 from llm.optim.receipt import lines
@@ -29,6 +30,13 @@ def train(module, optimizer, steps, *, start=0):
         optimizer.zero_grad()
         nn.functional.cross_entropy(module(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_new_optimizer_of_the_project_has_the_capabilities_that_zero_asks_for(name, groups_of):
+    optimizer = build(name, groups_of(nn.Linear(8, 8, bias=False), lr=0.1))
+    assert isinstance(optimizer, ShardedOptimizer)
+    assert isinstance(optimizer, DescribedOptimizer)
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
