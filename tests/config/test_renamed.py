@@ -17,7 +17,11 @@ from llm.training.train import train
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 LOSSES = json.loads((FIXTURES / "run_of_version_0.1_losses.json").read_text())
-"""Losses by step: 1 to 4 of the run itself, 5 to 8 of the same version after resume with max_steps=8."""
+"""Losses that version 0.1 printed, by step.
+
+Steps 1 to 4 are the run's own, in bf16. Steps 5 to 8 and `evaluated` are that version's resume=<run> max_steps=8 and
+eval.py on the same folder in fp32, which every processor multiplies alike.
+"""
 
 FORMER_TARGETS = """
 data.hub.HubDataset data.module.TokenDataModule data.sources.PythonSource data.synthetic.AssociativeRecall
@@ -56,7 +60,11 @@ def former(tmp_path, monkeypatch) -> Path:
     """A copy of the run folder, in a working directory of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CRUCIBLE_CACHE", str(tmp_path / "cache"))
-    return Path(shutil.copytree(FIXTURES / "run_of_version_0.1", tmp_path / "run", symlinks=True))
+    folder = Path(shutil.copytree(FIXTURES / "run_of_version_0.1", tmp_path / "run", symlinks=True))
+    config = (folder / "config.yaml").read_text()
+    assert "  precision: auto\n" in config
+    (folder / "config.yaml").write_text(config.replace("  precision: auto\n", "  precision: 32-true\n"))
+    return folder
 
 
 @pytest.mark.parametrize("target", FORMER_TARGETS.split())
@@ -77,7 +85,7 @@ def test_it_resumes_to_the_losses_of_the_version_that_wrote_it(former):
 
 def test_it_is_evaluated_to_its_own_validation_loss(former, judging, tmp_path):
     loss = evaluate(judging(f"run_dir={former}", "eval=[loss]"), tmp_path / "eval")
-    assert loss == pytest.approx(LOSSES["4"]["val/loss"], abs=1e-5)
+    assert loss == pytest.approx(LOSSES["evaluated"]["val/loss"], abs=1e-5)
 
 
 def test_its_weights_start_another_run(former, composed, tiny, tmp_path):
