@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from llm.contracts import ShardingStrategy
+from llm.contracts import HasTraits, ShardingStrategy
 from llm.errors import ConfigError
 from llm.optim.receipt import unwrap
 from llm.optim.stats import Move, kind_stats, moves_to_come, sampled_orthogonality
@@ -65,7 +65,7 @@ class OptimizerStats(Callback):
         metrics: dict[str, Tensor | float] = {f"optimizer/grad_norm/{kind}": n for kind, n in self._norms.items()}
         for kind, moves in by_kind.items():
             metrics |= {f"optimizer/{name}/{kind}": value for name, value in kind_stats(moves).items()}
-            if kind == "matrix" and getattr(optimizer, "orthogonalizes", False):
+            if kind == "matrix" and isinstance(optimizer, HasTraits) and optimizer.traits.orthogonalizes:
                 error = sampled_orthogonality(moves, samples=self.orthogonality_samples)
                 metrics["optimizer/orthogonality_error/matrix"] = error
         shrunk = sum(state.get("shrunk", 0) for state in optimizer.state.values())

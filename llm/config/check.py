@@ -34,7 +34,7 @@ from llm.config.sizes import (
     sizes_of,
     world_size,
 )
-from llm.contracts import TrainerChecker, WeightAverager
+from llm.contracts import GradientFolder, NonFiniteShrinker, TrainerChecker, WeightAverager
 from llm.errors import ConfigError, CrucibleError
 from llm.ops.precision import resolve_precision
 from llm.scaling.batching import check_ramp
@@ -239,21 +239,21 @@ def _check_optimizer(cfg: Mapping[str, Any]) -> None:
         optimizer = instantiate(node)([group])
     except ValueError as error:
         raise ConfigError(f"optimizer: {error}; see the docstring of {node['_target_']}") from error
-    shrinks = getattr(optimizer, "shrink_ratio", None) is not None
+    shrinks = isinstance(optimizer, NonFiniteShrinker) and optimizer.shrink_ratio is not None
     if shrinks != (policy == "tiger"):
         raise ConfigError(
             f"on_nonfinite={policy}: goes with a shrink_ratio and only with it; "
             "set optimizer=tiger optimizer.shrink_ratio=0.99 on_nonfinite=tiger together, or none"
         )
-    if getattr(optimizer, "folds_gradients", False):
+    if isinstance(optimizer, GradientFolder) and optimizer.folds_gradients:
         if world_size(cfg["trainer"]) > 1 or "stage" in cfg["trainer"]:
             raise ConfigError(
                 "optimizer.accumulate=momentum: works on one device with whole tensors; set optimizer.accumulate=buffer"
             )
         clip = cfg["trainer"].get("gradient_clip_val")
         if clip or policy == "skip" or cfg.get("spikes"):
-            kind = "rollback" if "Rollback" in str(cfg.get("spikes")) else "skip"
-            key = f"spikes={kind}" if cfg.get("spikes") else "on_nonfinite=skip"
+            spikes = instantiate(cfg["spikes"]) if cfg.get("spikes") else None
+            key = "on_nonfinite=skip" if spikes is None else f"spikes={'rollback' if spikes.goes_back else 'skip'}"
             key = f"trainer.gradient_clip_val={clip}" if clip else key
             raise ConfigError(
                 f"{key}: optimizer.accumulate=momentum leaves no gradient to act on; set "

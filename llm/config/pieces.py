@@ -8,7 +8,7 @@ from hydra.utils import instantiate as hydra_instantiate
 
 from llm.config.signatures import is_allowed, locate
 from llm.errors import CrucibleError
-from llm.scaling.derivation import family_of
+from llm.scaling.suitability import family_of
 
 
 def piece_at(target: str) -> Any:

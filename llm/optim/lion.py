@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from llm.contracts import ParamGroup
+from llm.contracts import OptimizerTraits, ParamGroup
 from llm.optim.base import GroupedOptimizer, gradients_of, has_rows
 from llm.optim.rules import LionRule, apply_rule, apply_rule_to_shard
 from llm.optim.shard import ShardLayout, rows_to_watch
@@ -35,7 +35,7 @@ class Lion(GroupedOptimizer):
     Differs: `skip_idle_rows` is added; in the published rule an unused row moves by ±lr while its momentum is not 0.
     """
 
-    update_family: ClassVar = "sign"
+    traits: ClassVar = OptimizerTraits(update_family="sign")
 
     def __init__(
         self,

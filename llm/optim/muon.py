@@ -1,12 +1,12 @@
 """Muon: it orthogonalises the momentum of hidden matrices, and updates other parameters by AdamW or Lion."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from llm.contracts import ParamGroup
+from llm.contracts import OptimizerTraits, ParamGroup
 from llm.errors import ConfigError, did_you_mean
 from llm.optim import foreach
 from llm.optim.base import CHUNK, GroupedOptimizer, active_rows, between, gradients_of, has_rows, in_range, slabs
@@ -30,6 +30,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 STACK_ELEMENTS = 2**26
 """Number of elements orthogonalised at once on a GPU: 128 MB in bfloat16 use it fully. A CPU processes one matrix."""
+
+
+def _update_norm(settings: Mapping[str, Any], rows: float, columns: float) -> float:
+    """Return the spectral norm of a step at lr = 1, for a factory with these settings."""
+    return UPDATE_SCALES[settings["update_scale"]](rows, columns)
 
 
 class Muon(GroupedOptimizer):
@@ -69,8 +74,7 @@ class Muon(GroupedOptimizer):
         unused expert by full steps. The rule `aux` is part of the same optimizer object.
     """
 
-    orthogonalizes: ClassVar[bool] = True
-    update_family: ClassVar = "orthogonal"
+    traits: ClassVar = OptimizerTraits(update_family="orthogonal", orthogonalizes=True, update_norm=_update_norm)
 
     def __init__(
         self,
@@ -114,11 +118,6 @@ class Muon(GroupedOptimizer):
         for group in self.param_groups:
             if group["kind"] != "matrix":
                 group["lr"] *= aux_lr_scale
-
-    @staticmethod
-    def update_norm(settings: dict[str, Any], rows: float, columns: float) -> float:
-        """Return the spectral norm of a step at lr = 1, for a factory with these settings."""
-        return UPDATE_SCALES[settings["update_scale"]](rows, columns)
 
     def rule_of(self, group: dict[str, Any]) -> str:
         """Return "muon" for matrices and the name of `aux` for other kinds."""

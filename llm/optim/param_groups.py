@@ -5,7 +5,7 @@ from typing import Any, NotRequired, get_args
 
 from torch import nn
 
-from llm.contracts import ParameterKind, ParamGroup
+from llm.contracts import HeadStack, KindedModule, ParameterKind, ParamGroup
 from llm.errors import ConfigError, did_you_mean
 
 KINDS: tuple[ParameterKind, ...] = get_args(ParameterKind)
@@ -34,7 +34,7 @@ def _own_kind(model: nn.Module, name: str) -> ParameterKind:
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
     owner = type(module).__name__
-    stated: Any = getattr(module, "parameter_kinds", None)
+    stated: Any = module.parameter_kinds if isinstance(module, KindedModule) else None
     if stated is None:
         stated = next((kinds for torch_type, kinds in DEFAULT_KINDS.items() if isinstance(module, torch_type)), {})
     if leaf not in stated:
@@ -83,11 +83,9 @@ def _shared_kind(uses: list[tuple[str, ParameterKind]]) -> ParameterKind:
     raise ConfigError(f"parameter_kinds: one tensor is claimed twice, {claims}; let the modules agree on its kind")
 
 
-def _resting_value(model: nn.Module, name: str, kind: ParameterKind) -> float:
-    """Return 1 for a gain and 0 otherwise, unless the module declares `parameter_resting_values`."""
-    module_name, _, leaf = name.rpartition(".")
-    stated = getattr(model.get_submodule(module_name), "parameter_resting_values", {})
-    return float(stated.get(leaf, 1.0 if kind == "vector" and leaf == "weight" else 0.0))
+def _resting_value(name: str, kind: ParameterKind) -> float:
+    """Return 1 for a gain and 0 otherwise."""
+    return 1.0 if kind == "vector" and name.rpartition(".")[2] == "weight" else 0.0
 
 
 def _heads(model: nn.Module) -> dict[str, int]:
@@ -95,7 +93,8 @@ def _heads(model: nn.Module) -> dict[str, int]:
     return {
         f"{module_name}.{name}" if module_name else name: int(count)
         for module_name, module in model.named_modules()
-        for name, count in getattr(module, "parameter_heads", {}).items()
+        if isinstance(module, HeadStack)
+        for name, count in module.parameter_heads.items()
     }
 
 
@@ -111,8 +110,8 @@ def build_param_groups(
     """Sort the trainable parameters of `model` into one tagged group a kind, or one for each kind and pair of rates.
 
     Args:
-        model: its modules state their `parameter_kinds`; they may also state `parameter_resting_values` (a gain: 1)
-            and `parameter_heads` (heads stacked in a projection, by dotted name; negative where along its input).
+        model: its modules state their `parameter_kinds`; they may also state `parameter_heads` (heads stacked in a
+            projection, by dotted name; negative where along its input).
         lr: peak learning rate, > 0.
         weight_decay: decoupled decay of the kinds in `decayed_kinds`, >= 0; the others get 0.
         decayed_kinds: by default matrices only.
@@ -146,7 +145,7 @@ def build_param_groups(
                     kind=kind,
                     lr=its_lr,
                     weight_decay=its_decay,
-                    resting_values=[_resting_value(model, name, kind) for name in names],
+                    resting_values=[_resting_value(name, kind) for name in names],
                     heads=[heads.get(name, 1) for name in names],
                 )
             )

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llm.contracts import DescribedOptimizer
+
 LAYER = re.compile(r"\.\d+\.")
 
 STATES: dict[type[torch.optim.Optimizer], int] = {
@@ -42,13 +44,12 @@ def unwrap(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def rule_of(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> str:
-    """Name the rule that `optimizer` applies to `group`: what our optimizers say, else the class's name."""
-    say = getattr(optimizer, "rule_of", None)
-    return say(group) if say is not None else type(optimizer).__name__.lower()
+def rule_of(optimizer: Any, group: dict[str, Any]) -> str:
+    """Return the name of the rule that `optimizer` applies to `group`; for a foreign optimizer, its class's name."""
+    return optimizer.rule_of(group) if isinstance(optimizer, DescribedOptimizer) else type(optimizer).__name__.lower()
 
 
-def state_bytes(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> int:
+def state_bytes(optimizer: Any, group: dict[str, Any], parameter: Tensor) -> int:
     """Bytes of state for one parameter: counted once it exists, foretold by the rule before the first step.
 
     Scalars (torch's step counters) are left out: they do not grow with the parameter.
@@ -57,9 +58,8 @@ def state_bytes(optimizer: torch.optim.Optimizer, group: dict[str, Any], paramet
     tensors = [value for value in held.values() if isinstance(value, Tensor) and value.numel() > 1]
     if tensors:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    foretell = getattr(optimizer, "state_bytes", None)
-    if foretell is not None:
-        return foretell(group, parameter)
+    if isinstance(optimizer, DescribedOptimizer):
+        return optimizer.state_bytes(group, parameter)
     buffers = next((count for kind, count in STATES.items() if isinstance(optimizer, kind)), 0)
     if isinstance(optimizer, torch.optim.SGD) and not group["momentum"]:
         buffers = 0

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from llm.contracts import ParamGroup
+from llm.contracts import OptimizerTraits, ParamGroup
 from llm.optim import foreach
 from llm.optim.base import GroupedOptimizer, descend, gradients_of, in_range, slabs
 
@@ -28,7 +28,7 @@ class SGD(GroupedOptimizer):
         the importance of initialization and momentum in deep learning", eqs. 1 and 2, with lr outside of the momentum.
     """
 
-    update_family: ClassVar = "gradient"
+    traits: ClassVar = OptimizerTraits(update_family="gradient")
     is_elementwise: ClassVar = True
 
     def __init__(self, params: list[ParamGroup], *, lr: float, weight_decay: float, momentum: float) -> None:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from llm.contracts import ParamGroup
+from llm.contracts import OptimizerTraits, ParamGroup
 from llm.errors import ConfigError, did_you_mean
 from llm.optim import foreach
 from llm.optim.base import (
@@ -60,8 +60,7 @@ class Tiger(GroupedOptimizer):
         updates, not micro-batches; `skip_idle_rows` (published: the sign of a stale momentum moves an unused row).
     """
 
-    update_family: ClassVar = "sign"
-    has_relative_rates: ClassVar = True
+    traits: ClassVar = OptimizerTraits(update_family="sign", has_relative_rates=True)
 
     def __init__(
         self,

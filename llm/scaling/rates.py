@@ -7,7 +7,7 @@ from torch import nn
 
 from llm.contracts import ParameterKind
 from llm.errors import ConfigError
-from llm.scaling.derivation import family_of
+from llm.scaling.suitability import family_of, traits_of
 
 FINAL_NORM = "final_norm."
 """The norm before the head: its gain is where a wide model's scores are scaled down."""
@@ -60,12 +60,13 @@ def update_of(optimizer: Callable[..., Any]) -> Update:
     """Return how large the steps of an optimizer's factory are.
 
     Elementwise rules move all elements alike, and gradients have low rank: √(d_out · d_in), times the tensor's own size
-    where the rate is relative to it. Others say themselves, in `update_norm(settings, rows, columns)`.
+    where the rate is relative to it. Others state theirs in `OptimizerTraits.update_norm`.
     """
     rule: Any = getattr(optimizer, "func", optimizer)
     settings = dict(getattr(optimizer, "keywords", {}))
-    own = getattr(rule, "update_norm", None)
-    is_relative = getattr(rule, "has_relative_rates", False)
+    traits = traits_of(rule)
+    own = traits.update_norm if traits else None
+    is_relative = traits is not None and traits.has_relative_rates
     is_adam = family_of(rule) == "adaptive" or settings.get("aux") == "adamw"
     beta = settings.get("betas", settings.get("aux_betas", [0.0]))[0] if is_adam else 0.0
 

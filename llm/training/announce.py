@@ -6,7 +6,8 @@ from typing import Any
 from llm.config.checked import CheckedConfig
 from llm.distributed.parameters import count_parameters
 from llm.run_folder.folder import RunFolder
-from llm.scaling.derivation import mismatch, rule_and_settings
+from llm.scaling.derivation import rule_and_settings
+from llm.scaling.suitability import mismatch
 from llm.training.module import LanguageModule
 
 log = logging.getLogger(__name__)

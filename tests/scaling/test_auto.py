@@ -8,7 +8,7 @@ from llm.config.check import check
 from llm.config.files import load
 from llm.config.pieces import instantiate
 from llm.config.signatures import locate
-from llm.scaling.derivation import mismatch
+from llm.scaling.suitability import mismatch
 from llm.training.plan import describe_plan
 from llm.training.train import train
 

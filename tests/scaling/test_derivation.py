@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 from llm.optim.lion import Lion
 from llm.optim.muon import Muon
 from llm.optim.sgd import SGD
-from llm.scaling.derivation import INSTEAD, SUITS, derivation, family_of, mismatch
+from llm.scaling.derivation import derivation
 from llm.scaling.rules import linear, none, sign
+from llm.scaling.suitability import INSTEAD, SUITS, family_of, mismatch
 
 
 def test_one_line_describes_how_the_rate_was_derived():

@@ -1,0 +1,56 @@
+"""States which batch rules suit which family of optimizers, and warns of a rule that does not suit the chosen one."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, get_args
+
+from llm.contracts import HasTraits, OptimizerTraits, UpdateFamily
+
+TORCH_TRAITS: Mapping[str, OptimizerTraits] = {
+    "SGD": OptimizerTraits(update_family="gradient"),
+    **dict.fromkeys(
+        ("Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad"), OptimizerTraits(update_family="adaptive")
+    ),
+}
+"""Traits of torch's optimizers by class name; an optimizer of this project states its own in `traits`."""
+
+SUITS: Mapping[str, tuple[tuple[UpdateFamily, ...], str]] = {
+    "linear": (
+        ("gradient",),
+        "a step that does not grow with the gradient keeps its size when a larger batch has less noise",
+    ),
+    "variance": (("gradient", "orthogonal"), "it describes the best step along the gradient itself"),
+    "sqrt": (("adaptive", "sign", "orthogonal"), "a step along the gradient itself grows in proportion to the batch"),
+    "sign": (("adaptive", "sign", "orthogonal"), "a step along the gradient itself grows in proportion to the batch"),
+    "adam_eps": (("adaptive",), "only a rule that divides by the gradient's size has such an eps"),
+}
+"""Rule -> the families that it suits by derivation or, for variance with orthogonal steps, by measurement, and why no
+others."""
+
+INSTEAD: Mapping[UpdateFamily, str] = {"gradient": "none", "adaptive": "sqrt", "sign": "sqrt", "orthogonal": "variance"}
+"""The rule to recommend per family: among the rules that suit it, one with less regret in docs/scaling.md than any rule
+that is warned of."""
+
+
+def traits_of(optimizer: Any) -> OptimizerTraits | None:
+    """Return the traits of an optimizer, its class or a factory of it; None if they are unknown."""
+    rule = optimizer.func if isinstance(optimizer, partial) else optimizer
+    return rule.traits if isinstance(rule, HasTraits) else TORCH_TRAITS.get(rule.__name__)
+
+
+def family_of(optimizer: Any) -> UpdateFamily | None:
+    """Return the family of an optimizer's steps, or None if it is unknown."""
+    traits = traits_of(optimizer)
+    return traits.update_family if traits else None
+
+
+def mismatch(rule: str, optimizer: type) -> str | None:
+    """Return a warning if `rule` does not suit the optimizer, else None."""
+    family = family_of(optimizer)
+    families, reason = SUITS.get(rule, (get_args(UpdateFamily), ""))
+    if family is None or family in families:
+        return None
+    return (
+        f"scaling={rule}: does not suit {optimizer.__name__}, whose steps are of the kind {family}: {reason}; "
+        f"use scaling={INSTEAD[family]}, which lost less in the measurement of docs/scaling.md"
+    )
