@@ -16,7 +16,6 @@ from llm.callbacks.bad_steps import FILE
 from llm.commands.cli import run_plain_command
 from llm.config.settings import settings
 from llm.errors import ConfigError
-from llm.ops.loss import linear_cross_entropy
 from llm.run_folder.checkpoint_files import list_checkpoints
 from llm.run_folder.folder import RunFolder
 from llm.run_folder.rollback import read_rollbacks
@@ -110,7 +109,7 @@ def _one(run: TrainedRun, window: int, documents: tuple[int, int]) -> Replayed:
         torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.precision.endswith("mixed")),
     ):
         out = model(batch["input_ids"], positions=batch["positions"], document_ids=batch["document_ids"])
-        loss = linear_cross_entropy(out.hidden, model.lm_head.weight, batch["labels"])
+        loss = model.loss(out.hidden, batch["labels"])
     for extra in out.losses.values():
         loss = loss + extra
     loss.backward()

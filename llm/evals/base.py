@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from llm.contracts import Batch
 from llm.errors import ConfigError
 from llm.model.transformer import Transformer
-from llm.ops.loss import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def token_losses(
     """Return the loss of every label in nats, by the code and in the precision of training; 0 where there is none."""
     with subject.autocast():
         hidden = subject.model(input_ids, positions=positions, document_ids=document_ids).hidden
-        losses = linear_cross_entropy(hidden, subject.model.lm_head.weight, labels, reduction="none")
+        losses = subject.model.loss(hidden, labels, reduction="none")
     return losses.view(labels.shape)
 
 

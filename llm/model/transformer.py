@@ -5,6 +5,7 @@ from functools import partial
 from typing import ClassVar, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from llm.contracts import AttentionGeometry, LayerCache
 from llm.errors import ConfigError
 from llm.model.block import Block
+from llm.ops.loss import Reduction, linear_cross_entropy
 from llm.ops.products import is_read_only, read_only_product
 
 
@@ -24,9 +26,25 @@ class TransformerOutput(NamedTuple):
 
 
 class Head(nn.Linear):
-    """The projection from hidden states to vocabulary scores."""
+    """The projection from hidden states to vocabulary scores.
+
+    Scores and losses are both computed in its forward: ZeRO stage 3 gathers its weight for that call alone.
+    """
 
     parameter_kinds: ClassVar = {"weight": "head"}
+
+    def forward(
+        self,
+        input: Float[Tensor, "batch time d_model"],
+        labels: Int[Tensor, "batch time"] | None = None,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        if labels is not None:
+            return linear_cross_entropy(input, self.weight, labels, reduction=reduction)
+        is_plain = torch.is_autocast_enabled(input.device.type)
+        if is_plain or not is_read_only(input, self.weight, input.numel() * self.out_features):
+            return F.linear(input, self.weight)
+        return read_only_product(input, self.weight)
 
 
 class Transformer(nn.Module):
@@ -136,11 +154,17 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "batch time d_model"]) -> Float[Tensor, "batch time vocab"]:
         """Return the vocabulary scores of hidden states."""
-        weight = self.lm_head.weight
-        is_plain = torch.is_autocast_enabled(hidden.device.type)
-        if is_plain or not is_read_only(hidden, weight, hidden.numel() * self.vocab_size):
-            return self.lm_head(hidden)
-        return read_only_product(hidden, weight)
+        return self.lm_head(hidden)
+
+    def loss(
+        self,
+        hidden: Float[Tensor, "batch time d_model"],
+        labels: Int[Tensor, "batch time"],
+        *,
+        reduction: Reduction = "mean",
+    ) -> Float[Tensor, "*result"]:
+        """Return the cross-entropy of hidden states in nats; see `linear_cross_entropy`."""
+        return self.lm_head(hidden, labels, reduction)
 
     def new_caches(self, *, batch: int, max_length: int, dtype: torch.dtype) -> list[LayerCache]:
         """Return one empty cache per layer, for decoding up to max_length tokens."""
@@ -170,7 +194,7 @@ class Transformer(nn.Module):
         table 1). Training needs three times as many.
         """
         layers = sum(layer.flops_per_token(context_length) for layer in self.blocks())
-        return layers + 2.0 * self.lm_head.weight.numel()
+        return layers + 2.0 * self.vocab_size * self.d_model
 
 
 def resolve_head_dim(*, d_model: int, num_heads: int, head_dim: int | None) -> int:

@@ -1,7 +1,7 @@
 """The LightningModule: one training step, one validation step, and the one line that sets the learning rate."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -13,7 +13,7 @@ from llm.contracts import Batch, ParamGroup, ShardingStrategy, StatisticsReceive
 from llm.distributed.zero.weights import state_shapes
 from llm.evals.loss_metrics import validation_metrics
 from llm.model.transformer import Transformer, TransformerOutput
-from llm.ops.loss import linear_cross_entropy, loss_and_byte_sums
+from llm.ops.loss import loss_and_byte_sums
 from llm.optim.gradients import FirstGradients, WholeGradients
 from llm.optim.param_groups import build_param_groups, parameter_kinds
 from llm.run_folder.checkpoint import compare_state
@@ -57,7 +57,6 @@ class LanguageModule(L.LightningModule):
 
     model: Transformer
     token_bytes: Tensor
-    borrowed_parameters: ClassVar = ("model.lm_head.weight",)
 
     def __init__(
         self,
@@ -136,8 +135,8 @@ class LanguageModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch: mean cross-entropy in nats per token, plus the sublayers' losses."""
-        out = self.forward(batch)  # not self(batch): stage 3 frees borrowed parameters at the end of a call
-        loss = linear_cross_entropy(out.hidden, self.model.lm_head.weight, batch["labels"])
+        out = self.forward(batch)
+        loss = self.model.loss(out.hidden, batch["labels"])
         self._update.collect({"train/loss": loss, **{f"train/{k}": v for k, v in (out.losses | out.metrics).items()}})
         for extra in out.losses.values():
             loss = loss + extra
@@ -245,7 +244,7 @@ class LanguageModule(L.LightningModule):
     def loss_sums(self, batch: Batch) -> Float[Tensor, " 3"]:
         """Return the summed loss in nats, the number of labels and the bytes that they stand for, in fp64."""
         hidden, labels = self.forward(batch).hidden, batch["labels"]
-        losses = linear_cross_entropy(hidden, self.model.lm_head.weight, labels, reduction="none")
+        losses = self.model.loss(hidden, labels, reduction="none")
         return loss_and_byte_sums(losses, labels, self.token_bytes)
 
     def on_validation_epoch_end(self) -> None:

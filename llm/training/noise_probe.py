@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from llm.contracts import Batch
 from llm.errors import ConfigError
 from llm.model.transformer import Transformer
-from llm.ops.loss import linear_cross_entropy
 from llm.scaling.noise_scale import PROBE_REMEDY, SmoothedNoiseScale, two_batch_estimate
 
 PROBE_UPDATES = 32
@@ -104,7 +103,7 @@ def _gradients(
     for part in parts:
         with autocast():
             out = model(part["input_ids"], positions=part["positions"], document_ids=part["document_ids"])
-            loss = linear_cross_entropy(out.hidden, model.lm_head.weight, part["labels"])
+            loss = model.loss(out.hidden, part["labels"])
         (loss + sum(out.losses.values())).backward()
         small += _square(model) / count
         for i, parameter in enumerate(model.parameters()):

@@ -14,7 +14,7 @@ from llm.distributed.parameters import own_parameters
 from llm.distributed.zero.memory import bytes_a_rank
 from llm.distributed.zero.settings import STAGES
 from llm.ops.flops import peak_flops
-from llm.ops.loss import CHUNK_SCORES, linear_cross_entropy
+from llm.ops.loss import CHUNK_SCORES
 from llm.ops.memory import SavedBytes, optimizer_state_bytes
 from llm.optim.receipt import receipt
 from llm.scaling.derivation import brief, derivation
@@ -117,7 +117,7 @@ def activation_bytes(checked: CheckedConfig, vocab_size: int) -> tuple[int, int]
         mixed = checked.sizes.precision.endswith("mixed")
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed), SavedBytes(model) as saved:
             hidden = model(ids, positions=positions).hidden
-            linear_cross_entropy(hidden, model.lm_head.weight, ids)
+            model.loss(hidden, ids)
         return saved.total, min(CHUNK_SCORES, ids.numel() * vocab_size) * 4
 
 

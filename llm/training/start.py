@@ -20,7 +20,6 @@ from llm.huggingface.load import load_hf_weights
 from llm.huggingface.logits import check_import
 from llm.model.ffn.balance.base import without_statistics
 from llm.model.transformer import Transformer
-from llm.ops.loss import linear_cross_entropy
 from llm.ops.memory import SavedBytes
 from llm.run_folder.checkpoint import compare_state, find_last, load_model
 from llm.run_folder.folder import RunFolder
@@ -123,7 +122,7 @@ def trial_step(model: Transformer, windows: int, *, sizes: Sizes) -> int:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a codebook would learn from zeros
     with sizes.autocast(), SavedBytes(model) as saved:
         hidden = model(ids, positions=positions, document_ids=torch.zeros_like(ids)).hidden
-        loss = linear_cross_entropy(hidden, model.lm_head.weight, ids)
+        loss = model.loss(hidden, ids)
     loss.backward()
     model.zero_grad(set_to_none=True)
     model.load_state_dict(buffers, strict=False)

@@ -15,7 +15,7 @@ from llm.errors import CheckpointError, ConfigError
 from llm.evals.base import Subject
 from llm.evals.extrapolation import Extrapolation
 from llm.evals.loss import Loss
-from llm.model.transformer import Transformer, TransformerOutput
+from llm.model.transformer import Head, Transformer, TransformerOutput
 from llm.run_folder.checkpoint_mean import mean_state
 from llm.training.rebuild import rebuild_model
 from llm.training.train import train
@@ -178,7 +178,7 @@ class Words(Transformer):
 
     def __init__(self, tokens):
         nn.Module.__init__(self)
-        self.lm_head = nn.Linear(len(tokens) + 1, len(tokens) + 1, bias=False)
+        self.lm_head = Head(len(tokens) + 1, len(tokens) + 1, bias=False)
         self.token_embedding = nn.Embedding(len(tokens) + 1, 1)
         self.lm_head.weight.data = torch.eye(len(tokens) + 1)
         self.tokens = tokens

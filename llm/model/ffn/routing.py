@@ -28,6 +28,8 @@ class Router(nn.Module):
     """Whether a token may leave slots empty."""
     proj: nn.Linear
     """From a token to the logits of its experts."""
+    borrowed_parameters: ClassVar = ("proj.weight",)
+    """Read for a product in fp32, without a call of `proj`; see `ParameterBorrower`."""
 
 
 class ExpertOrder(NamedTuple):

@@ -1,0 +1,79 @@
+"""A parameter is read only while its own module runs, or one that borrows it: ZeRO stage 3 relies on it."""
+
+from collections import Counter
+
+import pytest
+import torch
+from catalogue import options
+
+from llm.config.build import build_model
+from llm.contracts import ParameterBorrower
+
+VQ = ("model/attention=vq", "model/position=none")
+CHOICES = {
+    **{f"attention={name}": (f"model/attention={name}", "model/position=none") for name in options("model/attention")},
+    **{
+        f"vq {name}": (*VQ, f"model.attention.codebook.estimator={name}")
+        for name in ("straight_through", "rotation", "simvq")
+    },
+    **{f"ffn={name}": (f"model/ffn={name}",) for name in options("model/ffn") if name != "moe"},
+    **{f"balance={name}": ("model=moe", f"model/ffn/balance={name}") for name in options("model/ffn/balance")},
+    "balance=budget": ("model=moe", "model/ffn/balance=budget", "model/ffn/router=threshold"),
+    **{f"norm={name}": (f"model/norm={name}",) for name in options("model/norm")},
+    **{f"model={name}": (f"model={name}",) for name in options("model")},
+    "tied": ("model.tie_embeddings=true",),
+    "untied": ("model.tie_embeddings=false",),
+    "qk_norm": ("model.attention.qk_norm=true",),
+    "learned decay": ("model/attention=linear", "model.attention.decay=learned"),
+}
+
+
+class Parts:
+    """Empties every parameter of a model except during the calls for which stage 3 would gather it."""
+
+    def __init__(self, model):
+        self.whole = {id(p): p.data for p in model.parameters()}
+        self.readers = Counter()
+        for module in model.modules():
+            held = [*module.parameters(recurse=False)]
+            if isinstance(module, ParameterBorrower):
+                names = (path.rpartition(".") for path in module.borrowed_parameters)
+                borrowed = (getattr(module.get_submodule(owner), leaf) for owner, _, leaf in names)
+                held += [p for p in borrowed if p is not None]
+            module.register_forward_pre_hook(lambda *_, held=held: self.gather(held))
+            module.register_forward_hook(lambda *_, held=held: self.release(held))
+        for parameter in model.parameters():
+            parameter.data = torch.empty(0)
+
+    def gather(self, held):
+        for parameter in held:
+            self.readers[id(parameter)] += 1
+            parameter.data = self.whole[id(parameter)]
+
+    def release(self, held):
+        for parameter in held:
+            self.readers[id(parameter)] -= 1
+            if self.readers[id(parameter)] == 0:
+                parameter.data = torch.empty(0)
+
+
+@torch.no_grad()
+def answers(model, ids, positions):
+    """Return the losses, and the scores of a decoding with a cache."""
+    hidden = model.eval()(ids, positions=positions).hidden
+    caches = model.new_caches(batch=1, max_length=ids.shape[1], dtype=torch.float32)
+    steps = [
+        model.logits(model(ids[:1, i : i + 1], positions=positions[:1, i : i + 1], caches=caches).hidden)
+        for i in range(ids.shape[1])
+    ]
+    return model.loss(hidden, ids, reduction="none"), torch.cat(steps, 1), model.logits(hidden)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_no_parameter_is_read_while_it_is_not_gathered(composed, tiny, choice):
+    model = build_model(composed(*tiny, "model.num_layers=1", *CHOICES[choice]), 300)
+    ids = torch.randint(300, (2, 4))
+    positions = torch.arange(4).expand(2, -1)
+    expected = answers(model, ids, positions)
+    Parts(model)
+    torch.testing.assert_close(answers(model, ids, positions), expected, rtol=0, atol=0)
