@@ -15,7 +15,7 @@ from data.packing import pack
 from data.sampler import RunSampler, Span, numbers_at, run_windows, united, validation_windows
 from data.sources import Source
 from data.tokens import TokenStream
-from llm.contracts import Batch
+from llm.contracts import IGNORED_LABEL, Batch
 from llm.errors import ConfigError, DataError
 
 SCANNED_AT_ONCE = 1 << 22
@@ -216,6 +216,15 @@ class TokenDataModule(LightningDataModule):
         start, count = self._span_of_step(step)
         order = {"num_windows": self.num_windows, "seed": self.seed, "left_out": self.left_out}
         return run_windows(start, start + count, **order).tolist()
+
+    def labels_of_step(self, step: int) -> int | None:
+        """Return the number of labels with a loss in an update, over all devices; None where every label has one.
+
+        Each rank reads the windows of the whole update, so that no rank waits for another.
+        """
+        if not self.cache.unscored_bit:
+            return None
+        return int((self.windows("train").__getitems__(self.windows_of_step(step))["labels"] != IGNORED_LABEL).sum())
 
     def numbers_of_steps(self, first: int, last: int) -> Span:
         """Return the span of the run's numbers from the first window of one update to the last of another."""

@@ -351,6 +351,15 @@ class TrainerChecker(Protocol):
 
 
 @runtime_checkable
+class LabelCounter(Protocol):
+    """A data module that knows how many labels of an update carry a loss before any of its micro-batches is read."""
+
+    def labels_of_step(self, step: int) -> int | None:
+        """Return their number over all micro-batches and ranks of an update; None where every label carries a loss."""
+        ...
+
+
+@runtime_checkable
 class WindowIndexer(Protocol):
     """A data module that can name the windows of any update."""
 

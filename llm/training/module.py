@@ -23,6 +23,7 @@ from llm.scaling.derivation import derivation
 from llm.scaling.rates import Rates
 from llm.training.spikes import SpikeGuard
 from llm.training.step_guard import NonFinitePolicy, StepGuard
+from llm.training.update_loss import UpdateLoss
 from llm.training.update_metrics import UpdateMetrics
 
 FORWARD_AND_BACKWARD = 3
@@ -89,7 +90,7 @@ class LanguageModule(L.LightningModule):
         self.flops_per_token = FORWARD_AND_BACKWARD * model.flops_per_token(context_length)
         self._run_model: Callable[..., TransformerOutput] = model.__call__  # a method: the decoder is registered once
         self.step_metrics: dict[str, Tensor | float] = {}
-        self._update = UpdateMetrics(self._reduced)
+        self._loss, self._update = UpdateLoss(), UpdateMetrics(self._reduced)
         self._refused: dict[str, Any] | None = None
         self._dropped_step = -1
         self._first_gradients: FirstGradients | None = None
@@ -134,9 +135,9 @@ class LanguageModule(L.LightningModule):
     # The training step.
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of one micro-batch: mean cross-entropy in nats per token, plus the sublayers' losses."""
+        """Return the loss of one micro-batch: cross-entropy in nats per label, plus the sublayers' losses."""
         out = self.forward(batch)
-        loss = self.model.loss(out.hidden, batch["labels"])
+        loss = self._loss.of_micro_batch(self.model.loss, out.hidden, batch["labels"], trainer=self.trainer)
         self._update.collect({"train/loss": loss, **{f"train/{k}": v for k, v in (out.losses | out.metrics).items()}})
         for extra in out.losses.values():
             loss = loss + extra

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm.contracts import Batch
+from llm.contracts import IGNORED_LABEL, Batch
 from llm.errors import ConfigError
 from llm.model.transformer import Transformer
 from llm.scaling.noise_scale import PROBE_REMEDY, SmoothedNoiseScale, two_batch_estimate
+from llm.training.update_loss import share_of_loss
 
 PROBE_UPDATES = 32
 """Updates of the probe. The noise scale of a model that has learnt nothing is small, and grows fast at first."""
@@ -100,10 +101,15 @@ def _gradients(
     """Leave the mean gradient of the parts in the model; return the mean |G_part|² and |G|²."""
     total: list[Tensor | None] = [None for _ in model.parameters()]
     small = 0.0
+    parts = list(parts)
+    num_labels = sum(int((part["labels"] != IGNORED_LABEL).sum()) for part in parts)
+    is_counted = num_labels < sum(part["labels"].numel() for part in parts)
     for part in parts:
         with autocast():
             out = model(part["input_ids"], positions=part["positions"], document_ids=part["document_ids"])
-            loss = model.loss(out.hidden, part["labels"])
+            loss = share_of_loss(
+                model.loss, out.hidden, part["labels"], num_labels=num_labels if is_counted else None, num_parts=count
+            )
         (loss + sum(out.losses.values())).backward()
         small += _square(model) / count
         for i, parameter in enumerate(model.parameters()):

@@ -30,7 +30,9 @@ class Runs:
         self.jobs = []
 
     def config(self, *overrides):
-        return self.composed(*self.base, *TINY, *overrides)
+        chooses_data = any(o.startswith("data=") for o in overrides)
+        base = [t for t in self.base if not (chooses_data and t.startswith(("data=", "data.")))]
+        return self.composed(*base, *TINY, *overrides)
 
     def alone(self, name, *overrides, resume=False):
         """Train in this process; return the run folder."""
