@@ -47,5 +47,10 @@ class SpikeError(CrucibleError):
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return `"; did you mean x?"` for the candidate closest to `name`, or `""` when none is close."""
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    found = closest(name, candidates)
+    return f"; did you mean {found}?" if found else ""
+
+
+def closest(name: str, candidates: Iterable[str]) -> str | None:
+    """Return the candidate closest to `name` in spelling, None when none is close."""
+    return next(iter(difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)), None)

@@ -3,10 +3,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from catalogue import CONF
 
-from llm.commands.cli import _newest_run
-from llm.commands.overrides import keys_set_by
+from llm.commands.arguments import parse_command_line
+from llm.commands.compose import open_hydra
+from llm.commands.groups import keys_set_by
+from llm.commands.newest_run import folder_to_resume
 from llm.config.resume import merge_resumed
 from llm.errors import ConfigError
 
@@ -63,10 +64,16 @@ def test_the_same_piece_with_other_settings_is_refused_setting_by_setting():
     assert str(error.value).count("optimizer.lr=0.002: the run was made with 0.001") == 1
 
 
-def test_an_option_that_sets_keys_of_another_group_is_held_against_each_of_them():
+@pytest.fixture
+def loader():
+    with open_hydra(parse_command_line([], "train")) as loader:
+        yield loader
+
+
+def test_an_option_that_sets_keys_of_another_group_is_compared_key_by_key(loader):
     saved = {**SAVED, "model": {"d_model": 128, "ffn": {"d_ff": 5}}}
     given = {**composed(), "model": {"d_model": 384, "ffn": {"d_ff": 5}}}
-    keys = partial(keys_set_by, config_dir=CONF)
+    keys = partial(keys_set_by, loader=loader)
     with pytest.raises(ConfigError, match=r"model\.d_model=384: the run was made with 128"):
         merge_resumed(saved, given, ["model/size=small"], keys)
     assert (
@@ -75,10 +82,10 @@ def test_an_option_that_sets_keys_of_another_group_is_held_against_each_of_them(
     )
 
 
-def test_the_keys_of_an_experiment_are_its_own_and_the_groups_it_chooses():
-    keys = keys_set_by("experiment", "recall", CONF)
+def test_the_keys_of_an_experiment_are_its_own_and_the_groups_it_chooses(loader):
+    keys = keys_set_by("experiment", "recall", loader)
     assert {"data", "context_length", "model.ffn.d_ff", "optimizer.lr"} <= set(keys)
-    assert keys_set_by("experiment", "nothing", CONF) == []
+    assert keys_set_by("experiment", "nothing", loader) == []
 
 
 def test_auto_takes_the_newest_run_of_the_very_name(tmp_path, monkeypatch):
@@ -87,6 +94,6 @@ def test_auto_takes_the_newest_run_of_the_very_name(tmp_path, monkeypatch):
         run = Path(shutil.copytree(FIXTURES / "run_of_version_0.1", f"runs/{folder}", symlinks=True))
         config = (run / "config.yaml").read_text().replace("name: frozen", f"name: {name}")
         (run / "config.yaml").write_text(config)
-    assert _newest_run(["name=dense"], "train") == Path("runs/2_dense")
+    assert folder_to_resume({"resume": "auto", "name": "dense"}) == Path("runs/2_dense")
     with pytest.raises(ConfigError, match="resume=auto: no run named ense with a checkpoint"):
-        _newest_run(["name=ense"], "train")
+        folder_to_resume({"resume": "auto", "name": "ense"})

@@ -40,7 +40,7 @@ class EvalConfig:
     """`position`: the node of another position to read with; none of them has weights."""
 
 
-def evaluate(cfg: dict[str, Any], path: Path) -> float | None:
+def evaluate(config: EvalConfig | Mapping[str, Any], path: Path) -> float | None:
     """Judge each run by each evaluation, show tables, and keep `<name>.json` and `<name>.png`.
 
     Results of one run are written to `path`; those of several into `eval/` in each run folder, and what compares them
@@ -53,7 +53,8 @@ def evaluate(cfg: dict[str, Any], path: Path) -> float | None:
         ConfigError: an unknown key or evaluation, or a folder that holds no run.
         CheckpointError: weights that are missing, damaged, or of another architecture.
     """
-    config = check_eval(cfg)
+    if not isinstance(config, EvalConfig):
+        config = check_eval(config)
     evaluations: dict[str, Evaluation] = instantiate(config.eval)
     runs = run_folders(config)
     results: dict[str, dict[str, Result]] = {}

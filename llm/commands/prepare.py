@@ -1,71 +1,55 @@
 """Prepares a corpus ahead of time: `python -m data.prepare data=text data.files=corpus/*.txt tokenizer=bytes`.
 
-Takes the overrides of train.py and builds the very cache that train.py will look for with them.
+Takes the overrides of train.py and builds the cache that train.py looks for with the same overrides.
 """
 
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from llm.commands.cli import run_plain_command
+from llm.config.check import key_problems
+from llm.config.pieces import instantiate
+from llm.errors import ConfigError
 
-from llm.config.conf import conf_folder
-from llm.errors import ConfigError, CrucibleError
+PARTS = ("data", "tokenizer", "loader")
+"""Groups that a cache depends on. Others may name devices that this machine lacks, and are not checked."""
 
-CONFIG_DIR = conf_folder()
-_OWN_PACKAGE = "data."
-_EXIT_MISTAKE = 2
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
-def prepare(overrides: list[str]) -> Any:
-    """Compose conf/train.yaml with the overrides, build the token cache, and return the data module.
+def prepare(cfg: Mapping[str, Any]) -> Any:
+    """Build the token cache of a plain configuration of conf/train.yaml, and return the data module.
 
     Raises:
-        ConfigError: a setting that cannot be honoured.
+        ConfigError: an invalid setting.
         DataError: a corpus that cannot be used.
     """
-    try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            cfg = compose("train", overrides=overrides)
-        source, tokenizer, loader = (_build(cfg, key) for key in ("data", "tokenizer", "loader"))
-        numbers = {key: cfg[key] for key in ("context_length", "batch_tokens", "seed")}
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__
-        raise (cause if isinstance(cause, CrucibleError) else ConfigError(str(error))) from error
+    if problems := key_problems(cfg, groups=PARTS):
+        raise ConfigError("\n".join(problems))
+    source, tokenizer, loader = (instantiate(cfg[key]) for key in PARTS)
+    numbers = {key: cfg[key] for key in ("context_length", "batch_tokens", "seed")}
     module = loader(source=source, tokenizer=tokenizer, micro_batch_size=1, **numbers)
     module.prepare_data()
     return module
 
 
-def _build(cfg: Any, key: str) -> Any:
-    node = OmegaConf.to_container(cfg[key], resolve=True, throw_on_missing=True)
-    assert isinstance(node, dict)
-    target = str(node.get("_target_"))
-    if not target.startswith(_OWN_PACKAGE):  # configuration is data, not code
-        raise ConfigError(f"{key}._target_={target}: not a piece of {_OWN_PACKAGE}*; choose one with {key}=<name>")
-    return instantiate(node, _convert_="all")
+def prepare_and_report(cfg: Mapping[str, Any]) -> None:
+    """Build the token cache and print what it has."""
+    started = time.monotonic()
+    module = prepare(cfg)
+    for key, value in module.report.items():
+        log.info("%-14s %s", key, f"{value:_}" if isinstance(value, int) else value)
+    log.info("%-14s %s", "vocab_size", f"{module.tokenizer.vocab_size:_}")
+    log.info("%-14s %s", "folder", module.options.cache_dir / "tokens" / module.fingerprint)
+    log.info("%-14s %.1f s", "ready after", time.monotonic() - started)
 
 
 def main() -> None:
-    """Prepare the corpus that the command line describes and say what it holds."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    started = time.monotonic()
-    try:
-        if {"-h", "--help"} & set(sys.argv[1:]):
-            _log.info("%s", __doc__)
-            return
-        module = prepare(sys.argv[1:])
-    except CrucibleError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(_EXIT_MISTAKE)
-    for key, value in module.report.items():
-        _log.info("%-14s %s", key, f"{value:_}" if isinstance(value, int) else value)
-    _log.info("%-14s %s", "vocab_size", f"{module.tokenizer.vocab_size:_}")
-    _log.info("%-14s %s", "folder", module.options.cache_dir / "tokens" / module.fingerprint)
-    _log.info("%-14s %.1f s", "ready after", time.monotonic() - started)
+    """Run the command line of `python -m data.prepare`."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        sys.stdout.write(__doc__ or "")
+        return
+    run_plain_command(prepare_and_report, config_name="train")

@@ -1,49 +1,30 @@
-"""Every mistake in a configuration, found before data or model exist: keys, values, and what shows when pieces meet."""
+"""Validates a configuration before any data or model is built, and returns it with what follows from it."""
 
 import copy
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_type_hints
 
-import torch
-
-from llm.config.build import GROUPS, build_averaging, build_evaluations, build_meta_model, build_rates, build_tokenizer
+from llm.config.build import GROUPS
 from llm.config.checked import CheckedConfig
+from llm.config.cross_checks import check_across_groups
 from llm.config.decided import decided_elsewhere
-from llm.config.pieces import instantiate
+from llm.config.problems import Problem
 from llm.config.run import RunConfig, run_config
 from llm.config.safety import escaping_paths, secrets_in
-from llm.config.signatures import (
-    check_node,
-    check_pieces,
-    fits,
-    keyword_parameters,
-    locate,
-    suggest,
-    target_nodes,
-    type_name,
-)
-from llm.config.sizes import (
-    accelerator,
-    batch_plan,
-    batch_ramp,
-    least_micro_batches,
-    micro_batch_sizes,
-    needs_probe,
-    sizes_of,
-    world_size,
-)
-from llm.contracts import GradientFolder, NonFiniteShrinker, TrainerChecker, WeightAverager
-from llm.errors import ConfigError, CrucibleError
-from llm.ops.precision import resolve_precision
-from llm.scaling.batching import check_ramp
-from llm.scaling.noise_scale import PROBE_REMEDY
+from llm.config.signatures import check_node, check_pieces, fits, suggest, target_nodes, type_name
+from llm.config.sizes import sizes_of
+from llm.errors import ConfigError
 
 SUPPLIED_TO = {"data.module.TokenDataModule": frozenset({"source"})}
-REMEDIES = {"base_batch_tokens": "the tokens per update at which optimizer.lr was tuned"}
+"""Arguments that a parent passes to a node, by the node's `_target_`."""
+
 MAX_SEED = 2**32
+"""Seeds lie below this number, as NumPy's generators require."""
+
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
+NAME_RULE = "letters, digits, dot, dash and underscore only; try name=my-run"
+"""Names of runs become names of folders."""
 
 
 def check(cfg: Mapping[str, Any]) -> CheckedConfig:
@@ -52,224 +33,69 @@ def check(cfg: Mapping[str, Any]) -> CheckedConfig:
     Raises:
         ConfigError: one line a problem, each naming key, value, rule and remedy.
     """
-    problems = [*_check_run_keys(cfg), *secrets_in(cfg), *escaping_paths(cfg)]
-    nodes = {group: cfg.get(group) for group in GROUPS}
-    if isinstance(nodes["trainer"], Mapping):  # `resolve_precision` judges it: Lightning knows no `auto`
-        nodes["trainer"] = {key: value for key, value in nodes["trainer"].items() if key != "precision"}
-    problems += decided_elsewhere(nodes)
-    for group in ("callbacks", "logger", "eval"):
-        problems += check_pieces(group, cfg.get(group))
-    for path, node in target_nodes(nodes):
-        problems += check_node(path, node, SUPPLIED_TO.get(str(node["_target_"]), frozenset()))
-    mended, left = _without_unknown_keys(cfg, problems)
-    problems += _check_together(mended, unsound={re.split(r"[.=]", problem)[0] for problem in left})
-    if problems:
-        raise ConfigError("\n".join(problems))
+    problems = key_problems(cfg)
+    known = _without_unknown_keys(cfg, problems)
+    invalid = {problem.group for problem in problems if not problem.is_unknown_key}
+    if lines := [*problems, *check_across_groups(known, invalid=invalid)]:
+        raise ConfigError("\n".join(lines))
     return CheckedConfig(tree=cfg, run=run_config(cfg), sizes=sizes_of(cfg))
 
 
-def _without_unknown_keys(cfg: Mapping[str, Any], problems: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the configuration less the keys that nobody knows, to look for more in it, and the other problems."""
-    mended, left = copy.deepcopy(dict(cfg)), []
+def key_problems(cfg: Mapping[str, Any], groups: Iterable[str] = GROUPS) -> list[Problem]:
+    """Return the mistakes that single keys have: unknown, missing and ill-typed ones, secrets and escaping paths.
+
+    Args:
+        cfg: a plain configuration.
+        groups: groups whose nodes are checked; run-level keys are always checked.
+    """
+    problems = [*_check_run_keys(cfg), *secrets_in(cfg), *escaping_paths(cfg)]
+    nodes = {group: cfg.get(group) for group in groups}
+    trainer = nodes.get("trainer")
+    if isinstance(trainer, Mapping):  # `resolve_precision` checks it: Lightning does not know `auto`
+        nodes["trainer"] = {key: value for key, value in trainer.items() if key != "precision"}
+    problems += decided_elsewhere(nodes)
+    for group in {"callbacks", "logger", "eval"} & nodes.keys():
+        problems += check_pieces(group, cfg.get(group))
+    for path, node in target_nodes(nodes):
+        problems += check_node(path, node, SUPPLIED_TO.get(str(node["_target_"]), frozenset()))
+    return problems
+
+
+def _without_unknown_keys(cfg: Mapping[str, Any], problems: Iterable[Problem]) -> dict[str, Any]:
+    """Return the configuration without the unknown keys, so that its other rules can be checked."""
+    known = copy.deepcopy(dict(cfg))
     for problem in problems:
-        *parents, key = problem.split("=")[0].split(".")
-        node: Any = mended
+        *parents, key = problem.key.split(".")
+        node: Any = known
         for parent in parents:
             node = node.get(parent) if isinstance(node, Mapping) else None
-        if ": unknown key" in problem and isinstance(node, dict) and key in node:
-            del node[key]
-        else:
-            left.append(problem)
-    return mended, left
+        if problem.is_unknown_key and isinstance(node, dict):
+            node.pop(key, None)
+    return known
 
 
-def _check_run_keys(cfg: Mapping[str, Any]) -> list[str]:
+def _check_run_keys(cfg: Mapping[str, Any]) -> list[Problem]:
     hints = get_type_hints(RunConfig)
     problems = []
     for key, value in cfg.items():
         if key not in hints and key not in GROUPS:
-            problems.append(f"{key}={value}: unknown key{suggest(str(key), {*hints, *GROUPS})}")
+            rule = f"unknown key{suggest(str(key), {*hints, *GROUPS})}"
+            problems.append(Problem(key, rule, value=value, is_unknown_key=True))
         elif key in hints and not fits(value, hints[key]):
-            problems.append(f"{key}={value!r}: must be {type_name(hints[key])}; got {type(value).__name__}")
+            rule = f"must be {type_name(hints[key])}; got {type(value).__name__}"
+            problems.append(Problem(key, rule, value=repr(value)))
     for key in ("val_every", "checkpoint_every"):
         if isinstance(cfg.get(key), int) and cfg[key] < 1:
-            problems.append(f"{key}={cfg[key]}: must be at least 1 update; try 100")
+            problems.append(Problem(key, "must be at least 1 update; try 100", value=cfg[key]))
     seed = cfg.get("seed")
     if isinstance(seed, int) and not 0 <= seed < MAX_SEED:
-        problems.append(f"seed={seed}: must lie in [0, {MAX_SEED}), the range of NumPy's generators; try 0")
-    try:
-        check_name(str(cfg.get("name")))
-    except ConfigError as error:
-        problems.append(str(error))
+        rule = f"must lie in [0, {MAX_SEED}), the range of NumPy's generators; try 0"
+        problems.append(Problem("seed", rule, value=seed))
+    if not is_name(str(cfg.get("name"))):
+        problems.append(Problem("name", NAME_RULE, value=cfg.get("name")))
     return problems
 
 
-def check_name(name: str) -> None:
-    """Raise ConfigError for a run name that is not plain letters, digits, dot, dash and underscore."""
-    if not NAME_PATTERN.fullmatch(name) or ".." in name:
-        raise ConfigError(f"name={name}: letters, digits, dot, dash and underscore only; try name=my-run")
-
-
-def _check_together(cfg: Mapping[str, Any], *, unsound: set[str]) -> list[str]:
-    """Collect what only shows when pieces meet: batch arithmetic, rates, the model's own rules.
-
-    A probe is left out where a key that it reads is already known to be wrong.
-    """
-    run_keys = {"max_steps", "max_tokens", "batch_tokens", "context_length", "micro_batch_size"}
-    probes: list[tuple[set[str], Callable[[], Any]]] = [
-        (run_keys | {"batch_schedule"}, lambda: batch_ramp(cfg)),
-        (run_keys | {"batch_schedule", "trainer"}, lambda: check_ramp(plan=batch_plan(cfg), ramp=batch_ramp(cfg))),
-        (run_keys | {"callbacks", "trainer"}, lambda: _check_micro_batches(cfg)),
-        ({"optimizer", "on_nonfinite", "trainer"}, lambda: _check_optimizer(cfg)),
-        (run_keys | {"scaling", "batch_schedule", "optimizer"}, lambda: _check_scaling(cfg)),
-        (run_keys | {"batch_schedule", "keep_half_life"}, lambda: _check_half_life(cfg)),
-        (run_keys | {"schedule"}, lambda: _check_schedule(cfg)),
-        ({"trainer"}, lambda: resolve_precision(cfg["trainer"]["precision"], accelerator=accelerator(cfg["trainer"]))),
-        ({"trainer", "compile"}, lambda: _check_trainer(cfg)),
-        ({"model", "rates"}, lambda: build_meta_model(cfg)),
-        ({"optimizer", "rates"}, lambda: build_rates(cfg).check(instantiate(cfg["optimizer"]))),
-        ({"data"}, lambda: instantiate(cfg["data"])),
-        ({"tokenizer"}, lambda: build_tokenizer(cfg)),
-        ({"spikes"}, lambda: instantiate(cfg.get("spikes") or {})),
-        ({"eval"}, lambda: build_evaluations(cfg)),
-        (run_keys | {"averaging", "trainer", "batch_schedule"}, lambda: _check_averaging(cfg)),
-    ]
-    problems = []
-    for keys, probe in probes:
-        if keys & unsound:
-            continue
-        try:
-            probe()
-        except CrucibleError as error:
-            problems += [line for line in str(error).splitlines() if line not in problems]
-        except TypeError as error:  # a factory's argument that neither its node nor its parent gives
-            problems.append(f"{'/'.join(sorted(keys))}: {error}; compare its file under conf/ with the class it names")
-    return problems
-
-
-def _check_micro_batches(cfg: Mapping[str, Any]) -> None:
-    """Refuse an update of fewer micro-batches than a callback compares."""
-    plan, (least, callback) = batch_plan(cfg), least_micro_batches(cfg)
-    if plan.accumulation * plan.world_size >= least:
-        return
-    smaller = [n for n in micro_batch_sizes(cfg) if plan.windows // n >= least]
-    remedy = f"micro_batch_size={smaller[0]}" if smaller else f"batch_tokens={least * cfg['context_length']} or more"
-    raise ConfigError(
-        f"micro_batch_size={cfg['micro_batch_size']}: leaves one micro-batch an update on one device, and "
-        f"callbacks.{callback} compares at least {least}; set {remedy}"
-    )
-
-
-def _check_averaging(cfg: Mapping[str, Any]) -> None:
-    """Refuse an average that would first exist after the run."""
-    steps = batch_ramp(cfg).total_steps
-    for averager in build_averaging(cfg):
-        if isinstance(averager, WeightAverager) and averager.first_average > steps:
-            key = "start" if "start" in cfg["averaging"] else "every"
-            raise ConfigError(
-                f"averaging.{key}={cfg['averaging'][key]}: the first average would follow update "
-                f"{averager.first_average} of a run of {steps}; lower it, or set averaging=null"
-            )
-
-
-def _check_schedule(cfg: Mapping[str, Any]) -> None:
-    steps = batch_ramp(cfg).total_steps
-    schedule = instantiate(cfg["schedule"])
-    for step in (0, steps - 1):
-        schedule(step, total_steps=steps)
-
-
-def _check_scaling(cfg: Mapping[str, Any]) -> None:
-    """Ask for the rate at every batch of the run; what is yet to be measured is taken as the batch itself."""
-    node = dict(cfg["scaling"])
-    rule = str(node["_target_"]).rpartition(".")[2]
-    asked = [n for n, p in keyword_parameters(locate(node["_target_"])).items() if p.kind is p.KEYWORD_ONLY]
-    lines = [
-        f"scaling.{name}: missing; the {rule} rule needs it: set {REMEDIES.get(name, 'what its file in conf/ does')}"
-        for name in asked
-        if name not in node
-    ]
-    if lines:
-        raise ConfigError("\n".join(lines))
-    ramp = batch_ramp(cfg)
-    if needs_probe(cfg, ramp):
-        _check_probe(cfg)
-        node["noise_scale"] = float(cfg["batch_tokens"])
-    scaling = instantiate(node)
-    for _, _, batch_tokens in ramp.stages:
-        scaling(batch_tokens)
-
-
-def _check_half_life(cfg: Mapping[str, Any]) -> None:
-    if cfg["keep_half_life"] and len(batch_ramp(cfg).stages) > 1:
-        raise ConfigError(
-            "keep_half_life=true: an optimizer's averages have one decay for the whole run, and batch_schedule changes "
-            "the batch; set keep_half_life=false, or batch_schedule=constant"
-        )
-
-
-def _check_probe(cfg: Mapping[str, Any]) -> None:
-    base, context = cfg["scaling"].get("base_batch_tokens"), cfg["context_length"]
-    if cfg["optimizer"].get("accumulate") == "momentum":
-        raise ConfigError(
-            "scaling.noise_scale=measured: optimizer.accumulate=momentum leaves no gradients to measure; set "
-            f"optimizer.accumulate=buffer, or {PROBE_REMEDY}"
-        )
-    if isinstance(base, int) and base > 0 and (base % context or base < 2 * context):
-        raise ConfigError(
-            f"scaling.noise_scale=measured: scaling.base_batch_tokens={base} must hold at least two windows of "
-            f"context_length {context}, and whole ones, to compare their gradients; {PROBE_REMEDY}"
-        )
-
-
-def _check_optimizer(cfg: Mapping[str, Any]) -> None:
-    node, policy = cfg["optimizer"], cfg["on_nonfinite"]
-    rates = []
-    is_number = isinstance(node["lr"], (int, float))
-    if not is_number or not 0 < node["lr"] < math.inf:
-        what = "above 0" if is_number else "a number above 0"
-        rates.append(f"optimizer.lr={node['lr']}: must be {what}; 4e-3 suits adamw at tiny")
-    if not 0 <= node["weight_decay"] < math.inf:
-        rates.append(f"optimizer.weight_decay={node['weight_decay']}: must be at least 0; 0.1 is usual")
-    if rates:
-        raise ConfigError("\n".join(rates))
-    parameter = torch.nn.Parameter(torch.zeros(2, 2))
-    group = {"params": [parameter], "names": ["probe"], "kind": "matrix", "lr": node["lr"], "weight_decay": 0.0}
-    try:
-        optimizer = instantiate(node)([group])
-    except ValueError as error:
-        raise ConfigError(f"optimizer: {error}; see the docstring of {node['_target_']}") from error
-    shrinks = isinstance(optimizer, NonFiniteShrinker) and optimizer.shrink_ratio is not None
-    if shrinks != (policy == "tiger"):
-        raise ConfigError(
-            f"on_nonfinite={policy}: goes with a shrink_ratio and only with it; "
-            "set optimizer=tiger optimizer.shrink_ratio=0.99 on_nonfinite=tiger together, or none"
-        )
-    if isinstance(optimizer, GradientFolder) and optimizer.folds_gradients:
-        if world_size(cfg["trainer"]) > 1 or "stage" in cfg["trainer"]:
-            raise ConfigError(
-                "optimizer.accumulate=momentum: works on one device with whole tensors; set optimizer.accumulate=buffer"
-            )
-        clip = cfg["trainer"].get("gradient_clip_val")
-        if clip or policy == "skip" or cfg.get("spikes"):
-            spikes = instantiate(cfg["spikes"]) if cfg.get("spikes") else None
-            key = "on_nonfinite=skip" if spikes is None else f"spikes={'rollback' if spikes.goes_back else 'skip'}"
-            key = f"trainer.gradient_clip_val={clip}" if clip else key
-            raise ConfigError(
-                f"{key}: optimizer.accumulate=momentum leaves no gradient to act on; set "
-                "trainer.gradient_clip_val=null and on_nonfinite=raise or tiger, or optimizer.accumulate=buffer"
-            )
-
-
-def _check_trainer(cfg: Mapping[str, Any]) -> None:
-    """Check a trainer that has rules of its own, and refuse 16-bit weights that have no fp32 masters."""
-    node = cfg["trainer"]
-    factory = locate(node["_target_"])
-    precision = resolve_precision(node["precision"], accelerator=accelerator(node))
-    if isinstance(factory, TrainerChecker):
-        factory.check_settings(node, precision=precision, compiled=cfg["compile"] is True)
-    elif precision == "bf16-true":
-        raise ConfigError(
-            "trainer.precision=bf16-true: bf16 weights without fp32 masters round small updates away; use "
-            "trainer.precision=bf16-mixed, or trainer=deepspeed trainer.stage=2, which keeps masters"
-        )
+def is_name(name: str) -> bool:
+    """Return whether a run name has letters, digits, dots, dashes and underscores alone, and no `..`."""
+    return NAME_PATTERN.fullmatch(name) is not None and ".." not in name

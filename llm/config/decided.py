@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from llm.config.problems import Problem
+
 DECIDED: Mapping[str, Mapping[str, str]] = {
     "trainer": {
         "max_steps": "set max_steps",
@@ -52,13 +54,15 @@ The parent's value wins over one in the node, so a setting there would have no e
 """
 
 
-def decided_elsewhere(nodes: Mapping[str, Any]) -> list[str]:
-    """Return a complaint for each setting that the parent of its node decides."""
+def decided_elsewhere(nodes: Mapping[str, Any]) -> list[Problem]:
+    """Return the problem of each setting that the parent of its node decides."""
     problems = []
     for path, keys in DECIDED.items():
         node: Any = nodes
         for part in path.split("."):
             node = node.get(part) if isinstance(node, Mapping) else None
         if isinstance(node, Mapping):
-            problems += [f"{path}.{k}={node[k]}: has no effect here; {keys[k]}" for k in keys if k in node]
+            problems += [
+                Problem(f"{path}.{k}", f"has no effect here; {keys[k]}", value=node[k]) for k in keys if k in node
+            ]
     return problems

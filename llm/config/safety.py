@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from llm.config.problems import Problem
+
 SECRET_KEY = re.compile(
     r"(^|[_-])(key|auth|passphrase|credentials?|tokens?)$|secret|password|passwd|api_?key|(access|auth|api|bearer)_?token",
     re.IGNORECASE,
@@ -34,7 +36,7 @@ def is_secret_key(key: str) -> bool:
     return bool(SECRET_KEY.search(last)) and not PLAIN_KEYS.search(last)
 
 
-def secrets_in(config: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> list[str]:
+def secrets_in(config: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> list[Problem]:
     """Return a complaint for each value that must not be written down; the value itself is never shown.
 
     That is what a key calls a secret, a URL with a password in it, and whatever equals a secret of the environment,
@@ -51,11 +53,11 @@ def secrets_in(config: Mapping[str, Any], environment: Mapping[str, str] | None 
         if not isinstance(value, str) or not value or value == "???":
             continue
         if is_secret_key(key):
-            problems.append(f"{path}=…: {REMEDY}")
+            problems.append(Problem(path, REMEDY, value="…"))
         elif value in held:
-            problems.append(f"{path}=…: is the value of ${held[value]}; {REMEDY}")
+            problems.append(Problem(path, f"is the value of ${held[value]}; {REMEDY}", value="…"))
         elif URL_USER.search(value):
-            problems.append(f"{path}=…: a URL with a password in it; {REMEDY}")
+            problems.append(Problem(path, f"a URL with a password in it; {REMEDY}", value="…"))
     return problems
 
 
@@ -76,14 +78,15 @@ def secrets_on_the_command_line(arguments: Iterable[str]) -> list[str]:
     return problems
 
 
-def escaping_paths(config: Mapping[str, Any]) -> list[str]:
+def escaping_paths(config: Mapping[str, Any]) -> list[Problem]:
     """Return a complaint for each file name of a logger, callback or trainer that could lead out of the run folder."""
     problems = []
     for path, key, value in _leaves({g: config.get(g) for g in ("callbacks", "logger", "trainer")}):
         if key in PATH_KEYS and isinstance(value, str):
             name = PurePath(value)
             if name.is_absolute() or ".." in name.parts or value.startswith("~"):
-                problems.append(f"{path}={value}: leads out of the run folder; give a name inside it, without ..")
+                rule = "leads out of the run folder; give a name inside it, without .."
+                problems.append(Problem(path, rule, value=value))
     return problems
 
 

@@ -1,13 +1,14 @@
-"""Holds configuration nodes against the signatures they will be called with, before anything is built."""
+"""Compares configuration nodes with the signatures of what they name, before anything is built."""
 
 import importlib
 import inspect
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from llm.errors import did_you_mean
+from llm.config.problems import Problem
+from llm.errors import closest
 
 ALLOWED_TARGETS = (
     "llm.callbacks.",
@@ -45,7 +46,7 @@ HYDRA_KEYS = {
     "_convert_": Literal["none", "partial", "object", "all"],
     "_args_": list,
 }
-"""Keys that a node may have for Hydra's sake, and what they hold."""
+"""Keys that Hydra defines for every node, with the types of their values."""
 
 SYNONYMS = {
     "learning_rate": "lr", "wd": "weight_decay", "n_embd": "d_model", "dim": "d_model", "hidden_size": "d_model",
@@ -54,7 +55,7 @@ SYNONYMS = {
     "path": "files", "optim": "optimizer", "tokens": "max_tokens", "d_ff": "ffn.d_ff",
     "run_dir": "hydra.run.dir", "output_dir": "hydra.run.dir", "out_dir": "hydra.run.dir",
 }  # fmt: skip
-"""Names that users bring from elsewhere, and ours."""
+"""Names of other projects, each with the name of the same setting here."""
 
 MISSING = "???"
 
@@ -72,14 +73,18 @@ def target_nodes(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, 
 
 
 def is_allowed(target: Any) -> bool:
-    """Tell whether a `_target_` is on the allow-list, by its name alone: nothing is imported."""
+    """Return whether a `_target_` is on the allow-list. The name alone decides: nothing is imported."""
     if not isinstance(target, str) or not target.startswith(ALLOWED_TARGETS):
         return False
     return not any(part.startswith("_") for part in target.split("."))
 
 
 def locate(target: str) -> Any:
-    """Import what a `_target_` names; raises ImportError or AttributeError where there is none."""
+    """Import what a `_target_` names.
+
+    Raises:
+        ImportError, AttributeError: nothing has this name.
+    """
     module_name, _, attribute = target.rpartition(".")
     parts = module_name.split(".")
     for cut in range(len(parts), 0, -1):
@@ -95,24 +100,25 @@ def locate(target: str) -> Any:
     raise ImportError(target)
 
 
-def check_node(path: str, node: Mapping[str, Any], supplied: frozenset[str] = frozenset()) -> list[str]:
-    """Return what is wrong with one `_target_` node: target, unknown, missing and ill-typed keys.
+def check_node(path: str, node: Mapping[str, Any], supplied: frozenset[str] = frozenset()) -> list[Problem]:
+    """Return the mistakes in one `_target_` node: its target, and unknown, missing and ill-typed keys.
 
     Args:
         path: dotted path of the node, for messages.
         node: plain mapping.
-        supplied: arguments that the parent hands over when it finishes a factory.
+        supplied: arguments that the parent passes when it calls a factory.
     """
     target = node["_target_"]
     if not is_allowed(target):
         allowed = " ".join(f"{prefix}*" if prefix.endswith(".") else prefix for prefix in ALLOWED_TARGETS)
-        return [f"{path}._target_={target}: not on the allow-list; use one of {allowed}"]
+        return [Problem(f"{path}._target_", f"not on the allow-list; use one of {allowed}", value=target)]
     try:
         function = locate(target)
     except (ImportError, AttributeError) as error:
-        return [f"{path}._target_={target}: cannot be imported ({error}); check the spelling"]
+        return [Problem(f"{path}._target_", f"cannot be imported ({error}); check the spelling", value=target)]
     if not callable(function) or not str(getattr(function, "__module__", "")).startswith(DEFINED_IN):
-        return [f"{path}._target_={target}: no piece of its module, which only imports it; name one that it defines"]
+        rule = "not defined in its module, which only imports it; name a piece that the module defines"
+        return [Problem(f"{path}._target_", rule, value=target)]
     return [*_check_keys(path, node, function), *_check_missing(path, node, function, supplied)]
 
 
@@ -124,18 +130,18 @@ def keyword_parameters(function: Any) -> dict[str, inspect.Parameter]:
     }
 
 
-def check_pieces(group: str, pieces: Any) -> list[str]:
-    """Return what is wrong with a group of named nodes: entries that are neither a node nor null."""
+def check_pieces(group: str, pieces: Any) -> list[Problem]:
+    """Return the mistakes in a group of named nodes: entries that are neither a node nor null."""
     if not isinstance(pieces, Mapping) or "_target_" in pieces:
         return []
     return [
-        f"{group}.{name}={piece!r}: must be a mapping with a _target_, as in conf/{group}; or null to leave it out"
+        Problem(f"{group}.{name}", f"must be a mapping with a _target_, as in conf/{group}; or null", value=repr(piece))
         for name, piece in pieces.items()
         if piece is not None and not (isinstance(piece, Mapping) and "_target_" in piece)
     ]
 
 
-def _check_keys(path: str, node: Mapping[str, Any], function: Any) -> list[str]:
+def _check_keys(path: str, node: Mapping[str, Any], function: Any) -> list[Problem]:
     known = keyword_parameters(function)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
     hints = _type_hints(function) | HYDRA_KEYS
@@ -143,28 +149,37 @@ def _check_keys(path: str, node: Mapping[str, Any], function: Any) -> list[str]:
     for key, value in node.items():
         if key not in known and key not in HYDRA_KEYS:
             if not open_ended:
-                problems.append(f"{path}.{key}={value}: unknown key{suggest(str(key), known)}")
+                rule = f"unknown key{suggest(str(key), known)}"
+                problems.append(Problem(f"{path}.{key}", rule, value=value, is_unknown_key=True))
         elif value == MISSING:
-            problems.append(f"{path}.{key}={MISSING}: a value is needed; add {path}.{key}=… to the command")
+            rule = f"a value is needed; add {path}.{key}=… to the command"
+            problems.append(Problem(f"{path}.{key}", rule, value=MISSING))
         elif not fits(value, hints.get(key, Any)):
-            problems.append(f"{path}.{key}={value!r}: must be {type_name(hints[key])}; got {type(value).__name__}")
+            rule = f"must be {type_name(hints[key])}; got {type(value).__name__}"
+            problems.append(Problem(f"{path}.{key}", rule, value=repr(value)))
     return problems
 
 
-def _check_missing(path: str, node: Mapping[str, Any], function: Any, supplied: frozenset[str]) -> list[str]:
+def _check_missing(path: str, node: Mapping[str, Any], function: Any, supplied: frozenset[str]) -> list[Problem]:
     if node.get("_partial_", False) is not False:
         return []
     required = {n for n, p in keyword_parameters(function).items() if p.default is p.empty}
     absent = sorted(required - set(node) - supplied)
-    return [f"{path}.{name}: missing; {node['_target_']} needs it" for name in absent]
+    return [Problem(f"{path}.{name}", f"missing; {node['_target_']} needs it") for name in absent]
 
 
-def suggest(key: str, known: Any) -> str:
-    """Return a `did you mean` hint for a key, by synonym or by closeness."""
+def suggest(key: str, known: Collection[str]) -> str:
+    """Return a `did you mean` hint for a key, or the list of known keys where none is close."""
+    meant = meant_key(key, known)
+    return f"; did you mean {meant}?" if meant else f"; known keys: {', '.join(sorted(known))}"
+
+
+def meant_key(key: str, known: Collection[str]) -> str | None:
+    """Return the known key that `key` means by synonym or by closeness, None without one."""
     synonym = SYNONYMS.get(key)
     if synonym and synonym.split(".")[0] in {*known, "hydra"}:
-        return f"; did you mean {synonym}?"
-    return did_you_mean(key, known) or f"; known keys: {', '.join(sorted(known))}"
+        return synonym
+    return closest(key, known)
 
 
 def _type_hints(function: Any) -> dict[str, Any]:
@@ -176,7 +191,7 @@ def _type_hints(function: Any) -> dict[str, Any]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain configuration value can stand where `hint` is asked for; unknown hints accept anything."""
+    """Return whether a plain configuration value has the type `hint`. Unknown hints accept any value."""
     if hint is Any or (isinstance(value, Mapping) and "_target_" in value):  # a nested node is checked on its own
         return True
     origin, arguments = get_origin(hint), get_args(hint)

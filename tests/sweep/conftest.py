@@ -86,14 +86,16 @@ folder.release()
 SWEEP = """
 import sys
 from pathlib import Path
-from llm.errors import CrucibleError
+from llm.commands.arguments import parse_command_line
 from llm.commands.multirun import run_sweep
+from llm.errors import CrucibleError
 
 def task(cfg, path):
     raise AssertionError("each job is a process of its own")
 
 try:
-    sys.exit(run_sweep(sys.argv[1:], task=task, config_name="train", config_dir=Path(__file__).parent / "conf"))
+    line = parse_command_line(sys.argv[1:], "train", Path(__file__).parent / "conf")
+    sys.exit(run_sweep(line, task=task, check=dict))
 except CrucibleError as error:
     sys.exit(f"error: {error}")
 """
@@ -120,13 +122,15 @@ class Project:
 
     def sweep(self, *arguments: str, monkeypatch, capfd):
         """Run a sweep in this process and return (exit status, standard output, standard error)."""
+        from llm.commands.arguments import parse_command_line
         from llm.commands.multirun import run_sweep
 
         monkeypatch.chdir(self.path)
         monkeypatch.setattr(sys, "argv", ["train.py"])
         monkeypatch.setenv("PYTHONPATH", self.environment["PYTHONPATH"])
         capfd.readouterr()
-        status = run_sweep(arguments, task=self.task, config_name="train", config_dir=self.path / "conf")
+        line = parse_command_line(["-m", *arguments], "train", self.path / "conf")
+        status = run_sweep(line, task=self.task, check=dict)
         captured = capfd.readouterr()
         return status, captured.out, captured.err
 

@@ -8,7 +8,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from needed import needs
 
-from llm.commands.multirun import is_multirun, look_ahead
+from llm.commands.arguments import parse_command_line
+from llm.commands.sweep_ahead import look_ahead
 from llm.sweep.job_process import share
 from llm.sweep.manifest import read_sweep
 
@@ -88,19 +89,13 @@ def test_an_optuna_study_in_which_every_trial_fails_ends_with_the_usual_summary(
 
 
 def test_the_jobs_of_a_grid_are_known_before_it_starts(project):
-    ahead = look_ahead(
-        ["seed=1,2", "optimizer.lr=0.1", "kind=a,b"], config_name="train", config_dir=project.path / "conf"
-    )
+    arguments = ["-m", "seed=1,2", "optimizer.lr=0.1", "kind=a,b", "hydra.job.chdir=true", "hydra.sweep.dir=s"]
+    ahead = look_ahead(parse_command_line(arguments, "train", project.path / "conf"))
+    assert ahead.for_jobs == ("hydra.job.chdir=true",)
     assert ahead.swept == ("seed", "kind")
     assert [job.overrides for job in ahead.jobs] == [
         (f"seed={seed}", "optimizer.lr=0.1", f"kind={kind}") for seed in (1, 2) for kind in "ab"
     ]
-
-
-def test_a_multirun_with_plan_is_not_run_as_a_sweep():
-    assert is_multirun(["-m", "seed=1,2"])
-    assert not is_multirun(["-m", "seed=1,2", "plan=true"])
-    assert not is_multirun(["seed=1"])
 
 
 def test_devices_are_divided_evenly_and_shared_where_there_are_too_few():

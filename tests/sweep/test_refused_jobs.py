@@ -1,13 +1,15 @@
 """Tests that a sweep whose every job would be refused does not start."""
 
 import pytest
-from catalogue import CONF
 
+from llm.commands.arguments import parse_command_line
 from llm.commands.multirun import run_sweep
-from llm.commands.refused_jobs import refuse_if_all_jobs_fail
+from llm.commands.sweep_ahead import refuse_if_all_jobs_fail
 from llm.config.check import check
 from llm.errors import ConfigError
 from llm.sweep.manifest import SweepJob
+
+LINE = parse_command_line([], "train")
 
 
 def jobs(*overrides):
@@ -18,17 +20,17 @@ def test_a_setting_that_every_job_refuses_is_reported_before_the_first_job(tiny,
     monkeypatch.setattr("sys.argv", ["train.py"])
     arguments = [*tiny, "model.num_heads=5", "seed=1,2,3", f"hydra.sweep.dir={tmp_path}/sweep"]
     with pytest.raises(ConfigError, match=r"model\.num_heads=5") as caught:
-        run_sweep(arguments, task=lambda cfg, path: None, config_name="train", config_dir=CONF, check=check)
+        run_sweep(parse_command_line(["-m", *arguments], "train"), task=lambda cfg, path: None, check=check)
     assert str(caught.value).count("num_heads=5") == 1  # once, and not per job
     assert not (tmp_path / "sweep").exists()
 
 
 def test_jobs_that_are_refused_for_different_values_are_reported_together():
     with pytest.raises(ConfigError, match=r"(?s)optimizer\.lr=-1: .*optimizer\.lr=-2: "):
-        refuse_if_all_jobs_fail(jobs("optimizer.lr=-1", "optimizer.lr=-2"), check=check, config_name="train")
+        refuse_if_all_jobs_fail(jobs("optimizer.lr=-1", "optimizer.lr=-2"), LINE, check)
     each = jobs(*(f"optimizer.lr=-{n}" for n in range(1, 12)))
     with pytest.raises(ConfigError, match="every job is refused"):
-        refuse_if_all_jobs_fail(each, check=check, config_name="train")
+        refuse_if_all_jobs_fail(each, LINE, check)
 
 
 def test_a_sweep_with_one_valid_job_starts_and_checks_no_further_job():
@@ -39,5 +41,5 @@ def test_a_sweep_with_one_valid_job_starts_and_checks_no_further_job():
         check(cfg)
 
     three = jobs("seed=1 optimizer.lr=-1", "seed=2 optimizer.lr=0.1", "seed=3 optimizer.lr=0.1")
-    refuse_if_all_jobs_fail(three, check=count, config_name="train")
+    refuse_if_all_jobs_fail(three, LINE, count)
     assert seen == [1, 2]

@@ -7,7 +7,6 @@ import time
 
 import psutil
 import pytest
-from hydra.errors import HydraException
 
 from llm.errors import ConfigError
 from llm.sweep.manifest import read_sweep
@@ -173,16 +172,16 @@ def test_invalid_settings_of_a_sweep_are_reported(project, sweep, arguments, ans
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
-        (["+extra=one,three"], "Could not find 'extra/three'"),
-        (["+extra=one,two", "extra.only_in_one=2"], "Could not override 'extra.only_in_one'"),
-        (["seed=1,2", "sed=3"], "Could not override 'sed'"),
+        (["+extra=one,three"], "extra=three: no such option; choose one of one, two"),
+        (["+extra=one,two", "extra.only_in_one=2"], "extra.only_in_one: unknown key; did you mean extra.only_in_two?"),
+        (["seed=1,2", "sed=3"], "sed: unknown key; did you mean seed?"),
     ],
 )
 def test_a_mistake_in_any_option_of_a_sweep_is_reported_before_a_job_starts(project, sweep, arguments, answer):
     (project.path / "conf" / "extra").mkdir()
     for name in ("one", "two"):
         (project.path / "conf" / "extra" / f"{name}.yaml").write_text(f"only_in_{name}: 1\n")
-    with pytest.raises(HydraException, match=answer):
+    with pytest.raises(ConfigError, match=answer.replace("?", r"\?")):
         sweep(*arguments)
     assert not (project.path / "multirun").exists()
     assert sweep("+extra=one,two", "sweep.report=false")[0] == 0

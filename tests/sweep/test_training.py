@@ -14,7 +14,9 @@ import pytest
 from catalogue import CONF
 from wandb_server import StandIn
 
+from llm.commands.arguments import parse_command_line
 from llm.commands.multirun import run_sweep
+from llm.config.check import check
 from llm.report.report_folder import write_report
 from llm.sweep.manifest import read_sweep
 from llm.training.train import train
@@ -32,7 +34,7 @@ def sweep(tiny, tmp_path, monkeypatch):
 
     def call(name, *arguments):
         whole = [*tiny, *SHORT, *arguments, f"hydra.sweep.dir={tmp_path}/{name}", "sweep.isolate=false"]
-        assert run_sweep(whole, task=train, config_name="train", config_dir=CONF) == 0
+        assert run_sweep(parse_command_line(["-m", *whole], "train"), task=train, check=check) == 0
         return tmp_path / name
 
     return call
