@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from llm.config.build import build_model, module_factories
 from llm.config.sizes import batch_ramp
 from llm.ops.loss import linear_cross_entropy
-from llm.training.module import rated_groups
+from llm.training.learning_rate import rated_groups
 
 EXPERIMENT = "experiment=width_transfer"
 HEAD_DIM = 16

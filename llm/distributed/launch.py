@@ -14,6 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+OWN_NAME = "train.py"
+"""The name of a launch by `start_processes`."""
+
 FAILURES = "CRUCIBLE_FAILURES"
 """Variable naming the folder in which ranks that fail leave a note."""
 
@@ -53,7 +56,7 @@ def find_launch(environment: Mapping[str, str] | None = None) -> Launch | None:
     """
     env = AT_START if environment is None else environment
     if "LOCAL_WORLD_SIZE" in env and "RANK" in env:
-        name = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "train.py"
+        name = "torchrun" if "TORCHELASTIC_RUN_ID" in env else OWN_NAME
         return Launch(name, int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"]))
     if "LOCAL_SIZE" in env and "RANK" in env:
         return Launch("deepspeed", int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_SIZE"]))

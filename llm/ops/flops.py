@@ -6,6 +6,9 @@ import torch
 
 TERA = 1e12
 
+FORWARD_AND_BACKWARD = 3
+"""FLOPs of a training step per FLOP of its forward pass: the backward pass multiplies by each weight twice."""
+
 GPU_PEAKS = {
     "H200": (989.4, 66.9),
     "GH200": (989.4, 66.9),

@@ -76,8 +76,6 @@ def _environment(plan: SweepPlan, job: SweepJob) -> dict[str, str]:
     added = {PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1", **plan.environment}
     if plan.threads is not None:
         added |= {"OMP_NUM_THREADS": str(plan.threads), "MKL_NUM_THREADS": str(plan.threads)}
-    if os.environ.get("SLURM_NTASKS") == "1":
-        added["SLURM_JOB_NAME"] = "bash"  # makes Lightning start the ranks instead of expecting them from Slurm
     tags = [override for override in job.overrides if override.split("=")[0].lstrip("+~") in plan.swept]
     if tags:
         added["WANDB_TAGS"] = ",".join(tag.replace(",", ";")[:64] for tag in tags)

@@ -1,6 +1,7 @@
 """Prints what a run is about to do, and its result."""
 
 import logging
+from functools import partial
 from typing import Any
 
 from llm.config.checked import CheckedConfig
@@ -30,7 +31,9 @@ def announce(checked: CheckedConfig, folder: RunFolder, module: LanguageModule, 
         log.info(line)
     for line in module.model.cautions(context_length=plan.context_length, is_training=True):
         log.warning(line)
-    warning = mismatch(rule_and_settings(module.scaling)[0], getattr(module.build_optimizer, "func", object))
+    factory: Any = module.build_optimizer
+    optimizer: Any = factory.func if isinstance(factory, partial) else factory
+    warning = mismatch(rule_and_settings(module.scaling)[0], optimizer)
     if warning and any("->" in line for line in module.lr_derivation):
         log.warning(warning)
 

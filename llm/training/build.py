@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from llm.callbacks.checkpoint_io import FolderCheckpointIO
 from llm.config.build import (
@@ -17,6 +18,7 @@ from llm.config.build import (
     retuned_optimizer,
 )
 from llm.config.checked import CheckedConfig
+from llm.distributed.launch import OWN_NAME, find_launch
 from llm.evals.other_text import open_source, source_patterns
 from llm.generate import generate_text
 from llm.model.transformer import Transformer
@@ -78,5 +80,15 @@ def build_run_trainer(checked: CheckedConfig, folder: RunFolder) -> L.Trainer:
         enable_model_summary=False,
         callbacks=[*build_callbacks(tree, **supplied), *build_averaging(tree)],  # averaging sees an update's end last
         logger=build_loggers(tree, **supplied),
-        plugins=[FolderCheckpointIO(manifest=manifest)],
+        plugins=[FolderCheckpointIO(manifest=manifest), *own_environment()],
     )
+
+
+def own_environment() -> list[LightningEnvironment]:
+    """Return the plugin that makes Lightning take the ranks of this project, where no launcher has started any.
+
+    Otherwise Lightning takes the variables of a Slurm, LSF or MPI allocation for ranks, also where the batch script
+    starts a single process that then starts one process per device.
+    """
+    launch = find_launch()
+    return [LightningEnvironment()] if launch is None or launch.name == OWN_NAME else []

@@ -13,21 +13,18 @@ from llm.contracts import Batch, ParamGroup, ShardingStrategy, StatisticsReceive
 from llm.distributed.zero.weights import state_shapes
 from llm.evals.loss_metrics import validation_metrics
 from llm.model.transformer import Transformer, TransformerOutput
+from llm.ops.flops import FORWARD_AND_BACKWARD
 from llm.ops.loss import loss_and_byte_sums
 from llm.optim.gradients import FirstGradients, WholeGradients
-from llm.optim.param_groups import build_param_groups, parameter_kinds
 from llm.run_folder.checkpoint import compare_state
-from llm.scaling import rates as tensor_rates
 from llm.scaling.batching import BatchRamp
 from llm.scaling.derivation import derivation
 from llm.scaling.rates import Rates
+from llm.training.learning_rate import rated_groups, restart_schedule
 from llm.training.spikes import SpikeGuard
 from llm.training.step_guard import NonFinitePolicy, StepGuard
 from llm.training.update_loss import UpdateLoss
 from llm.training.update_metrics import UpdateMetrics
-
-FORWARD_AND_BACKWARD = 3
-"""FLOPs of a training step per FLOP of its forward pass: the backward pass multiplies by each weight twice."""
 
 
 class LanguageModule(L.LightningModule):
@@ -144,7 +141,10 @@ class LanguageModule(L.LightningModule):
         return loss
 
     def on_train_start(self) -> None:
-        """On several devices, watch that every parameter receives a gradient."""
+        """Follow the schedule from the next update on; on several devices, watch that all parameters get gradients."""
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, LambdaLR)
+        restart_schedule(scheduler, multiplier=self.lr_multiplier, total_steps=self.total_steps)
         if self.trainer.world_size > 1:
             self._first_gradients = FirstGradients(self.model)
 
@@ -258,16 +258,3 @@ class LanguageModule(L.LightningModule):
     def generate_text(self, prompts: list[str], **options: Any) -> list[str]:
         """Continue prompts with the current weights."""
         return self.generate(self.model, prompts, **options)
-
-
-def rated_groups(
-    model: Transformer, rates: Rates, *, optimizer: Callable[..., Any], lr: float, weight_decay: float
-) -> list[ParamGroup]:
-    """Return the model's tagged groups, each tensor with the rate that follows from its kind and shape."""
-    named, update, pairs = dict(model.named_parameters()), tensor_rates.update_of(optimizer), {}
-    for name, kind in parameter_kinds(model).items():
-        rows, columns = (1, *named[name].shape)[-2:]
-        tensor = tensor_rates.Tensor(name, kind, rows, columns, model.initial_stds.get(name, 0.0))
-        pair = rates.rate(tensor, lr=lr, weight_decay=weight_decay, d_model=model.d_model, update=update)
-        pairs[name] = tuple(pair)
-    return build_param_groups(model, lr=lr, weight_decay=weight_decay, rates=pairs)

@@ -13,13 +13,13 @@ from llm.config.sizes import Sizes
 from llm.distributed.parameters import own_parameters
 from llm.distributed.zero.memory import bytes_a_rank
 from llm.distributed.zero.settings import STAGES
-from llm.ops.flops import peak_flops
+from llm.ops.flops import FORWARD_AND_BACKWARD, peak_flops
 from llm.ops.loss import CHUNK_SCORES
 from llm.ops.memory import SavedBytes, optimizer_state_bytes
 from llm.optim.receipt import receipt
 from llm.scaling.derivation import brief, derivation
 from llm.tables import format_bytes, format_count, format_seconds, format_table
-from llm.training.module import FORWARD_AND_BACKWARD, rated_groups
+from llm.training.learning_rate import rated_groups
 
 EXAMPLE_DEVICES = 8
 """Devices that memory by stage is shown for where the run has one."""

@@ -24,8 +24,8 @@ from llm.ops.memory import SavedBytes
 from llm.run_folder.checkpoint import compare_state, find_last, load_model
 from llm.run_folder.folder import RunFolder
 from llm.scaling.noise_scale import PROBE_REMEDY
+from llm.training.learning_rate import rated_groups
 from llm.training.micro_batch import find_micro_batch_size
-from llm.training.module import rated_groups
 from llm.training.noise_probe import PROBE_PATIENCE, PROBE_UPDATES, measure_noise_scale
 
 log = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 
+import lightning as L
 import pytest
 from distributed_helpers import distance
 
@@ -14,6 +15,7 @@ from llm.distributed.launch import find_launch, start_processes
 from llm.distributed.zero import settings as zero_settings
 from llm.errors import ConfigError
 from llm.scaling.batching import plan_batch
+from llm.training.build import own_environment
 
 FP32 = "trainer.precision=32-true"
 
@@ -140,3 +142,42 @@ def test_the_first_cause_is_printed_last(capfd):
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     assert start_processes([sys.executable, "-c", script], processes=2) == 1
     assert capfd.readouterr().err.splitlines()[-1] == "error: rank 1 failed first: the real cause"
+
+
+SLURM = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_NTASKS": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NNODES": "1",
+}
+"""The variables of a batch script with one task."""
+OWN_RANK = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
+
+
+def test_one_slurm_task_with_two_devices_has_the_ranks_of_this_project(monkeypatch):
+    for name, value in (SLURM | OWN_RANK).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("llm.distributed.launch.AT_START", SLURM | OWN_RANK)
+    plugins = own_environment()
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", plugins=plugins, logger=False)
+    assert (trainer.global_rank, trainer.world_size) == (1, 2)
+
+
+def test_a_process_alone_in_an_allocation_of_four_tasks_trains_alone(monkeypatch):
+    allocation = {**SLURM, "SLURM_NTASKS": "4"}
+    for name, value in allocation.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("llm.distributed.launch.AT_START", allocation)
+    assert L.Trainer(accelerator="cpu", devices=1, plugins=own_environment(), logger=False).world_size == 1
+
+
+def test_the_ranks_of_srun_and_torchrun_are_left_to_lightning(monkeypatch):
+    for environment in (
+        {**SLURM, "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2"},
+        {**OWN_RANK, "TORCHELASTIC_RUN_ID": "x"},
+    ):
+        monkeypatch.setattr("llm.distributed.launch.AT_START", environment)
+        assert own_environment() == []

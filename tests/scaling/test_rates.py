@@ -13,7 +13,7 @@ from llm.config.sizes import batch_ramp
 from llm.errors import ConfigError
 from llm.ops.loss import linear_cross_entropy
 from llm.scaling.rates import Tensor, update_of
-from llm.training.module import rated_groups
+from llm.training.learning_rate import rated_groups
 from llm.training.train import train
 
 KNOWN = [name for name in options("optimizer") if name != "sgd"]
