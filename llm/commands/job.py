@@ -47,18 +47,9 @@ def run_once(
         CommandStoppedError: a signal stopped the run, here or on a rank.
     """
     launch = find_launch()
-    try:
-        cfg = compose_with_hydra(line)
-    except NotComposedError as error:
-        raise_with_others(error, check)
-    plain = plain_part(cfg)
-    resumed = folder_to_resume(plain)
+    cfg, plain, resumed = compose_run(line, check)
     _place(cfg, resumed, line, launch)
     folder = Path(cfg.hydra.run.dir)
-    if resumed is not None:
-        with open_hydra(line) as loader:
-            overrides = list(cfg.hydra.overrides.task)
-            plain = merge_resumed(load(folder / "config.yaml"), plain, overrides, partial(keys_set_by, loader=loader))
     checked = check(plain)
     if resumed is None and cfg.hydra.output_subdir is not None:  # an evaluation writes no notes of Hydra
         RunFolder(folder, is_writer=False).check_free(*HYDRA_NOTES)
@@ -68,6 +59,27 @@ def run_once(
         _run_in_folder(cfg, line, lambda: _start_ranks(processes, folder.absolute(), is_resumed=resumed is not None))
     else:
         _run_in_folder(cfg, line, lambda: task(checked, folder.absolute()))
+
+
+def compose_run(
+    line: CommandLine, check: Callable[[dict[str, Any]], Any]
+) -> tuple[DictConfig, dict[str, Any], Path | None]:
+    """Compose a command line; return it with Hydra's part, the plain configuration, and the folder that it resumes.
+
+    Raises:
+        ConfigError: the command line does not compose, or contradicts the run that it resumes.
+    """
+    try:
+        cfg = compose_with_hydra(line)
+    except NotComposedError as error:
+        raise_with_others(error, check)
+    plain = plain_part(cfg)
+    resumed = folder_to_resume(plain)
+    if resumed is not None:
+        with open_hydra(line) as loader:
+            overrides = list(cfg.hydra.overrides.task)
+            plain = merge_resumed(load(resumed / "config.yaml"), plain, overrides, partial(keys_set_by, loader=loader))
+    return cfg, plain, resumed
 
 
 def _place(cfg: DictConfig, resumed: Path | None, line: CommandLine, launch: Launch | None) -> None:
