@@ -27,7 +27,7 @@ def csv_logger(*, run_folder: RunFolder, flush_every: int) -> CSVLogger:
         flush_every: records between writes, at least 1.
     """
     if flush_every < 1:
-        raise ConfigError(f"logger.flush_every={flush_every}: must be at least 1; try 20")
+        raise ConfigError(f"logger.csv.flush_every={flush_every}: must be at least 1; try 20")
     return RunCsvLogger(run_folder=run_folder, flush_every=flush_every)
 
 

@@ -68,10 +68,10 @@ class WandbRunLogger(WandbLogger):
         finish_timeout: float,
     ) -> None:
         if mode not in MODES:
-            raise ConfigError(f"logger.mode={mode}: not one of {', '.join(MODES)}; try auto")
+            raise ConfigError(f"logger.wandb.mode={mode}: not one of {', '.join(MODES)}; try auto")
         for key, seconds in (("timeout", timeout), ("finish_timeout", finish_timeout)):
             if seconds <= 0:
-                raise ConfigError(f"logger.{key}={seconds}: must be above 0 seconds; try 5")
+                raise ConfigError(f"logger.wandb.{key}={seconds}: must be above 0 seconds; try 5")
         self.run_folder, self.mode, self.timeout, self.finish_timeout = run_folder, mode, timeout, finish_timeout
         self.describe = describe
         self._has_failed, self._tables_from = False, 0.0
@@ -155,7 +155,7 @@ class WandbRunLogger(WandbLogger):
         except (wandb.Error, OSError, TimeoutError) as error:
             if mode != "online" or self.mode == "online":
                 raise ConfigError(
-                    f"logger.mode={mode}: W&B did not start ({error}); try logger.mode=offline"
+                    f"logger.wandb.mode={mode}: W&B did not start ({error}); try logger.wandb.mode=offline"
                 ) from error
             log.warning("W&B did not start (%s): recording offline", next(iter(str(error).splitlines()), ""))
             return self._init("offline")
@@ -185,7 +185,9 @@ class WandbRunLogger(WandbLogger):
         elif not is_reachable(host, timeout=self.timeout):
             trouble = f"{urlsplit(host).hostname} did not answer in {self.timeout:g} s"
         if trouble and self.mode == "online":
-            raise ConfigError(f"logger.mode=online: {trouble}; or record now and upload later with logger.mode=offline")
+            raise ConfigError(
+                f"logger.wandb.mode=online: {trouble}; or record now and upload later with logger.wandb.mode=offline"
+            )
         if trouble:
             log.warning("W&B: %s; recording offline, `wandb sync` uploads it later", trouble)
         return "offline" if trouble else "online"

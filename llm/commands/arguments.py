@@ -121,7 +121,7 @@ def as_text(override: str, *, is_multirun: bool = False) -> str:
     if parsed.is_sweep_override():
         is_text = name in PATH_KEYS and not is_multirun
     else:
-        is_text = isinstance(parsed.value(), int | float)
+        is_text = name in PATH_KEYS and isinstance(parsed.value(), int | float)
     return f"{key}={quote(value)}" if is_text else override
 
 

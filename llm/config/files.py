@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from llm.config.renamed import with_present_targets
+from llm.config.renamed import with_named_loggers, with_present_targets
 from llm.errors import ConfigError
 
 
@@ -34,4 +34,4 @@ def load(path: Path) -> dict[str, Any]:
     cfg = yaml.safe_load(path.read_text())
     if not isinstance(cfg, dict):
         raise ConfigError(f"{path}: not a configuration; name a run folder that train.py made")
-    return with_present_targets(cfg)
+    return with_named_loggers(with_present_targets(cfg))

@@ -1,4 +1,4 @@
-"""Maps the `_target_`s of older versions to the present ones, so that their config.yaml still loads."""
+"""Maps names in the config.yaml of older versions to the present ones, so that they still load."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +16,13 @@ RENAMED = {
 }
 """Former prefix of a `_target_` -> present prefix; version 0.1 wrote the former ones."""
 
+LOGGERS = {
+    "llm.callbacks.file_loggers.csv_logger": "csv",
+    "llm.callbacks.file_loggers.tensorboard_logger": "tensorboard",
+    "llm.callbacks.wandb_logger.WandbRunLogger": "wandb",
+}
+"""`_target_` of a logger -> its name in `logger`."""
+
 
 def present_target(target: str) -> str:
     """Return the present name of a `_target_`."""
@@ -23,6 +30,14 @@ def present_target(target: str) -> str:
         if target.startswith(former):
             return present + target.removeprefix(former)
     return target
+
+
+def with_named_loggers(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration in which `logger` maps names to nodes; version 0.1 had a single node there."""
+    node = cfg.get("logger")
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        return dict(cfg)
+    return {**cfg, "logger": {LOGGERS.get(str(node["_target_"]), "logger"): node}}
 
 
 def with_present_targets(node: Any) -> Any:

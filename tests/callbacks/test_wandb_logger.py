@@ -230,7 +230,7 @@ def make(folder, **options):
 def test_mode_online_without_a_key_or_a_network_is_an_error(folder, monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match=r"logger\.mode=online: no key"):
+    with pytest.raises(ConfigError, match=r"logger\.wandb\.mode=online: no key"):
         make(folder).experiment  # noqa: B018
     server, host = unanswering_server()
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)

@@ -25,7 +25,7 @@ from llm.training.train import train
         ("callbacks.progress=3", "callbacks.progress=3: must be a mapping with a _target_, as in conf/callbacks"),
         ("loader.cache_dir=0", "loader.cache_dir=0: must be str or Path or null; got int"),
         ("+wandb_key=hunter2", "secrets do not belong"),
-        ("++logger.api_key=hunter2", "secrets do not belong"),
+        ("++logger.csv.api_key=hunter2", "secrets do not belong"),
         (
             "+callbacks.own={_target_: llm.distributed.launch.start_processes, command: [touch, owned], processes: 1}",
             "allow-list",
@@ -54,7 +54,7 @@ def test_a_setting_that_cannot_be_meant_ends_with_two_and_runs_nothing(train_her
 
 TEN = {
     "optimizer=muonn": "optimizer=muonn: no such option; did you mean muon?",
-    "modle.d_model=8": "modle: unknown key; did you mean model?",
+    "modle.d_model=4096": "modle: unknown key; did you mean model?",
     "optimizer.lr=-1": "optimizer.lr=-1: must be above 0",
     "+optimizer.momentun=0.9": "optimizer.momentun=0.9: unknown key; did you mean momentum?",
     "model.num_heads=7": "model.num_heads=7: must divide model.d_model=4096",
