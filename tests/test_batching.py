@@ -15,8 +15,13 @@ def test_the_plan_multiplies_back_to_batch_tokens(context, world, micro, accumul
 
 
 def test_a_batch_that_is_not_whole_names_the_nearest_legal_values():
-    with pytest.raises(ConfigError, match=r"batch_tokens=1000: .* = 512; try 512 or 1024"):
+    with pytest.raises(ConfigError, match=r"batch_tokens=1000: .* = 512; try batch_tokens=512 or 1024"):
         plan_batch(batch_tokens=1000, context_length=64, world_size=2, micro_batch_size=4)
+
+
+def test_more_devices_than_a_micro_batch_allows_are_answered_with_the_largest_one_that_fits():
+    with pytest.raises(ConfigError, match=r"set micro_batch_size=2, or batch_tokens=256$"):
+        plan_batch(batch_tokens=128, context_length=32, world_size=2, micro_batch_size=4)
 
 
 def test_candidates_are_the_divisors_of_an_update_largest_first():

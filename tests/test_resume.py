@@ -8,7 +8,7 @@ from llm.commands.arguments import parse_command_line
 from llm.commands.compose import open_hydra
 from llm.commands.groups import keys_set_by
 from llm.commands.newest_run import folder_to_resume
-from llm.config.resume import merge_resumed
+from llm.config.resume import merge_resumed, with_fitting_micro_batch
 from llm.errors import ConfigError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -86,6 +86,14 @@ def test_the_keys_of_an_experiment_are_its_own_and_the_groups_it_chooses(loader)
     keys = keys_set_by("experiment", "recall", loader)
     assert {"data", "context_length", "model.ffn.d_ff", "optimizer.lr"} <= set(keys)
     assert keys_set_by("experiment", "nothing", loader) == []
+
+
+@pytest.mark.parametrize(("devices", "resolved", "size"), [(1, 4, 4), (2, 4, "auto"), (2, None, 4), (2, 2, 4)])
+def test_a_micro_batch_size_that_was_found_is_found_again_where_it_does_not_fit(devices, resolved, size):
+    trainer = {"devices": devices, "accelerator": "cpu"}
+    merged = {"micro_batch_size": 4, "batch_tokens": 128, "context_length": 32, "trainer": trainer}
+    found = {} if resolved is None else {"micro_batch_size": resolved}
+    assert with_fitting_micro_batch(merged, found)["micro_batch_size"] == size
 
 
 def test_auto_takes_the_newest_run_of_the_very_name(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from llm.commands.newest_run import folder_to_resume
 from llm.commands.signals import CommandStoppedError
 from llm.config.files import load
 from llm.config.quoting import quote
-from llm.config.resume import merge_resumed
+from llm.config.resume import RESOLVED_FROM_AUTO, merge_resumed, with_fitting_micro_batch
 from llm.config.sizes import world_size
 from llm.distributed.launch import Launch, adopt, find_launch, start_processes
 from llm.distributed.rendezvous import agree
@@ -79,6 +79,8 @@ def compose_run(
         with open_hydra(line) as loader:
             overrides = list(cfg.hydra.overrides.task)
             plain = merge_resumed(load(resumed / "config.yaml"), plain, overrides, partial(keys_set_by, loader=loader))
+        found = RunFolder(resumed, is_writer=False).read_summary().get(RESOLVED_FROM_AUTO, {})
+        plain = with_fitting_micro_batch(plain, found)
     return cfg, plain, resumed
 
 

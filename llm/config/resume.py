@@ -1,9 +1,10 @@
-"""What a resumed run may change: a saved configuration and a command line in, the configuration to run out."""
+"""Merges the saved configuration of a run with a command line that resumes it, and refuses contradictions."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
+from llm.config.sizes import world_size
 from llm.errors import ConfigError
 
 FREE_KEYS = frozenset(
@@ -11,6 +12,25 @@ FREE_KEYS = frozenset(
 )
 FREE_GROUPS = frozenset({"logger", "callbacks", "trainer", "hydra", "spikes", "eval"})
 FREE_LOADER_KEYS = frozenset({"num_workers", "cache_dir", "num_processes"})
+
+RESOLVED_FROM_AUTO = "resolved_from_auto"
+"""Key of summary.json with the values that a run found for settings given as `auto`."""
+
+
+def with_fitting_micro_batch(merged: Mapping[str, Any], resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a resumed configuration whose micro-batch size is `auto` again where the found one does not fit.
+
+    A size that fits is kept, since sums in another order would change the losses.
+
+    Args:
+        merged: the configuration of the resumed run, for the devices of this command.
+        resolved: values that the run found for settings given as `auto`.
+    """
+    size = merged["micro_batch_size"]
+    if size == "auto" or resolved.get("micro_batch_size") != size:
+        return dict(merged)
+    windows = merged["batch_tokens"] // merged["context_length"]
+    return {**merged, "micro_batch_size": size if windows % (size * world_size(merged["trainer"])) == 0 else "auto"}
 
 
 def merge_resumed(

@@ -17,6 +17,7 @@ from llm.config.build import build_data, build_model
 from llm.config.check import check
 from llm.config.checked import CheckedConfig
 from llm.config.files import save
+from llm.config.resume import RESOLVED_FROM_AUTO
 from llm.errors import OutOfMemoryError, SpikeError
 from llm.ops.allocator import keep_freed_memory
 from llm.ops.products import keep_compiled_products
@@ -79,6 +80,8 @@ def _train_until_spike(checked: CheckedConfig, folder: RunFolder) -> CheckedConf
     model = build_model(checked.tree, data.tokenizer.vocab_size)
     load_initial_weights(checked.run, model, data.tokenizer.bos_id)
     data.micro_batch_size = chosen_micro_batch_size(checked, model, folder)
+    if checked.run.micro_batch_size == "auto":
+        folder.update({RESOLVED_FROM_AUTO: {"micro_batch_size": data.micro_batch_size}})
     checked = checked.with_micro_batch_size(data.micro_batch_size)
     checked = checked.with_scaling(measured_scaling(checked, model, data, folder))
     if folder.is_writer:  # another rank may arrive here before the first one has claimed the folder

@@ -187,6 +187,22 @@ def test_a_mistake_in_any_option_of_a_sweep_is_reported_before_a_job_starts(proj
     assert sweep("+extra=one,two", "sweep.report=false")[0] == 0
 
 
+def test_hydra_settings_of_the_jobs_reach_them_and_those_of_the_sweep_do_not(project, sweep):
+    more = project.path / "more"
+    (more / "extra").mkdir(parents=True)
+    (more / "extra" / "mine.yaml").write_text("depth: 2\n")
+    shared = ["hydra.job.chdir=true", "+hydra.job.env_set.FLAVOUR=sour", f"hydra.searchpath=[file://{more}]"]
+    own = ["hydra.sweep.subdir=${hydra.job.override_dirname}", "hydra.job.config.override_dirname.kv_sep=-"]
+    assert sweep("seed=1,2", "+extra=mine", *shared, *own)[0] == 0
+    (folder,) = project.sweeps
+    starts = [json.loads(path.read_text()) for path in sorted(folder.glob("*/starts.jsonl"))]
+    assert len(starts) == 2
+    for start in starts:
+        assert all(setting in start["argv"] for setting in [*shared, "+extra=mine"])
+        assert not any(argument.startswith("hydra.sweep") for argument in start["argv"])
+    assert {path.parent.name for path in folder.glob("*/starts.jsonl")} == {"+extra-mine,seed-1", "+extra-mine,seed-2"}
+
+
 def test_a_resumed_sweep_refuses_other_arguments(project, sweep):
     sweep("seed=1,2")
     (folder,) = project.sweeps
