@@ -11,6 +11,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from data.build import CacheOptions, TokenCache, default_cache_dir, open_or_build
+from data.loader import WindowLoader
 from data.packing import pack
 from data.sampler import RunSampler, Span, numbers_at, run_windows, united, validation_windows
 from data.sources import Source
@@ -125,6 +126,7 @@ class TokenDataModule(LightningDataModule):
         folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
         self.options = CacheOptions(folder, val_fraction, deduplicate, max_line_bytes, num_processes)
         self._cache: TokenCache | None = None
+        self._loaders: list[WindowLoader] = []
         self.left_out: list[Span] = []
 
     def prepare_data(self) -> None:
@@ -313,7 +315,7 @@ class TokenDataModule(LightningDataModule):
             yield dataset.__getitems__(windows[start : start + self.micro_batch_size].tolist())
 
     def _loader(self, split: str, batches: Any) -> DataLoader:
-        return DataLoader(
+        loader = WindowLoader(
             self.windows(split),
             batch_sampler=batches,
             collate_fn=_keep,
@@ -322,6 +324,12 @@ class TokenDataModule(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0 and split == "val",
         )
+        self._loaders.append(loader)
+        return loader
+
+    def killed_workers(self) -> list[str]:
+        """Return the names of the signals that ended workers of this module's loaders."""
+        return [name for loader in self._loaders for name in loader.killed_workers()]
 
     def _trainer(self) -> Any:
         if self.trainer is None:

@@ -351,6 +351,15 @@ class TrainerChecker(Protocol):
 
 
 @runtime_checkable
+class WorkerWatcher(Protocol):
+    """A data module that reads in worker processes and knows how they ended."""
+
+    def killed_workers(self) -> list[str]:
+        """Return the names of the signals that ended workers."""
+        ...
+
+
+@runtime_checkable
 class LabelCounter(Protocol):
     """A data module that knows how many labels of an update carry a loss before any of its micro-batches is read."""
 

@@ -32,6 +32,10 @@ class OutOfMemoryError(CrucibleError):
     """A device or a host without room for what a step needs."""
 
 
+class LimitError(CrucibleError):
+    """A limit of the operating system that the run reached, or a process that was killed from outside."""
+
+
 class SpikeError(CrucibleError):
     """An update that is not applied and asks for a return to the last good checkpoint.
 

@@ -53,7 +53,7 @@ class ProgressLine(ProgressBar):
         """Open the bar where standard output is a terminal."""
         self._step = trainer.global_step
         self._start = (time.monotonic(), trainer.global_step)
-        if self._is_enabled and sys.stdout.isatty():
+        if self._is_enabled and sys.stdout is not None and sys.stdout.isatty():  # None where it is closed
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -12,15 +13,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""SIGUSR1 is what Slurm sends ahead of the end of a job's time (`--signal=USR1@120`)."""
+from llm.distributed.launch import SAME_SIGNAL_SECONDS, STOPPING
 
 
 class StopSignals(Callback):
     """Turns a signal to any rank into the same clean stop on all of them; the checkpoint callback then saves.
 
-    A second SIGINT leaves at once, without a checkpoint; those made before stay whole. Lightning's own handlers step
-    aside meanwhile: on SIGTERM they would stop inside an update and save nothing.
+    A second signal ends the run at once, without another checkpoint; earlier ones stay valid. Lightning's own handlers
+    are replaced meanwhile: on SIGTERM they would stop inside an update and save nothing.
 
     Attributes:
         signal: what stopped the run, None while nothing has; leave with `128 + signal`.
@@ -29,6 +29,7 @@ class StopSignals(Callback):
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._received: signal.Signals | None = None
+        self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
         self._step = 0
         self._group: Any = None
@@ -59,7 +60,7 @@ class StopSignals(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Stop listening; a second SIGINT counts as what stopped the run."""
-        if isinstance(exception, KeyboardInterrupt):
+        if isinstance(exception, KeyboardInterrupt) and self.signal is None:
             self.signal = signal.SIGINT
         self._restore()
 
@@ -69,14 +70,16 @@ class StopSignals(Callback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         """Remember the signal; only what is safe inside a handler happens here."""
-        if self._received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        first, self._received = self._received is None, signal.Signals(number)
-        if first:
-            again = "; press Ctrl-C again to leave at once" if number == signal.SIGINT else ""
-            text = f"\n{self._received.name}: saving a checkpoint after this update, then stopping{again}\n"
+        if self._received is None:
+            self._received, self._received_at = signal.Signals(number), time.monotonic()
+            again = "press Ctrl-C again" if number == signal.SIGINT else "send it again"
+            plan = "saving a checkpoint after this update, then stopping"
+            text = f"\n{self._received.name}: {plan}; {again} to end at once\n"
             with contextlib.suppress(OSError):
                 os.write(2, text.encode())  # a logger could be in the middle of a line
+        elif number == signal.SIGINT or time.monotonic() - self._received_at > SAME_SIGNAL_SECONDS:
+            self.signal = signal.Signals(number)
+            raise KeyboardInterrupt
 
     def _agree(self) -> int:
         """Return the highest signal number that any rank received, 0 for none."""

@@ -55,7 +55,8 @@ class Summary(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Say why the run failed."""
         if isinstance(exception, KeyboardInterrupt):
-            status = "stopped: SIGINT (at once)"
+            signal = _stop_signal(trainer)
+            status = f"stopped: {'SIGINT' if signal is None else signal.name} (at once)"
         else:
             status = f"failed: {next(iter(str(exception).splitlines()), '') or type(exception).__name__}"
         self.run_folder.update(self._figures(trainer, pl_module) | {"status": status})

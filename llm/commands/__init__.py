@@ -1,1 +1,5 @@
 """The command line: one module per command, and what the commands share."""
+
+from llm.commands.streams import open_closed_streams
+
+open_closed_streams()  # before a command opens its first file

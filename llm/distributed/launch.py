@@ -23,7 +23,11 @@ FAILURES = "CRUCIBLE_FAILURES"
 AT_START = dict(os.environ)
 """What a launcher left: Lightning removes parts of it when a trainer is done."""
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""SIGUSR1 is what Slurm sends ahead of the end of a job's time (`--signal=USR1@120`)."""
+SAME_SIGNAL_SECONDS = 0.3
+"""Seconds within which a repeated signal counts once: a scheduler signals the group, and a launcher forwards it."""
+
 PATIENCE = 10.0
 """Seconds that the other ranks have to fail by themselves after one has, and to note why."""
 
@@ -98,7 +102,7 @@ def start_processes(command: Sequence[str], *, processes: int) -> int:
             return 0
         status = ranks[first].returncode
         cause = first_failure(Path(notes))
-        if status not in (2, *(128 + number for number in FORWARDED)):
+        if status not in (2, *(128 + number for number in STOPPING)):
             sys.stderr.write(_describe(cause, first, status))
         return status if status > 0 else 128 - status
 
@@ -139,7 +143,7 @@ def _forwarding(ranks: list[Any]) -> Iterator[None]:
             if rank.poll() is None and not (number == signal.SIGINT and sys.stdin.isatty()):
                 rank.send_signal(number)
 
-    previous = {number: signal.signal(number, hand_on) for number in FORWARDED}
+    previous = {number: signal.signal(number, hand_on) for number in STOPPING}
     try:
         yield
     finally:

@@ -18,7 +18,8 @@ from llm.config.check import check
 from llm.config.checked import CheckedConfig
 from llm.config.files import save
 from llm.config.resume import RESOLVED_FROM_AUTO
-from llm.errors import OutOfMemoryError, SpikeError
+from llm.contracts import WorkerWatcher
+from llm.errors import CrucibleError, OutOfMemoryError, SpikeError
 from llm.ops.allocator import keep_freed_memory
 from llm.ops.products import keep_compiled_products
 from llm.run_folder.checkpoint import FoundCheckpoint, find_last
@@ -27,6 +28,8 @@ from llm.run_folder.folder import RunFolder
 from llm.run_folder.rollback import read_rollbacks, roll_back
 from llm.training.announce import announce, announce_result
 from llm.training.build import build_module, build_run_trainer
+from llm.training.forced_exit import ended_by_second_signal, kill_workers_at_exit
+from llm.training.limits import check_open_files, check_shared_memory, limit_error
 from llm.training.module import LanguageModule
 from llm.training.plan import describe_plan
 from llm.training.spikes import RollbackGuard
@@ -52,12 +55,15 @@ def train(config: CheckedConfig | Mapping[str, Any], path: Path) -> float | None
         log.info(describe_plan(checked))
         return None
     folder = RunFolder(path, is_writer=rank_zero_only.rank == 0)
+    check_open_files(checked.tree["loader"]["num_workers"])
+    kill_workers_at_exit()
     folder.claim(resume=checked.run.resume is not None)
     try:
-        while (rolled_back := _train_until_spike(checked, folder)) is not None:
-            resume = str(path) if list_checkpoints(folder.checkpoints) else None
-            checked = replace(rolled_back, run=replace(rolled_back.run, resume=resume))
-            gc.collect()  # trainer and module refer to each other, so the old weights would stay in memory
+        with ended_by_second_signal():
+            while (rolled_back := _train_until_spike(checked, folder)) is not None:
+                resume = str(path) if list_checkpoints(folder.checkpoints) else None
+                checked = replace(rolled_back, run=replace(rolled_back.run, resume=resume))
+                gc.collect()  # trainer and module refer to each other, so the old weights would stay in memory
         return folder.read_summary().get("val/loss")
     finally:
         folder.release()
@@ -83,6 +89,7 @@ def _train_until_spike(checked: CheckedConfig, folder: RunFolder) -> CheckedConf
     if checked.run.micro_batch_size == "auto":
         folder.update({RESOLVED_FROM_AUTO: {"micro_batch_size": data.micro_batch_size}})
     checked = checked.with_micro_batch_size(data.micro_batch_size)
+    check_shared_memory(checked.tree["loader"]["num_workers"], micro_batch_tokens=_micro_batch_tokens(checked))
     checked = checked.with_scaling(measured_scaling(checked, model, data, folder))
     if folder.is_writer:  # another rank may arrive here before the first one has claimed the folder
         save(checked.tree, folder.path / "config.yaml")
@@ -114,6 +121,14 @@ def _fit(
         return False
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(_less_memory(checked, folder, trainer.global_step, error)) from error
+    except CrucibleError:
+        raise
+    except Exception as error:  # torch raises the death of a worker from a signal handler, inside any call
+        killed = data.killed_workers() if isinstance(data, WorkerWatcher) else []
+        limit = limit_error(error, killed_workers=killed, micro_batch_tokens=_micro_batch_tokens(checked))
+        if limit is None:
+            raise
+        raise limit from error
     except SystemExit:  # a second Ctrl-C, after which Lightning exits with status 1
         _exit_if_stopped(trainer, folder)
         raise
@@ -151,6 +166,11 @@ def _is_complete(checkpoint: FoundCheckpoint | None, total_steps: int) -> bool:
         return False
     log.warning("already complete at step %d; to train longer, raise max_steps (now %s)", checkpoint.step, total_steps)
     return True
+
+
+def _micro_batch_tokens(checked: CheckedConfig) -> int:
+    plan = checked.sizes.plan
+    return plan.micro_batch_size * plan.context_length
 
 
 def _less_memory(checked: CheckedConfig, folder: RunFolder, step: int, error: BaseException) -> str:
