@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 
+from llm.callbacks.rng_state import get_rng_state, set_rng_state
 from llm.errors import ConfigError
 from llm.evals.base import Evaluation, Subject
 from llm.run_folder.folder import RunFolder
@@ -74,12 +74,12 @@ class Evaluations(Callback):
 
     def _evaluate(self, subject: Subject, step: int) -> dict[str, float]:
         found: dict[str, float] = {}
-        random_state = torch.get_rng_state()
+        random_state = get_rng_state()
         for name, evaluation in self.evaluations.items():
             result = evaluation(subject)
             found |= {f"eval/{name}/{key}": value for key, value in result.headline.items()}
             self.run_folder.append_record(f"eval/{name}.jsonl", {"step": step, "found": result.figures})
-        torch.set_rng_state(random_state)
+        set_rng_state(random_state)
         return found
 
     def validation_metrics(self, trainer: L.Trainer) -> dict[str, float]:

@@ -34,13 +34,22 @@ def csv_logger(*, run_folder: RunFolder, flush_every: int) -> CSVLogger:
 def tensorboard_logger(*, run_folder: RunFolder) -> TensorBoardLogger:
     """Write `tensorboard/`; see it with `tensorboard --logdir <run folder>`.
 
+    A resumed run hides the steps that an earlier process logged after the checkpoint, because it logs them again.
+
     Args:
-        run_folder: where `tensorboard/` goes.
+        run_folder: where `tensorboard/` goes. Its metrics.jsonl ends at the step from which the run continues.
 
     Raises:
         ConfigError: TensorBoard is not installed.
     """
+    lines = run_folder.read_metrics()
     try:
-        return TensorBoardLogger(save_dir=run_folder.path, name="tensorboard", version="", default_hp_metric=False)
+        return TensorBoardLogger(
+            save_dir=run_folder.path,
+            name="tensorboard",
+            version="",
+            default_hp_metric=False,
+            purge_step=lines[-1]["step"] + 1 if lines else 0,
+        )
     except ModuleNotFoundError as error:
         raise ConfigError("logger=tensorboard: tensorboard is not installed; pip install tensorboard") from error

@@ -32,10 +32,11 @@ class Recorder(Callback):
         self._step = 0
         self._first = True
         self._pending: tuple[int, dict[str, Any]] | None = None
+        self._last: tuple[int, dict[str, float]] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start counting from the update that the run goes on from."""
-        self._step, self._first, self._pending = trainer.global_step, True, None
+        self._step, self._first, self._pending, self._last = trainer.global_step, True, None, None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         """Collect this update's metrics when they are due, after writing those of the one before."""
@@ -66,10 +67,12 @@ class Recorder(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write the last line."""
         self._flush(trainer)
+        self._log_last(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Write the line of the last update that went well."""
+        """Write the line of the last update that succeeded."""
         self._flush(trainer)
+        self._log_last(trainer)
 
     def _collect(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
         metrics: dict[str, Any] = {"tokens_seen": pl_module.tokens_seen(trainer.global_step)}
@@ -86,8 +89,21 @@ class Recorder(Callback):
         numbers = {name: _number(value) for name, value in metrics.items()}
         self.run_folder.append_metrics(step, numbers)
         scalars = {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=step)
+        if trainer.should_stop or step == trainer.max_steps:  # saved before it is validated: log both together
+            self._last = (step, {**(self._last[1] if self._last else {}), **scalars})
+        else:
+            _log(trainer, step, scalars)
+
+    def _log_last(self, trainer: L.Trainer) -> None:
+        """Hand the metrics of the last update to the loggers, once."""
+        last, self._last = self._last, None
+        if last is not None:
+            _log(trainer, *last)
+
+
+def _log(trainer: L.Trainer, step: int, scalars: dict[str, float]) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(scalars, step=step)
 
 
 def _number(value: Any) -> Any:

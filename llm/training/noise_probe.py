@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm.callbacks.rng_state import get_rng_state, set_rng_state
 from llm.contracts import IGNORED_LABEL, Batch
 from llm.errors import ConfigError
 from llm.model.transformer import Transformer
@@ -54,7 +55,7 @@ def measure_noise_scale(
     Raises:
         ConfigError: too few windows for the probe, or gradients without a measurable signal.
     """
-    random_state = torch.get_rng_state()
+    random_state = get_rng_state()
     probe, source = copy.deepcopy(model).train(), iter(windows)
     optimizer, smoothed = build_optimizer(probe), SmoothedNoiseScale(decay=DECAY)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -76,7 +77,7 @@ def measure_noise_scale(
             group["lr"] = rate * lr_factor(step)
         optimizer.step()
         optimizer.zero_grad()
-    torch.set_rng_state(random_state)
+    set_rng_state(random_state)
     found = smoothed.value("all")
     if found is None:
         raise ConfigError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llm.callbacks.rng_state import get_rng_state, set_rng_state
 from llm.config.build import module_factories
 from llm.config.checked import CheckedConfig
 from llm.config.run import RunConfig
@@ -118,7 +119,7 @@ def trial_step(model: Transformer, windows: int, *, sizes: Sizes) -> int:
     device = next(model.parameters()).device
     ids = torch.zeros(windows, sizes.plan.context_length, dtype=torch.long, device=device)
     positions = torch.arange(ids.shape[1], device=device).expand(windows, -1)
-    random_state = torch.get_rng_state()
+    random_state = get_rng_state()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a codebook would learn from zeros
     with sizes.autocast(), SavedBytes(model) as saved:
         hidden = model(ids, positions=positions, document_ids=torch.zeros_like(ids)).hidden
@@ -126,5 +127,5 @@ def trial_step(model: Transformer, windows: int, *, sizes: Sizes) -> int:
     loss.backward()
     model.zero_grad(set_to_none=True)
     model.load_state_dict(buffers, strict=False)
-    torch.set_rng_state(random_state)
+    set_rng_state(random_state)
     return saved.total

@@ -1,4 +1,5 @@
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,3 +52,19 @@ def test_the_gpus_generator_goes_on_where_it_was():
     torch.rand(8, device="cuda")
     set_rng_state(state)
     assert torch.equal(torch.rand(8, device="cuda"), expected)
+
+
+def test_the_state_of_a_gpu_is_saved_and_restored_with_the_others(monkeypatch):
+    restored = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    set_rng_state(get_rng_state())
+    assert restored == [torch.tensor([7])]
+
+
+def test_no_other_code_saves_the_random_state_of_the_cpu_alone():
+    package = Path(__file__).parents[2] / "llm"
+    users = {path.name for path in package.rglob("*.py") if "torch.get_rng_state(" in path.read_text()}
+    assert users == {"rng_state.py"}
