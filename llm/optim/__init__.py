@@ -1,1 +1,1 @@
-"""Optimizers, their parameter groups and the receipt."""
+"""Optimizers, parameter groups, and the receipt that lists the update rule of each tensor."""

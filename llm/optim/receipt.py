@@ -50,9 +50,9 @@ def rule_of(optimizer: Any, group: dict[str, Any]) -> str:
 
 
 def state_bytes(optimizer: Any, group: dict[str, Any], parameter: Tensor) -> int:
-    """Bytes of state for one parameter: counted once it exists, foretold by the rule before the first step.
+    """Return the bytes of state of one parameter: the existing tensors, or the rule's prediction before the first step.
 
-    Scalars (torch's step counters) are left out: they do not grow with the parameter.
+    Exclude scalars, such as torch's step counters, because they do not grow with the parameter.
     """
     held = optimizer.state.get(parameter, {})
     tensors = [value for value in held.values() if isinstance(value, Tensor) and value.numel() > 1]
@@ -67,7 +67,7 @@ def state_bytes(optimizer: Any, group: dict[str, Any], parameter: Tensor) -> int
 
 
 def lines(optimizer: Any) -> list[Line]:
-    """The receipt as data, one line a tensor, in the order of the groups."""
+    """Return the rows of the receipt, one per tensor, in the order of the groups."""
     optimizer = unwrap(optimizer)
     return [
         Line(
@@ -85,9 +85,9 @@ def lines(optimizer: Any) -> list[Line]:
 
 
 def whole_parameters(group: dict[str, Any]) -> Sequence[Tensor]:
-    """The tensors of a group; where a strategy has cut them into flat shards, stand-ins of the true shapes.
+    """Return the tensors of a group, or meta tensors of their shapes if a strategy has split them into flat shards.
 
-    `shapes` is what a strategy notes in a group before it cuts its tensors up.
+    Such a strategy first stores the shapes of the whole tensors in the group's `shapes`.
     """
     if group.get("shapes") in (None, [tuple(parameter.shape) for parameter in group["params"]]):
         return group["params"]
@@ -152,7 +152,7 @@ def _totals(items: list[Line]) -> list[tuple[str, ...]]:
 
 
 def _table(rows: Iterable[Sequence[str]]) -> str:
-    """Return rows with aligned columns: text to the left, numbers to the right."""
+    """Return rows as text with aligned columns: text is left-aligned, numbers are right-aligned."""
     rows = list(rows)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     numeric = [all(_is_number(row[column]) for row in rows[1:]) for column in range(len(rows[0]))]

@@ -1,4 +1,4 @@
-"""Update rules without an optimizer around them: Lion, and AdamW for what Muon does not orthogonalise."""
+"""Update rules that an optimizer applies to lists of tensors: Lion, and AdamW for parameters outside Muon."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Protocol, runtime_checkable
@@ -14,21 +14,23 @@ from llm.optim.shard_steps import keep_inactive
 
 @runtime_checkable
 class Rule(Protocol):
-    """One update rule: what it keeps for each element, and how it moves a slab."""
+    """An update rule: its name, the names of its state tensors, and a function that updates a slab."""
 
     name: ClassVar[str]
     buffers: ClassVar[tuple[str, ...]]
 
     def update(self, slab: Slab, *, lr: float, weight_decay: float) -> None:
-        """Move `slab.params` and its state."""
+        """Update `slab.params` and `slab.state` in place."""
         ...
 
 
 class LionRule:
-    """The sign of an interpolated momentum: u = sign(β1·m + (1−β1)·g); θ ← θ − lr·(u + λθ); m ← β2·m + (1−β2)·g.
+    """The rule of Lion, which moves weights by the sign of an interpolated momentum.
+
+        u = sign(β1·m + (1−β1)·g);  θ ← θ − lr·(u + λθ);  m ← β2·m + (1−β2)·g
 
     Args:
-        betas: β1 weighs the momentum in the update, β2 keeps it; each in [0, 1).
+        betas: β1 weights the momentum in the update, β2 is the momentum's decay rate; each in [0, 1).
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675, Algorithm 2.
     """
@@ -40,7 +42,7 @@ class LionRule:
         self.betas = check_betas("betas", betas)
 
     def update(self, slab: Slab, *, lr: float, weight_decay: float) -> None:
-        """Move `slab.params` and its momentum."""
+        """Update `slab.params` and its momentum in place."""
         beta1, beta2 = self.betas
         momenta = slab.state["momentum"]
         directions = between(momenta, slab.gradients, 1 - beta1, out=slab.scratch)
@@ -50,11 +52,11 @@ class LionRule:
 
 
 class AdamWRule:
-    """torch's fused AdamW on a slab: θ ← θ − lr·(m̂/(√v̂ + eps) + λθ).
+    """The rule of AdamW, computed by torch's fused kernel: θ ← θ − lr·(m̂/(√v̂ + eps) + λθ).
 
     Args:
-        betas: decay of the first and the second moment, each in [0, 1).
-        eps: added to √v̂; > 0.
+        betas: decay rates of the first and the second moment, each in [0, 1).
+        eps: constant added to √v̂, > 0.
 
     Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101, Algorithm 2.
     """
@@ -66,15 +68,15 @@ class AdamWRule:
         self.betas, self.eps = check_betas("betas", betas), in_range("eps", eps, 1e-30, 1.0)
 
     def update(self, slab: Slab, *, lr: float, weight_decay: float) -> None:
-        """Move `slab.params` and its moments; `slab.state["step"]` counts from 1."""
-        exact = [parameter.float() for parameter in slab.params]  # the same tensors, where they are fp32 already
+        """Update `slab.params` and its moments in place; `slab.state["step"]` is 1 at the first update."""
+        exact = [parameter.float() for parameter in slab.params]  # no copy if they are fp32 already
         adamw(
             exact,
             slab.gradients,
             slab.state["exp_avg"],
             slab.state["exp_avg_sq"],
             [],
-            list(foreach.sub(slab.state["step"], 1.0)),  # torch's function counts the step itself
+            list(foreach.sub(slab.state["step"], 1.0)),  # torch's function adds 1 to the step counter
             fused=True,
             amsgrad=False,
             beta1=self.betas[0],
@@ -93,10 +95,10 @@ RULES: dict[str, type[LionRule] | type[AdamWRule]] = {"lion": LionRule, "adamw":
 
 
 def make_rule(key: str, name: str, *, betas: Sequence[float], eps: float | None) -> Rule:
-    """Build the rule called `name`; `eps` belongs to AdamW alone.
+    """Return the rule called `name`; only AdamW has an `eps`.
 
     Raises:
-        ConfigError: an unknown name, or an eps that would do nothing or is missing.
+        ConfigError: if the name is unknown, AdamW has no eps, or Lion has one, which it would ignore.
     """
     if name not in RULES:
         raise ConfigError(
@@ -121,7 +123,7 @@ def apply_rule(
     weight_decay: float,
     rows: bool,
 ) -> None:
-    """Run `rule` over whole tensors, slab by slab; with `rows`, rows without a gradient stay where they are."""
+    """Apply `rule` to whole tensors, one slab at a time; with `rows`, do not change rows that have no gradient."""
     for slab in slabs(params, gradients, state):
         if rows:
             keep_idle_rows(slab, lambda slab=slab: rule.update(slab, lr=lr, weight_decay=weight_decay))
@@ -139,7 +141,7 @@ def apply_rule_to_shard(
     weight_decay: float,
     active: Tensor | None,
 ) -> None:
-    """Run `rule` over a flat shard; elements that are not `active` stay where they are, their state still moves."""
+    """Apply `rule` to a flat shard; elements that are not `active` keep their values, but their state is updated."""
     held = state if active is None else state | {"active": [active]}
     for slab in slabs([flat], [gradient], held):
         mask = None if active is None else slab.state["active"][0]

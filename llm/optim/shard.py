@@ -1,4 +1,4 @@
-"""Which elements of which tensors a flat shard holds: what a rule needs when a strategy has cut its tensors up."""
+"""The layout of flat shards: which elements of which tensors each rank stores after a strategy has split them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,23 +11,23 @@ from llm.errors import ShapeError
 
 
 class Slice(NamedTuple):
-    """Consecutive elements of one tensor, and where they stand in a flat shard."""
+    """Consecutive elements of one tensor, and their position in a flat shard."""
 
     name: str
     shape: tuple[int, ...]
     start: int
-    """First element, counted in the whole tensor."""
+    """Index of the first element in the whole tensor."""
     numel: int
     offset: int
-    """First element, counted in the shard."""
+    """Index of the first element in the shard."""
 
     def of(self, flat: Tensor) -> Tensor:
-        """View these elements of a tensor that is laid out as the shard."""
+        """Return a view of these elements of `flat`, a tensor with the layout of the shard."""
         return flat.narrow(0, self.offset, self.numel)
 
 
 class Span(NamedTuple):
-    """Part of a slice that is a run of whole blocks, or a piece of one."""
+    """A part of a slice: consecutive whole blocks, or a piece of one block."""
 
     block: int
     num_blocks: int
@@ -35,20 +35,20 @@ class Span(NamedTuple):
     length: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """View these elements of a tensor that is laid out as the shard, a row for each block."""
+        """Return a view of these elements of `flat`, a tensor with the layout of the shard, with one row per block."""
         return flat.narrow(0, self.offset, self.length).view(self.num_blocks, -1)
 
 
 class ShardLayout:
-    """Says, for one flat shard, which slices of which tensors it holds on each rank.
+    """The slices of tensors that one flat shard stores on each rank.
 
-    Every method that talks to other ranks is to be called by all of them.
+    All ranks must call `all_reduce`, `block_measure` and `active_elements` together, because these communicate.
 
     Args:
-        flat: this rank's shard, 1-D.
-        table: the slices of each rank, in the order of ranks.
-        rank: this rank's number in `group`.
-        group: the ranks that share the tensors; None for all.
+        flat: this rank's shard, a 1-D tensor.
+        table: slices of each rank, in the order of ranks.
+        rank: index of this rank in `group`.
+        group: process group of the ranks that share the tensors; None for all ranks.
     """
 
     def __init__(self, flat: Tensor, table: Sequence[Sequence[Slice]], *, rank: int, group: Any) -> None:
@@ -59,11 +59,11 @@ class ShardLayout:
 
     @property
     def slices(self) -> list[Slice]:
-        """What this rank holds."""
+        """Slices that this rank stores."""
         return self.table[self.rank]
 
     def all_reduce(self, values: Tensor, op: Any) -> Tensor:
-        """Combine `values` over the ranks; returned where they were."""
+        """Return `values` combined over the ranks by `op`, on their own device."""
         moved = values.to(self.comm_device)
         if len(self.table) > 1:
             dist.all_reduce(moved, op=op, group=self.group)
@@ -72,16 +72,16 @@ class ShardLayout:
     def block_measure(
         self, values: Tensor, sizes: Mapping[str, int], measure: Callable[[Tensor], Tensor], op: Any
     ) -> dict[str, Tensor]:
-        """Measure each block of the tensors in `sizes`, cut ones too.
+        """Compute one number per block of the tensors in `sizes`, also for blocks that are split over several ranks.
 
         Args:
-            values: laid out as the shard.
-            sizes: elements of a block, by tensor; they divide it.
-            measure: rows of elements to a number each, in a form that `op` combines.
-            op: how numbers of one block's pieces are combined.
+            values: tensor with the layout of the shard.
+            sizes: number of elements per block, by tensor name; it divides the number of elements of the tensor.
+            measure: function from rows of elements to one number per row, which `op` can combine.
+            op: reduction that combines the numbers of one block's pieces.
 
         Returns:
-            A number for each block of each tensor, the same on all ranks.
+            One number per block of each tensor, the same on all ranks.
         """
         counts = {name: _numel(self.shapes[name]) // size for name, size in sizes.items() if name in self.shapes}
         total = torch.zeros(sum(counts.values()), dtype=torch.float64, device=values.device)
@@ -95,9 +95,9 @@ class ShardLayout:
         return dict(zip(counts, total.split(list(counts.values())), strict=True))
 
     def mark(self, flags: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor | None:
-        """Mark, laid out as the shard, the elements whose block's flag is not 0; None where all flags are set.
+        """Return a mask of the elements whose block has a nonzero flag, or None if all flags are nonzero.
 
-        Elements of tensors without flags are marked.
+        The mask has the layout of the shard. It includes the elements of tensors that have no flags.
         """
         if all(bool(of_tensor.all()) for of_tensor in flags.values()):
             return None
@@ -110,12 +110,12 @@ class ShardLayout:
         return mask
 
     def active_elements(self, gradient: Tensor, sizes: Mapping[str, int]) -> Tensor | None:
-        """Mark the elements whose block had a gradient that is not 0 on some rank; None where all had one."""
+        """Return a mask of the elements whose block has a nonzero gradient on any rank, or None if all have one."""
         return self.mark(self.block_measure(gradient, sizes, is_active, dist.ReduceOp.MAX), sizes)
 
 
 def spans(piece: Slice, size: int) -> Iterator[Span]:
-    """Cut a slice where blocks of `size` elements begin: a piece of one, whole ones, a piece of one."""
+    """Split a slice at the boundaries of blocks of `size` elements: a partial block, whole blocks, a partial block."""
     position, end = piece.start, piece.start + piece.numel
     while position < end:
         block, inside = divmod(position, size)
@@ -126,7 +126,7 @@ def spans(piece: Slice, size: int) -> Iterator[Span]:
 
 
 def rows_to_watch(layout: ShardLayout, kind: str) -> dict[str, int]:
-    """Elements of a row, by tensor, of those whose first axis counts things that may go unused: tokens or experts."""
+    """Return the number of elements per row of each tensor whose rows are tokens or experts, which may be unused."""
     return {
         name: _numel(shape) // shape[0]
         for name, shape in layout.shapes.items()
@@ -135,10 +135,10 @@ def rows_to_watch(layout: ShardLayout, kind: str) -> dict[str, int]:
 
 
 def check_coverage(expected: Mapping[str, tuple[int, ...]], layouts: Sequence[ShardLayout]) -> None:
-    """Prove that shards hold each element of each tensor once.
+    """Check that the shards store each element of each tensor exactly once.
 
     Raises:
-        ShapeError: an element that no shard holds or two do, or a tensor of another shape.
+        ShapeError: if no shard or more than one stores an element, or a tensor has another shape.
     """
     found: dict[str, list[tuple[int, int]]] = {name: [] for name in expected}
     for layout in layouts:
@@ -159,12 +159,12 @@ def check_coverage(expected: Mapping[str, tuple[int, ...]], layouts: Sequence[Sh
 
 
 def is_active(rows: Tensor) -> Tensor:
-    """Whether each row has an element that is not 0."""
+    """Return whether each row has a nonzero element."""
     return (rows.amax(1) != 0) | (rows.amin(1) != 0)
 
 
 def square_sum(rows: Tensor) -> Tensor:
-    """Sum of squares of each row."""
+    """Return the sum of squares of each row."""
     return torch.linalg.vector_norm(rows, dim=1).double().square()
 
 

@@ -1,4 +1,4 @@
-"""How an optimizer of the project steps flat shards: the part of its base that several ranks need."""
+"""Updates of flat shards: the part of the optimizer's base class that is used when ranks share the tensors."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -11,29 +11,29 @@ from llm.optim.shard import ShardLayout
 
 
 class ShardSteps:
-    """Holds the layouts of an optimizer's flat shards, and hands each shard to `update_shard`."""
+    """A base class that stores the layouts of an optimizer's flat shards and calls `update_shard` for each shard."""
 
     _layouts: dict[int, ShardLayout]
     is_elementwise: ClassVar[bool] = False
-    """Whether `update` looks at each element alone, so that it may be given a flat shard as it is."""
+    """Whether `update` treats each element separately, so that it can be applied to a flat shard."""
     owned_state: dict[str, dict[str, Tensor]]
-    """State of whole tensors, on the rank that works on them."""
+    """State of whole tensors by tensor name and state name, stored on the rank that owns them."""
 
     def attach_layouts(self, layouts: Sequence[ShardLayout]) -> None:
-        """Say what the flat shards in the groups hold, once a strategy has put them there; its steps read them."""
+        """Store the layouts of the flat shards; call this after the strategy has put the shards into the groups."""
         self._layouts = {id(layout.flat): layout for layout in layouts}
         self.owned_state = {}
 
     @property
     def is_sharded(self) -> bool:
-        """Whether layouts were attached."""
+        """Whether layouts have been attached, so that the groups contain flat shards."""
         return bool(getattr(self, "_layouts", None))
 
     def layout_of(self, flat: Tensor) -> ShardLayout:
         """Return the layout of a shard.
 
         Raises:
-            ShapeError: it has none.
+            ShapeError: if it has none.
         """
         layout = self._layouts.get(id(flat))
         if layout is None:
@@ -44,13 +44,13 @@ class ShardSteps:
         return layout
 
     def step_shards(self, group: dict[str, Any]) -> None:
-        """Update the shards in one group; a group may have none for now."""
+        """Update the shards of one group that have a gradient; there may be none."""
         for flat in group["params"]:
             if flat.grad is not None:
                 self.update_shard(group, flat, self.layout_of(flat))
 
     def update_shard(self, group: dict[str, Any], flat: Tensor, layout: ShardLayout) -> None:
-        """Update a flat shard, as `update` would update the whole tensors; called by all ranks together."""
+        """Update a flat shard as `update` would update the whole tensors; all ranks must call this together."""
         if self.is_elementwise:
             self.update(group, [flat])
             return
@@ -64,12 +64,12 @@ class ShardSteps:
         raise NotImplementedError
 
     def load_owned_state(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Take over the state of whole tensors, by name."""
+        """Restore the state of whole tensors, by tensor name."""
         self.owned_state = state
 
 
 def keep_inactive(param: Tensor, active: Tensor | None, apply: Callable[[], None]) -> None:
-    """Run `apply`, which moves `param`, and put the elements that are not active back where they were."""
+    """Run `apply`, which changes `param`, and restore the elements that are not active."""
     if active is None:
         apply()
         return

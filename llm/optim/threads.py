@@ -1,4 +1,4 @@
-"""Tensors side by side on the threads of a CPU, where the operations on one are too small to be shared out well."""
+"""Processes several tensors at once on the threads of a CPU, because one small operation cannot use all threads."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 def side_by_side(work: Callable[[T], None], items: Iterable[T]) -> None:
-    """Call `work`, which keeps no gradients, on every item: on as many threads as torch may use, in any order.
+    """Call `work` on every item without recording gradients, on up to as many threads as torch uses, in any order.
 
-    Each call has its share of the threads for its own operations, and so gives the same numbers whatever the others do.
+    Each call uses an equal share of torch's threads, so its result does not depend on which other calls are running.
     """
     items, threads = list(items), torch.get_num_threads()
     workers = min(threads, len(items))
@@ -25,7 +25,7 @@ def side_by_side(work: Callable[[T], None], items: Iterable[T]) -> None:
         for _ in pool.map(partial(_each, work), [[item] for item in items]):
             pass
     finally:
-        torch.set_num_threads(threads)  # a pool's threads state their own number, and MKL has one for all
+        torch.set_num_threads(threads)  # workers set their own numbers, but MKL has only one for the process
 
 
 @torch.no_grad()
