@@ -1,1 +1,1 @@
-"""Rules that carry a learning rate from one batch size to another."""
+"""Learning rates and weight decay as functions of the batch size, the shape of a tensor, and the step of the run."""

@@ -1,8 +1,8 @@
-"""Batch sizes over a run: pure functions f(batch_tokens) -> {tokens seen: tokens per update from then on}.
+"""Schedules of the batch size: pure functions f(batch_tokens) -> {tokens seen: tokens per update from then on}.
 
-A small batch serves while the noise scale is small and grows with it (McCandlish et al., arXiv:1812.06162, appendix
-A.1; Smith et al., "Don't Decay the Learning Rate, Increase the Batch Size", arXiv:1711.00489). The learning rate of
-each stage follows from the `scaling` rule at the stage's batch.
+The noise scale grows during training, so a small batch suffices at the start (McCandlish et al., arXiv:1812.06162,
+appendix A.1; Smith et al., "Don't Decay the Learning Rate, Increase the Batch Size", arXiv:1711.00489). The `scaling`
+rule gives the learning rate of each stage from the batch of that stage.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from llm.errors import ConfigError
 
 
 def constant(*, batch_tokens: int) -> dict[int, int]:
-    """One batch size for the whole run.
+    """Return one batch size for the whole run.
 
     Args:
         batch_tokens: tokens per update.
@@ -20,15 +20,16 @@ def constant(*, batch_tokens: int) -> dict[int, int]:
 
 
 def stages(*, batch_tokens: int, starts: Sequence[int], shares: Sequence[float]) -> dict[int, int]:
-    """Give shares of the full batch from given numbers of tokens on.
+    """Return stages, each of which uses a share of the full batch from a given number of tokens on.
 
     Args:
         batch_tokens: tokens per update of the full batch.
-        starts: tokens seen at which each stage begins, rising; the first 0.
-        shares: of batch_tokens, one a stage, in (0, 1].
+        starts: tokens seen at which each stage begins, in rising order; the first is 0.
+        shares: share of batch_tokens for each stage, in (0, 1].
 
     Raises:
-        ConfigError: no stage at 0, other than one share a stage, a share out of range, or no whole number of tokens.
+        ConfigError: if no stage starts at 0, `starts` and `shares` differ in length, or a share is out of range or
+            does not give a whole number of tokens.
     """
     if not starts or starts[0] != 0 or list(starts) != sorted(set(starts)):
         raise ConfigError(f"batch_schedule.starts={list(starts)}: must rise from 0; try [0, 500000]")
@@ -54,15 +55,16 @@ def stages(*, batch_tokens: int, starts: Sequence[int], shares: Sequence[float])
 
 
 def doubling(*, batch_tokens: int, start_share: float, every_tokens: int) -> dict[int, int]:
-    """Start with a share of the full batch and double it every so many tokens, until it is full.
+    """Return stages that start with a share of the full batch and double it after every `every_tokens` tokens.
 
     Args:
         batch_tokens: tokens per update of the full batch.
-        start_share: 1/2, 1/4, 1/8, ...
+        start_share: share of the full batch in the first stage: 1, 1/2, 1/4, 1/8, ...
         every_tokens: tokens between doublings, at least 1.
 
     Raises:
-        ConfigError: another share, one that is no whole number of tokens, or every_tokens below 1.
+        ConfigError: if the share has another value or does not give a whole number of tokens, or every_tokens is below
+            1.
     """
     if every_tokens < 1:
         raise ConfigError(f"batch_schedule.every_tokens={every_tokens}: must be at least 1; try {batch_tokens * 50}")

@@ -1,4 +1,4 @@
-"""How tokens per update become micro-batches: the one place where accumulation is derived."""
+"""Derives micro-batches and gradient accumulation from the tokens per update; no other module derives them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from llm.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """An update of `batch_tokens` is accumulation x world_size x micro_batch_size windows of context_length."""
+    """The division of an update into accumulation x world_size x micro_batch_size windows of context_length tokens."""
 
     batch_tokens: int
     context_length: int
@@ -17,12 +17,12 @@ class BatchPlan:
 
     @property
     def windows(self) -> int:
-        """Windows per update."""
+        """Number of windows per update."""
         return self.batch_tokens // self.context_length
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches per update on each device."""
+        """Number of micro-batches per update on each device."""
         return self.windows // (self.world_size * self.micro_batch_size)
 
 
@@ -30,8 +30,8 @@ def plan_batch(*, batch_tokens: int, context_length: int, world_size: int, micro
     """Return the plan of an update.
 
     Raises:
-        ConfigError: a value below 1, or batch_tokens that is not a whole number of micro-batches on every device; the
-            nearest legal values are named.
+        ConfigError: if a value is below 1, or batch_tokens is not a whole number of micro-batches on every device; the
+            message names the nearest valid values.
     """
     values = {"batch_tokens": batch_tokens, "context_length": context_length, "micro_batch_size": micro_batch_size}
     for key, value in values.items():
@@ -57,12 +57,13 @@ def micro_batch_candidates(*, batch_tokens: int, context_length: int, world_size
 
     Args:
         batch_tokens: tokens per update.
-        context_length: tokens a window.
-        world_size: devices.
-        least: micro-batches that an update is to have, over all devices; one window at a time where that is too many.
+        context_length: tokens per window.
+        world_size: number of devices.
+        least: smallest number of micro-batches per update, over all devices. A micro-batch of one window is always a
+            candidate, even where it gives fewer.
 
     Raises:
-        ConfigError: batch_tokens that is not a whole number of windows on every device.
+        ConfigError: if batch_tokens is not a whole number of windows on every device.
     """
     windows = plan_batch(
         batch_tokens=batch_tokens, context_length=context_length, world_size=world_size, micro_batch_size=1
@@ -71,10 +72,10 @@ def micro_batch_candidates(*, batch_tokens: int, context_length: int, world_size
 
 
 def total_steps(*, max_steps: int | None, max_tokens: int | None, batch_tokens: int) -> int:
-    """Return the updates of the run.
+    """Return the number of updates of the run.
 
     Raises:
-        ConfigError: neither or both limits given, or one that allows no update.
+        ConfigError: if neither or both limits are set, or the limit allows no update.
     """
     if (max_steps is None) == (max_tokens is None):
         raise ConfigError(
@@ -89,35 +90,35 @@ def total_steps(*, max_steps: int | None, max_tokens: int | None, batch_tokens: 
 
 @dataclass(frozen=True)
 class BatchRamp:
-    """Tokens per update over a run, in stages of equal updates: a pure function of the step."""
+    """The tokens per update as a function of the step, in stages within which all updates are equal."""
 
     stages: tuple[tuple[int, int, int], ...]
-    """(first step, tokens seen before it, tokens per update), by rising step."""
+    """Stages as (first step, tokens seen before it, tokens per update), in the order of steps."""
     total_steps: int
 
     def _stage(self, step: int) -> tuple[int, int, int]:
         return next(stage for stage in reversed(self.stages) if stage[0] <= step)
 
     def batch_tokens_at(self, step: int) -> int:
-        """Tokens of the update that follows `step` updates."""
+        """Return the number of tokens of the update that follows `step` updates."""
         return self._stage(step)[2]
 
     def tokens_seen(self, step: int) -> int:
-        """Tokens of the first `step` updates."""
+        """Return the number of tokens of the first `step` updates together."""
         first, seen, batch_tokens = self._stage(step)
         return seen + (step - first) * batch_tokens
 
 
 def plan_ramp(changes: Mapping[int, int], *, max_steps: int | None, max_tokens: int | None) -> BatchRamp:
-    """Return the stages of a run; a stage begins with the first update that has seen its tokens.
+    """Return the stages of a run; each stage begins at the first update before which its tokens have been seen.
 
     Args:
-        changes: tokens seen -> tokens per update from then on; the first at 0.
-        max_steps: updates in the run, or None where max_tokens is given.
-        max_tokens: tokens in the run, or None.
+        changes: tokens seen -> tokens per update from then on; the first key is 0.
+        max_steps: number of updates of the run, or None if max_tokens is set.
+        max_tokens: number of tokens of the run, or None if max_steps is set.
 
     Raises:
-        ConfigError: neither or both limits given, or one that allows no update.
+        ConfigError: if neither or both limits are set, or the limit allows no update.
     """
     starts = sorted(changes)
     steps = total_steps(max_steps=max_steps, max_tokens=max_tokens, batch_tokens=changes[0])
@@ -136,7 +137,7 @@ def plan_ramp(changes: Mapping[int, int], *, max_steps: int | None, max_tokens: 
 
 
 def check_ramp(*, plan: BatchPlan, ramp: BatchRamp) -> None:
-    """Raise ConfigError unless each stage gives every micro-batch on every device equally many windows."""
+    """Raise ConfigError unless, in each stage, all micro-batches on all devices have the same number of windows."""
     unit = plan.context_length * plan.accumulation * plan.world_size
     for _, seen, batch_tokens in ramp.stages:
         if batch_tokens % unit or batch_tokens > plan.batch_tokens:

@@ -1,21 +1,21 @@
-"""Describes a scaled learning rate in one line."""
+"""Describes in one log line how the learning rate was scaled to the batch size."""
 
 from collections.abc import Callable
 from typing import Any
 
 
 def rule_and_settings(scaling: Callable[..., float]) -> tuple[str, dict[str, Any]]:
-    """Return the name and the settings of a rule, which Hydra passes as a partial function."""
+    """Return the name and the settings of a scaling rule, which Hydra passes as a partial function."""
     rule = getattr(scaling, "func", scaling)
     return getattr(rule, "__name__", type(rule).__name__), dict(getattr(scaling, "keywords", {}))
 
 
 def derivation(scaling: Callable[..., float], *, lr: float, batch_tokens: int) -> str:
-    """Return `lr 3.0e-3 -> 4.9e-3: sign rule, batch 16k -> 64k tokens, noise scale 41k`.
+    """Return a line such as `lr 3.0e-3 -> 4.9e-3: sign rule, batch 16k -> 64k tokens, noise scale 41k`.
 
     Args:
-        scaling: the rule with its settings.
-        lr: the rate at the base batch.
+        scaling: scaling rule with its settings.
+        lr: learning rate at the base batch.
         batch_tokens: tokens per update.
     """
     rule, settings = rule_and_settings(scaling)
@@ -31,11 +31,11 @@ def derivation(scaling: Callable[..., float], *, lr: float, batch_tokens: int) -
 
 
 def brief(value: float) -> str:
-    """Return 3.0e-3 for 0.003."""
+    """Format a number with two digits and an exponent: 3.0e-3 for 0.003."""
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa}e{int(exponent)}"
 
 
 def thousands(tokens: float) -> str:
-    """Return 16.4k for 16384."""
+    """Format a number of tokens with three digits: 16.4k for 16384."""
     return f"{tokens / 1000:.3g}k" if tokens >= 1000 else f"{tokens:.3g}"

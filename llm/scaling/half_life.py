@@ -1,10 +1,12 @@
-"""What a changed batch does to the memory of an optimizer, in tokens, and how to leave it as it was: pure functions.
+"""Adjusts an optimizer's decay rates to the batch size, so that its half-lives in tokens do not change.
 
-A decay of β a step forgets half in ln 2 / −ln β updates, each of B tokens. At κ times the batch the half-life is κ
-times as many tokens, unless β becomes β^κ; to first order that is the 1 − β → κ (1 − β) of Malladi et al.,
-arXiv:2205.10287, definition 5.3, and it never leaves [0, 1). Weight decay forgets a share lr·λ a step: at κ times the
-batch and f times the lr its half-life in tokens is κ / f times as long, unless λ becomes λ κ / f. Adam's eps is held
-against a gradient whose noise is 1/√κ of what it was, and becomes eps / √κ (same definition; only while noise rules).
+An exponential average with decay rate β has a half-life of ln 2 / −ln β updates of B tokens each. A batch κ times as
+large makes the half-life κ times as long in tokens, unless β becomes β^κ. To first order that is the rule
+1 − β → κ (1 − β) of Malladi et al., arXiv:2205.10287, definition 5.3, but β^κ always lies in [0, 1).
+
+Weight decay removes a share lr·λ of the weights per update. At κ times the batch and f times the lr, its half-life in
+tokens is κ / f times as long, unless λ becomes λ κ / f. The gradient's noise, to which Adam adds eps, falls by a factor
+of √κ, so eps becomes eps / √κ. This too is from definition 5.3, and holds only while noise dominates the gradient.
 """
 
 from collections.abc import Mapping
@@ -18,12 +20,12 @@ EPSILONS = ("eps", "aux_eps")
 
 
 def keep_half_life(settings: Mapping[str, Any], *, ratio: float, lr_scale: float) -> dict[str, Any]:
-    """Return an optimizer's settings with which its memory in tokens is what it was at the base batch.
+    """Return an optimizer's settings, adjusted so that its half-lives in tokens are those at the base batch.
 
     Args:
-        settings: of the optimizer, by the names that the project's optimizers share.
-        ratio: κ, the batch over the base batch.
-        lr_scale: f, what the scaling rule multiplies the lr by.
+        settings: settings of the optimizer, by the names that the project's optimizers share.
+        ratio: κ, the batch divided by the base batch.
+        lr_scale: f, the factor by which the scaling rule multiplies the lr.
     """
     kept = dict(settings)
     for key in PAIRS:
@@ -40,7 +42,7 @@ def keep_half_life(settings: Mapping[str, Any], *, ratio: float, lr_scale: float
 
 
 def half_life_note(before: Mapping[str, Any], after: Mapping[str, Any], *, ratio: float, lr_scale: float) -> str:
-    """Say what became of the half-lives: which settings keep them, or by how much they are longer in tokens."""
+    """Describe the settings that keep the half-lives in tokens, or the factor by which the half-lives change."""
     changed = [
         f"{key} {_show(before[key])} -> {_show(after[key])}"
         for key in (*PAIRS, *DECAYS, *EPSILONS, "weight_decay")

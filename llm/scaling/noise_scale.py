@@ -1,4 +1,4 @@
-"""How noisy gradients are, from gradients of two batch sizes: pure functions and their smoothing."""
+"""Estimates the gradient noise scale from the squared norms of gradients of two batch sizes."""
 
 from llm.errors import ConfigError
 
@@ -8,16 +8,16 @@ def two_batch_estimate(small_square: float, big_square: float, *, small: float, 
 
         |g|² = (B |G_B|² − b |G_b|²) / (B − b),   tr Σ = (|G_b|² − |G_B|²) / (1/b − 1/B)
 
-    since E|G_B|² = |g|² + tr Σ / B. Either may come out negative: smooth them before they are divided.
+    These follow from E|G_B|² = |g|² + tr Σ / B. Either estimate may be negative, so average them before dividing.
 
     Args:
-        small_square: |G_b|², the mean over as many small batches as there are.
-        big_square: |G_B|², of all of them together.
-        small: b, in the unit that the noise scale shall have (tokens).
-        big: B, larger than b.
+        small_square: |G_b|², the mean over all small batches.
+        big_square: |G_B|², the squared norm of the mean gradient of all small batches together.
+        small: size b of a small batch, in the unit of the noise scale (tokens).
+        big: size B of all small batches together, larger than b.
 
     Raises:
-        ConfigError: B <= b: one batch says nothing about its noise.
+        ConfigError: if B <= b, because the noise cannot be estimated from a single batch.
 
     Source: McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv:1812.06162, eqs. A.2 and A.3.
     """
@@ -32,15 +32,15 @@ def two_batch_estimate(small_square: float, big_square: float, *, small: float, 
 
 
 class SmoothedNoiseScale:
-    """Averages |g|² and tr Σ over updates, apart, and divides the averages: B_noise = ⟨tr Σ⟩ / ⟨|g|²⟩.
+    """An estimate of the noise scale from separate averages over updates: B_noise = ⟨tr Σ⟩ / ⟨|g|²⟩.
 
-    Single ratios would be biased without bound: |g|² is small and its estimate may be negative.
+    An average of single ratios would have an unbounded bias, because |g|² is small and its estimate may be negative.
 
     Args:
-        decay: of both exponential averages, in [0, 1); 0.99 looks back over some hundred measurements.
+        decay: decay rate of both exponential averages, in [0, 1); 0.99 averages over about a hundred measurements.
 
     Raises:
-        ConfigError: a decay out of range.
+        ConfigError: if the decay rate is out of range.
 
     Source: McCandlish et al., arXiv:1812.06162, appendix A.1.
     """
@@ -52,13 +52,13 @@ class SmoothedNoiseScale:
         self.averages: dict[str, list[float]] = {}
 
     def update(self, name: str, *, signal: float, trace: float) -> None:
-        """Take one measurement into the averages of `name`."""
+        """Add one measurement to the averages of `name`."""
         held = self.averages.setdefault(name, [0.0, 0.0])
-        for i, value in enumerate((signal, trace)):  # both start at 0: the correction for that cancels in the ratio
+        for i, value in enumerate((signal, trace)):  # both start at 0; the bias correction cancels in the ratio
             held[i] = self.decay * held[i] + (1 - self.decay) * value
 
     def value(self, name: str) -> float | None:
-        """Return B_noise, or None while the averages are not both positive: too few measurements, or too noisy."""
+        """Return B_noise, or None unless both averages are positive, which needs enough measurements of low noise."""
         signal, trace = self.averages.get(name, (0.0, 0.0))
         return trace / signal if signal > 0 and trace > 0 else None
 

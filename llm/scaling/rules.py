@@ -1,12 +1,14 @@
-"""Rules that carry a tuned learning rate from one batch size to another: lr_scale = f(batch_tokens), 1 at the base.
+"""Rules that scale a tuned learning rate to another batch size: lr_scale = f(batch_tokens), which is 1 at the base.
 
-The last three come from one law. Write g for the gradient, Σ for the covariance of one token's, and x = noise_scale / B
-with noise_scale = tr Σ / |g|². The step that lowers the loss most along φ / √(φ² + ε²), φ the batch's gradient, is
+The rules `variance`, `sign` and `adam_eps` are cases of one law. Let g be the gradient, φ the gradient of a batch, and
+Σ the covariance of one token's gradient. Let x = noise_scale / B with noise_scale = tr Σ / |g|². A step along
+φ / √(φ² + ε²) lowers the loss most at the learning rate
 
     lr(B) ∝ √(1 + ρ + x) / (q + x),    ρ = (ε / RMS(g))²,    q = sign(g)ᵀ H sign(g) / tr H
 
-in the mean field, with gradients of one size. ρ = 0 is the sign of the gradient, ρ → ∞ the gradient itself: the law of
-SGD, 1 / (q + x). No rule touches betas, eps or weight decay; `keep_half_life` does, see `llm.scaling.half_life`.
+This is a mean-field result for elements of g that have one size. With ρ = 0 the step is the sign of the gradient. With
+ρ → ∞ it is the gradient itself, and the law is that of SGD, 1 / (q + x). No rule changes betas, eps or weight decay;
+`keep_half_life` does, see `llm.scaling.half_life`.
 """
 
 import math
@@ -19,7 +21,7 @@ NoiseScale = float | Literal["measured"]
 
 
 def none(batch_tokens: int, *, base_batch_tokens: int | None) -> float:
-    """Return 1: the learning rate is used as it stands, whatever the batch."""
+    """Return 1, so that the learning rate does not depend on the batch."""
     _ratio(batch_tokens, base_batch_tokens)
     return 1.0
 
@@ -27,7 +29,7 @@ def none(batch_tokens: int, *, base_batch_tokens: int | None) -> float:
 def linear(batch_tokens: int, *, base_batch_tokens: int | None) -> float:
     """Return B/B₀, which keeps the drift of SGD per token.
 
-    Assumes plain SGD, a learning rate small against the curvature, and B far below the noise scale.
+    Assumes plain SGD, a learning rate small relative to the inverse curvature, and B far below the noise scale.
 
     Args:
         batch_tokens: tokens per update, B.
@@ -42,8 +44,8 @@ def linear(batch_tokens: int, *, base_batch_tokens: int | None) -> float:
 def sqrt(batch_tokens: int, *, base_batch_tokens: int | None) -> float:
     """Return √(B/B₀), which keeps the noise that Adam or RMSprop adds per token.
 
-    Assumes that gradient noise dominates the signal, B far below the noise scale. The whole rule scales 1 − β in
-    proportion to B, eps by √(B₀/B) and weight decay by √(B/B₀) as well: `keep_half_life=true`.
+    Assumes that gradient noise dominates the signal, so B is far below the noise scale. The published rule also scales
+    1 − β by B/B₀, eps by √(B₀/B) and weight decay by √(B/B₀); set `keep_half_life=true` for these.
 
     Args:
         batch_tokens: tokens per update, B.
@@ -56,15 +58,15 @@ def sqrt(batch_tokens: int, *, base_batch_tokens: int | None) -> float:
 
 
 def variance(batch_tokens: int, *, base_batch_tokens: int | None, noise_scale: NoiseScale) -> float:
-    """Return the best step of SGD, lr_max / (1 + B_noise / B), over that at the base batch.
+    """Return the best learning rate of SGD, lr_max / (1 + B_noise / B), divided by that at the base batch.
 
-    Rises in proportion to B far below the noise scale and ends at (1 + B_noise / B₀) far above it. Assumes a step
-    along the batch's gradient on a quadratic.
+    The factor is proportional to B far below the noise scale, and approaches 1 + B_noise / B₀ far above it. Assumes a
+    step along the batch's gradient on a quadratic loss.
 
     Args:
         batch_tokens: tokens per update, B.
         base_batch_tokens: tokens per update at which the learning rate was tuned, B₀.
-        noise_scale: tokens, B_noise = tr(HΣ)/gᵀHg, for which tr Σ/|g|² stands in; > 0, or `measured`.
+        noise_scale: B_noise = tr(HΣ)/gᵀHg in tokens, approximated by tr Σ/|g|²; > 0, or `measured`.
 
     Source: McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv:1812.06162, eq. 2.6.
     """
@@ -72,21 +74,22 @@ def variance(batch_tokens: int, *, base_batch_tokens: int | None, noise_scale: N
 
 
 def sign(batch_tokens: int, *, base_batch_tokens: int | None, noise_scale: NoiseScale, alignment: float) -> float:
-    """Return the best step along the sign of the gradient, over that at the base batch: √(1 + x) / (q + x).
+    """Return the best learning rate of sign steps, √(1 + x) / (q + x), divided by that at the base batch.
 
-    Rises with √B far below the noise scale. With q <= 2 it levels off; above, it peaks at B = noise_scale / (q − 2),
-    and beyond that more batch wants less lr. Assumes independent Gaussian noise, a quadratic, and no momentum.
+    The factor is proportional to √B far below the noise scale. With q <= 2 it approaches a limit. With q > 2 it has a
+    peak at B = noise_scale / (q − 2), and larger batches need a smaller lr. Assumes independent Gaussian noise, a
+    quadratic loss, and no momentum.
 
     Args:
         batch_tokens: tokens per update, B.
         base_batch_tokens: tokens per update at which the learning rate was tuned, B₀.
-        noise_scale: tokens, tr Σ/|g|²; > 0, or `measured`.
-        alignment: q = sign(g)ᵀ H sign(g) / tr H, > 0: 1 where the curvature H is diagonal, larger where moving all
-            weights at once meets more curvature than moving each alone.
+        noise_scale: tr Σ/|g|² in tokens, > 0, or `measured`.
+        alignment: q = sign(g)ᵀ H sign(g) / tr H, > 0. It is 1 for a diagonal curvature H, and larger if the curvature
+            along a step of all weights exceeds the sum of those along steps of single weights.
 
     Source: Su, kexue.fm/archives/10542 and 11280; Li et al., "Surge Phenomenon in Optimal Learning Rate and Batch
-    Size Scaling", arXiv:2405.14578, eq. 17, whose law is the same with its peak at the noise scale.
-    Differs: 10542 has (π/2)·noise_scale for noise_scale; its constant is exact only far below the noise scale.
+    Size Scaling", arXiv:2405.14578, eq. 17, which is the same law with its peak at the noise scale.
+    Differs: 10542 has (π/2)·noise_scale in place of noise_scale; its constant is exact only far below the noise scale.
     """
     _check_positive("alignment", alignment, "1 has no peak, 3 has it at the noise scale")
     return _relative(lambda x: math.sqrt(1 + x) / (alignment + x), batch_tokens, base_batch_tokens, noise_scale)
@@ -100,21 +103,22 @@ def adam_eps(
     alignment: float,
     eps_to_gradient: float,
 ) -> float:
-    """Return the best step of Adam with an eps that counts, over that at the base batch: √(1 + ρ + x) / (q + x).
+    """Return Adam's best learning rate with a large eps, relative to the base batch: √(1 + ρ + x) / (q + x).
 
-    Between `sign` (eps_to_gradient = 0) and `variance` (large). A peak is left only where q > 2 (1 + ρ), at
-    B = noise_scale / (q − 2 (1 + ρ)). Assumes what `sign` does, and gradients of one size.
+    Equals `sign` at eps_to_gradient = 0 and approaches `variance` as it grows. The factor has a peak only if
+    q > 2 (1 + ρ), at B = noise_scale / (q − 2 (1 + ρ)). Assumes what `sign` assumes, and that the elements of g have
+    one size.
 
     Args:
         batch_tokens: tokens per update, B.
         base_batch_tokens: tokens per update at which the learning rate was tuned, B₀.
-        noise_scale: tokens, tr Σ/|g|²; > 0, or `measured`.
+        noise_scale: tr Σ/|g|² in tokens, > 0, or `measured`.
         alignment: q = sign(g)ᵀ H sign(g) / tr H, > 0.
-        eps_to_gradient: eps over the root mean square of g's elements, >= 0.
+        eps_to_gradient: eps divided by the root mean square of g's elements, >= 0.
 
     Source: Su, kexue.fm/archives/10563.
-    Differs: written for one size of gradients, in which the sums over weights close; Adam's √v + eps is taken for
-    √(v + eps²), so that eps holds in its order of magnitude.
+    Differs: all elements of g have one size here, for which the sums over weights have a closed form. Adam's √v + eps
+    is approximated by √(v + eps²), so only the order of magnitude of eps is meaningful.
     """
     _check_positive("alignment", alignment, "1 has no peak, 3 has it at the noise scale")
     if not 0 <= eps_to_gradient < math.inf:
@@ -128,7 +132,7 @@ def adam_eps(
 def _relative(
     law: Callable[[float], float], batch_tokens: int, base_batch_tokens: int | None, noise_scale: object
 ) -> float:
-    """Return law(noise_scale / B) / law(noise_scale / B₀), and 1 at the base batch without asking for a measurement."""
+    """Return law(noise_scale / B) / law(noise_scale / B₀), or 1 at the base batch, where no measurement is needed."""
     ratio = _ratio(batch_tokens, base_batch_tokens)
     scale = check_noise_scale(noise_scale)
     if ratio == 1:
@@ -145,7 +149,7 @@ def check_noise_scale(noise_scale: object) -> float | None:
     """Return a noise scale in tokens, or None for `measured`.
 
     Raises:
-        ConfigError: anything else than a positive number.
+        ConfigError: if the value is neither `measured` nor a positive number.
     """
     if noise_scale == "measured":
         return None

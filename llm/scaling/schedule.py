@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions lr_factor = f(step) in [0, 1]; step 0 is the first update.
 
-Durations below 1 are shares of the run, others are steps. Warm-up is linear and never gives an update a factor of
-zero: with w warm-up steps the first factors are 1/w, 2/w, … 1.
+A duration below 1 is a share of the run; any other is a number of steps. The warm-up is linear, and no update has a
+factor of zero: with w warm-up steps the first factors are 1/w, 2/w, …, 1.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from llm.errors import ConfigError
 
 
 def constant(step: int, *, total_steps: int, warmup: float) -> float:
-    """Warm up, then hold at 1.
+    """Return a factor that rises during the warm-up and then stays at 1.
 
     Args:
         step: updates done before this one.
@@ -24,7 +24,7 @@ def constant(step: int, *, total_steps: int, warmup: float) -> float:
 
 
 def cosine(step: int, *, total_steps: int, warmup: float, floor: float) -> float:
-    """Warm up, then fall along half a cosine from 1 to `floor`, reached at the last step.
+    """Return a factor that rises during the warm-up, then falls along half a cosine to `floor` at the last step.
 
     Args:
         step: updates done before this one.
@@ -43,7 +43,7 @@ def cosine(step: int, *, total_steps: int, warmup: float, floor: float) -> float
 
 
 def inverse_time(step: int, *, total_steps: int, warmup: float, half_life: float) -> float:
-    """Warm up, then fall as 1 / (1 + t/T), t counting from the end of the warm-up.
+    """Return a factor that rises during the warm-up, then falls as 1 / (1 + t/T), where t starts at its end.
 
     Args:
         step: updates done before this one.
@@ -51,8 +51,8 @@ def inverse_time(step: int, *, total_steps: int, warmup: float, half_life: float
         warmup: duration of the linear rise.
         half_life: T, the duration after which the factor is one half; above 0.
 
-    Source: Tian & Parikh, "Amos", arXiv:2210.11693, section 4; Su, kexue.fm/archives/9344: the decay of a rate whose
-    steps come closer to their aim as they go, preferred there to 1 / (1 + t/T)².
+    Source: Tian & Parikh, "Amos", arXiv:2210.11693, section 4; Su, kexue.fm/archives/9344, where the rate falls as
+    the weights approach their final values; that page prefers this form to 1 / (1 + t/T)².
     """
     rise = _steps("schedule.warmup", warmup, total_steps)
     half = half_life * total_steps if half_life < 1 else half_life
@@ -64,7 +64,7 @@ def inverse_time(step: int, *, total_steps: int, warmup: float, half_life: float
 def wsd(
     step: int, *, total_steps: int, warmup: float, decay: float, floor: float, shape: Literal["linear", "sqrt"]
 ) -> float:
-    """Warm up, hold (stable), then decay to `floor` over the last part of the run.
+    """Return a factor that rises during the warm-up, stays at 1, then falls to `floor` in the last part of the run.
 
     Args:
         step: updates done before this one.
@@ -72,7 +72,7 @@ def wsd(
         warmup: duration of the linear rise.
         decay: duration of the fall.
         floor: last factor, in [0, 1].
-        shape: of the fall over its progress p: `linear` 1 − p, `sqrt` 1 − √p.
+        shape: shape of the fall as a function of its progress p: `linear` is 1 − p, `sqrt` is 1 − √p.
 
     Source: Hu et al., "MiniCPM", arXiv:2404.06395, eq. 1; the 1 − sqrt shape from Hägele et al., arXiv:2405.18392.
     """
@@ -93,15 +93,16 @@ def wsd(
 
 
 def piecewise(step: int, *, total_steps: int, points: Mapping[float, float]) -> float:
-    """Straight lines through `points` {time: factor}, from (0, 0) to the first and flat after the last.
+    """Return a factor that is linear between (0, 0) and the `points` {time: factor}, and constant after the last.
 
     Args:
         step: updates done before this one.
         total_steps: updates in the run.
-        points: times (share of the run up to 1.0 when written as a fraction, else steps) in rising order.
+        points: factors by time, in rising order. A time written as a float up to 1.0 is a share of the run; any other
+            is a number of steps.
 
     Raises:
-        ConfigError: no points, times that do not rise, or factors outside [0, 1].
+        ConfigError: if there are no points, the times do not rise, or a factor is outside [0, 1].
 
     Source: the schedule of Su's Tiger, kexue.fm/archives/9512, with time in updates instead of micro-batches.
     """

@@ -1,4 +1,4 @@
-"""States which batch rules suit which family of optimizers, and warns of a rule that does not suit the chosen one."""
+"""Defines which batch rules suit which family of optimizers, and returns a warning for a rule that does not suit."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -24,12 +24,12 @@ SUITS: Mapping[str, tuple[tuple[UpdateFamily, ...], str]] = {
     "sign": (("adaptive", "sign", "orthogonal"), "a step along the gradient itself grows in proportion to the batch"),
     "adam_eps": (("adaptive",), "only a rule that divides by the gradient's size has such an eps"),
 }
-"""Rule -> the families that it suits by derivation or, for variance with orthogonal steps, by measurement, and why no
-others."""
+"""For each rule, the families of optimizers that it suits, and the reason why it does not suit the others. The rule
+`variance` suits orthogonal steps by measurement; all other entries follow from the derivation of the rule."""
 
 INSTEAD: Mapping[UpdateFamily, str] = {"gradient": "none", "adaptive": "sqrt", "sign": "sqrt", "orthogonal": "variance"}
-"""The rule to recommend per family: among the rules that suit it, one with less regret in docs/scaling.md than any rule
-that is warned of."""
+"""The rule that the warning recommends for each family. It suits the family, and its regret in docs/scaling.md is
+smaller than that of each rule that causes a warning."""
 
 
 def traits_of(optimizer: Any) -> OptimizerTraits | None:
