@@ -1,4 +1,4 @@
-"""Kinds of parameters, and the tagged groups that every optimizer takes."""
+"""Kinds of parameters, and the tagged parameter groups that every optimizer accepts."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, NotRequired, get_args
@@ -89,7 +89,7 @@ def _resting_value(name: str, kind: ParameterKind) -> float:
 
 
 def _heads(model: nn.Module) -> dict[str, int]:
-    """Every module's `parameter_heads`, for instance `{"q_proj.weight": 8, "o_proj.weight": -8}`, by full name."""
+    """Return the `parameter_heads` of all modules by full name, such as `{"q_proj.weight": 8, "o_proj.weight": -8}`."""
     return {
         f"{module_name}.{name}" if module_name else name: int(count)
         for module_name, module in model.named_modules()
@@ -110,8 +110,8 @@ def build_param_groups(
     """Sort the trainable parameters of `model` into one tagged group a kind, or one for each kind and pair of rates.
 
     Args:
-        model: its modules state their `parameter_kinds`; they may also state `parameter_heads` (heads stacked in a
-            projection, by dotted name; negative where along its input).
+        model: model whose modules declare `parameter_kinds`. They may also declare `parameter_heads`, the number of
+            heads stacked in a projection, by dotted name; it is negative if the heads lie along the input.
         lr: peak learning rate, > 0.
         weight_decay: decoupled decay of the kinds in `decayed_kinds`, >= 0; the others get 0.
         decayed_kinds: by default matrices only.
@@ -157,7 +157,7 @@ def check_partition(model: nn.Module, groups: list[ParamGroup]) -> None:
     """Check that each trainable parameter of `model` is in exactly one group.
 
     Raises:
-        ConfigError: if parameters are missing, repeated or not of the model; the message names them.
+        ConfigError: if parameters are missing, repeated or not part of the model; the message names them.
     """
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""Rates from first principles: how far a weight is from where it will end, and how fast it should get there."""
+"""Learning rates and weight decay from the initial size of each tensor, which estimates how far its weights move."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,11 +7,11 @@ from llm.errors import ConfigError
 from llm.scaling.rates import Rate, Rates, Tensor, Update, check_knows
 
 VECTOR_DISTANCE = 0.5
-"""How far gains and biases are taken to be from where they will end (the paper's choice)."""
+"""Assumed distance between the initial and the final value of gains and biases, as in the paper."""
 
 
 class Amos(Rates):
-    """Derives each tensor's rate and decay from its initial size; `optimizer.lr` is α, the share of it moved in a step.
+    """Rates and decay derived from each tensor's initial size, of which `optimizer.lr`, α, is the share moved per step.
 
         lr(W) = α · σ / r,   λ(W) = α · r / (2 σ),   lr · λ = α² / 2
 
@@ -20,14 +20,15 @@ class Amos(Rates):
     their mean square in each update, and decay takes as much away. With `schedule=inverse_time` the rate falls as the
     paper has it, 1 / (1 + t/T).
 
-    Assumes that a weight ends about as far from its start as it started from 0, that steps are about orthogonal to the
-    weights, and that 1/α updates are many. α is 1e-3 for long runs and 1e-2 for runs of some hundred updates.
+    Assumes that a weight moves in total about as far as its initial distance from 0, that steps are about orthogonal
+    to the weights, and that 1/α is large. Set α to 1e-3 for long runs and to 1e-2 for a few hundred updates.
 
     Args:
         decay: whether weight decay is derived too; with False matrices get `optimizer.weight_decay`.
 
     Raises:
-        ConfigError: an optimizer with steps as large as the gradient, or `decay` beside a weight decay of one's own.
+        ConfigError: if the steps of the optimizer are as large as the gradient, or `decay` and `optimizer.weight_decay`
+            are both set.
 
     Source: Tian & Parikh, "Amos: An Adam-style Optimizer with Adaptive Weight Decay towards Model-Oriented Scale",
         arXiv:2210.11693, sections 3 and 4, with constant p; Su, kexue.fm/archives/9344, eqs. 6 to 12.
@@ -39,7 +40,7 @@ class Amos(Rates):
         self.decay = decay
 
     def check(self, optimizer: Callable[..., Any]) -> None:
-        """Refuse SGD, and a decay that would be dropped."""
+        """Raise ConfigError for SGD, or for a weight decay that `decay` would replace."""
         check_knows("amos", optimizer)
         given = getattr(optimizer, "keywords", {}).get("weight_decay", 0.0)
         if self.decay and given:

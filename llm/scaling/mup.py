@@ -1,4 +1,4 @@
-"""Rates that carry over from one width to another: maximal update parametrization."""
+"""Learning rates that stay optimal when the width changes: maximal update parametrization."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,26 +10,27 @@ from llm.scaling.rates import FINAL_NORM, Rate, Rates, Tensor, Update, check_bas
 
 
 class MuP(Rates):
-    """Lowers the rates of a model m times as wide as the base, so that activations move as they did at the base.
+    """Rates for a model m times as wide as the base, with which activations change per step as they do at the base.
 
-        hidden matrices: lr · |ΔW at the base shape| / |ΔW at this shape|, spectral norms of a step at lr = 1:
-            lr / m for AdamW and Lion, lr / √m for Tiger and for Muon matched to AdamW, lr for spectral Muon
-        final norm: starts at 1/m, lr / m: the head's scores stay of one size, and their changes
+        hidden matrices: lr · |ΔW at the base shape| / |ΔW at this shape|, spectral norms of a step at lr = 1;
+            this is lr / m for AdamW and Lion, lr / √m for Tiger and for Muon matched to AdamW, lr for spectral Muon
+        final norm: lr / m, with gains that start at 1/m
         embedding, head, other gains: lr
 
-    Weight decay is multiplied by what lr is divided by: lr · λ, the share that decays in a step, stays. At the base
-    width nothing changes.
+    With these gains of the final norm, neither the size of the head's scores nor that of their changes depends on the
+    width. Weight decay is divided by the same factor that multiplies lr, so lr · λ, the share that decays per step, is
+    constant. At the base width all rates equal those of `plain`.
 
     Args:
         base_d_model: width at which lr was tuned, at least 1. Head size and depth are taken to be the same there.
 
     Raises:
-        ConfigError: a base width below 1, or an optimizer whose steps are as large as the gradient.
+        ConfigError: if the base width is below 1, or the steps of the optimizer are as large as the gradient.
 
-    Source: Yang et al., "Tensor Programs V", arXiv:2203.03466, table 8 (Adam; its output multiplier stands in the
-        final norm's gain, which serves tied embeddings too); Yang, Simon & Bernstein, "A Spectral Condition for
-        Feature Learning", arXiv:2310.17813, for rules with other steps.
-    Differs: attention scores keep 1/√head_dim, since heads keep their size when a model is made wider.
+    Source: Yang et al., "Tensor Programs V", arXiv:2203.03466, table 8 (Adam; its output multiplier is
+        part of the final norm's gain here, which also works with tied embeddings); Yang, Simon & Bernstein, "A Spectral
+        Condition for Feature Learning", arXiv:2310.17813, for rules with other steps.
+    Differs: attention scores keep 1/√head_dim, because the head size does not change with the width.
     """
 
     def __init__(self, *, base_d_model: int) -> None:
@@ -37,7 +38,7 @@ class MuP(Rates):
         self.base_d_model = base_d_model
 
     def check(self, optimizer: Callable[..., Any]) -> None:
-        """Refuse SGD."""
+        """Raise ConfigError for SGD."""
         check_knows("mup", optimizer)
 
     def prepare(self, model: nn.Module) -> None:
@@ -58,7 +59,7 @@ class MuP(Rates):
 
 @torch.no_grad()
 def scale_final_norm(model: nn.Module, factor: float) -> None:
-    """Multiply the gain (and shift) of the norm before the head."""
+    """Multiply the gain and bias of the norm before the head by `factor`."""
     for name, parameter in model.named_parameters():
         if name.startswith(FINAL_NORM):
             parameter.mul_(factor)

@@ -59,8 +59,9 @@ class Rates:
 def update_of(optimizer: Callable[..., Any]) -> Update:
     """Return how large the steps of an optimizer's factory are.
 
-    Elementwise rules move all elements alike, and gradients have low rank: √(d_out · d_in), times the tensor's own size
-    where the rate is relative to it. Others state theirs in `OptimizerTraits.update_norm`.
+    The steps of an elementwise rule have elements of one size. Because gradients have low rank, the spectral norm of
+    such a step is about √(d_out · d_in), times the tensor's size if the rate is relative to it. Other rules declare the
+    norm in `OptimizerTraits.update_norm`.
     """
     rule: Any = getattr(optimizer, "func", optimizer)
     settings = dict(getattr(optimizer, "keywords", {}))

@@ -1,4 +1,4 @@
-"""Rates and starts from each matrix's own shape: the spectral condition."""
+"""Learning rates and initial sizes from the shape of each matrix: the spectral condition."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,19 +11,19 @@ from llm.scaling.rates import FINAL_NORM, Rate, Rates, Tensor, Update, check_bas
 
 
 class Spectral(Rates):
-    """Gives each hidden matrix weights and steps of spectral norm √(d_out / d_in), relative to a square of the base.
+    """Rates with which weights and steps have spectral norm √(d_out / d_in), relative to a square matrix of the base.
 
         std = √(min(1, d_out/d_in) / d_in)
         lr(W) = lr · [√(d_out/d_in) / |ΔW|] / [1 / |ΔW of base_d_model x base_d_model|],  |ΔW| of a step at lr = 1
 
-    From width to width it does what `mup` does; between the matrices of one model it also evens out tall and wide ones.
-    Embedding, head and norms are treated as in `mup`; lr · λ stays the same for every matrix.
+    Between widths the rates change as in `mup`. Within one model they also differ between tall and wide matrices.
+    Embedding, head and norms have the rates of `mup`. The product lr · λ is the same for all matrices.
 
     Args:
         base_d_model: width at which lr was tuned, at least 1.
 
     Raises:
-        ConfigError: a base width below 1, or an optimizer whose steps are as large as the gradient.
+        ConfigError: if the base width is below 1, or the steps of the optimizer are as large as the gradient.
 
     Source: Yang, Simon & Bernstein, "A Spectral Condition for Feature Learning", arXiv:2310.17813, condition 1 and
         section 5; Su, kexue.fm/archives/10795.
@@ -35,7 +35,7 @@ class Spectral(Rates):
         self.base_d_model = base_d_model
 
     def check(self, optimizer: Callable[..., Any]) -> None:
-        """Refuse SGD."""
+        """Raise ConfigError for SGD."""
         check_knows("spectral", optimizer)
 
     @torch.no_grad()
