@@ -15,7 +15,7 @@ import time
 import torch
 from torch.utils.data import DataLoader
 
-from data.module import TokenDataModule
+from data.data_module import TokenDataModule
 from data.sources import PythonSource
 from data.tokenizer import BpeTokenizer
 

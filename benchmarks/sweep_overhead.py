@@ -41,7 +41,7 @@ def once(folder: Path, many: int) -> dict[str, tuple[float, float]]:
     """Measure everything once, in turn."""
     files = [*TINY, f"data.files={folder}/corpus/*.txt", f"loader.cache_dir={folder}/cache"]
     run = [sys.executable, str(ROOT / "train.py"), *files]
-    imports = "import llm.commands.cli, llm.training.train, data.module, data.sources, data.tokenizer"
+    imports = "import llm.commands.cli, llm.training.train, data.data_module, data.sources, data.tokenizer"
     seeds = ",".join(map(str, range(many)))
 
     def sweep(isolate: str, jobs: str) -> tuple[float, float]:

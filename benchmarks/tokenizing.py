@@ -20,8 +20,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from data.build import CacheOptions, open_or_build
 from data.sources import PythonSource
+from data.token_cache import CacheOptions, open_or_build
 from data.tokenizer import BpeTokenizer
 
 VAL_FRACTION = 0.02
@@ -106,8 +106,8 @@ def main() -> None:
     corpus = datasets.load_from_disk(corpus_folder)
     n = arguments.processes
     sides = {
-        "data.build (tiktoken's engine)": lambda folder: ours(source, tokenizer, folder, n),
-        "data.build (`tokenizers` engine)": lambda folder: ours(source, slow, folder, n),
+        "token cache (tiktoken's engine)": lambda folder: ours(source, tokenizer, folder, n),
+        "token cache (`tokenizers` engine)": lambda folder: ours(source, slow, folder, n),
         "datasets.map, batched": lambda folder: with_map(corpus, tokenizer, folder, n, True),
         "datasets.map, one by one": lambda folder: with_map(corpus, tokenizer, folder, n, False),
     }

@@ -1,4 +1,4 @@
-"""What a raw document must be to become training text, and which side of the validation split it falls on."""
+"""Cleans raw documents, and decides which of them belong to the validation split."""
 
 import hashlib
 from collections import Counter
@@ -10,7 +10,7 @@ DIGEST_BYTES = 16  # 128 bits: among 1e9 documents two different ones collide wi
 
 
 class Document(NamedTuple):
-    """Clean text with the digest of its UTF-8 bytes."""
+    """A clean text with the size and the digest of its UTF-8 bytes."""
 
     text: str
     num_bytes: int
@@ -18,30 +18,45 @@ class Document(NamedTuple):
 
 
 class ScoredText(NamedTuple):
-    """ASCII text of which only some bytes carry loss; needs a tokenizer with one token a byte."""
+    """An ASCII text of which only some bytes carry loss; it needs a tokenizer with one token per byte."""
 
     data: bytes
     is_scored: np.ndarray
-    """One bool a byte: whether the prediction of this byte is scored."""
+    """One bool per byte: whether the prediction of this byte is scored."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Number of bytes."""
+        return len(self.data)
 
 
 class Cleaner:
-    """Turns raw documents into clean ones and counts what it left out.
+    """A filter that turns raw documents into clean ones and counts those that it discards.
 
-    - bytes that are not UTF-8: the document is dropped, counted in `invalid_utf8`; so is text holding lone surrogates;
-    - a line longer than `max_line_bytes`, which marks minified code and data: dropped, counted in `long_lines`;
-    - nothing but white space: dropped, counted in `empty`.
+    - Bytes or surrogates that are not valid UTF-8: the document is counted in `invalid_utf8`.
+    - A line longer than `max_line_bytes`, which is typical of minified code and data: counted in `long_lines`.
+    - White space alone: counted in `empty`.
 
     Args:
-        max_line_bytes: Longest line allowed, in bytes with its line end; None allows any.
+        max_line_bytes: the longest line allowed, in bytes with its line end; None allows any.
     """
 
     def __init__(self, *, max_line_bytes: int | None):
         self.max_line_bytes = max_line_bytes
         self.counts: Counter[str] = Counter()
 
-    def __call__(self, raw: str | bytes) -> Document | None:
-        """Return the clean document, or None when nothing of it is left."""
+    def __call__(self, raw: str | bytes | ScoredText) -> Document | ScoredText | None:
+        """Return the clean document, or None where it is discarded. Scored text is clean as it is."""
+        document = raw if isinstance(raw, ScoredText) else self._clean(raw)
+        if document is not None:
+            self.counts.update(documents=1, bytes=document.num_bytes)
+        return document
+
+    def discard(self, document: Document | ScoredText, reason: str) -> None:
+        """Count a clean document under a reason to discard it."""
+        self.counts.update({reason: 1, "documents": -1, "bytes": -document.num_bytes})
+
+    def _clean(self, raw: str | bytes) -> Document | None:
         try:
             text, data = _both_forms(raw)
         except UnicodeError:
@@ -53,15 +68,13 @@ class Cleaner:
         if not text or text.isspace():
             self.counts["empty"] += 1
             return None
-        self.counts["documents"] += 1
-        self.counts["bytes"] += len(data)
         return Document(text, len(data), digest(data))
 
 
 def _both_forms(raw: str | bytes) -> tuple[str, bytes]:
     if isinstance(raw, str):
         return raw, raw.encode("utf-8")
-    data = raw.removeprefix(b"\xef\xbb\xbf")  # a byte order mark is no text
+    data = raw.removeprefix(b"\xef\xbb\xbf")  # a byte order mark is not text
     return data.decode("utf-8"), data
 
 
@@ -76,10 +89,15 @@ def digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
-def is_validation(document_digest: bytes, val_fraction: float) -> bool:
-    """Say whether a document belongs to the validation split.
+def digest_of(document: Document | ScoredText) -> bytes:
+    """Return the digest of a clean document."""
+    return document.digest if isinstance(document, Document) else digest(document.data)
 
-    A document's side depends on its content alone: copies fall on the same side, and adding documents moves none.
+
+def is_validation(document_digest: bytes, val_fraction: float) -> bool:
+    """Return whether a document belongs to the validation split.
+
+    The content of a document alone decides. Copies therefore fall on the same side, and adding documents moves none.
     The first eight bytes of the digest, read as a fraction in [0, 1), are compared with `val_fraction`.
     """
     return int.from_bytes(document_digest[:8], "big") < val_fraction * 2**64

@@ -12,8 +12,13 @@ from data.worker import SPLITS, Job, index_name, shard_name
 
 
 def remove_duplicates(job: Job, results: list[dict[str, Any]], counts: Counter[str]) -> None:
-    """Rewrite the shards that hold a document whose first copy is elsewhere; the first in order stays."""
-    indices = [np.load(job.folder / index_name(i)) for i in range(len(results))]
+    """Rewrite the shards that hold a document whose first copy is elsewhere; the first copy in order is kept.
+
+    The source's own validation set keeps its copies.
+    """
+    indices = [np.load(job.folder / index_name(i)) for i in range(job.num_train_pieces)]
+    if not indices:
+        return
     _, first = np.unique(np.concatenate([index["digest"] for index in indices]), return_index=True)
     is_kept = np.zeros(sum(map(len, indices)), bool)
     is_kept[first] = True

@@ -1,41 +1,42 @@
-"""Any dataset that `datasets` can load, or a weighted mixture of several."""
+"""Reads any dataset that `datasets` can load, or a weighted mixture of several."""
 
-import logging
-import os
+import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from data.hub_loading import load_dataset, version_of
 from data.readers import text_field
-from data.sources import Piece, RawDocument, hash_settings, stat_files
+from data.sources import Piece, RawDocument, hash_settings
 from llm.errors import ConfigError, DataError, did_you_mean
 
-_MEMBER_KEYS = ("path", "name", "split", "field", "revision", "weight")
+_MEMBER_KEYS = ("path", "name", "split", "val_split", "field", "revision", "weight")
 _PIECES = 64  # of a dataset held on disk; a streamed one has as many as it has files
-_logger = logging.getLogger(__name__)
 
 
 class HubDataset:
-    """Reads datasets by name from the hub, or from a local folder or file that `datasets` understands.
+    """Datasets of the Hugging Face hub, by name, or local folders and files that `datasets` reads.
 
-    A mixture draws the next document from member i with probability `weight_i / sum(weights)` and ends when the first
-    member is used up, so no document is repeated; the weights are shares of documents, not of tokens.
+    A folder that `save_to_disk` wrote is read as well. A mixture draws the next document from member i with
+    probability `weight_i / sum(weights)` and ends when the first member is used up, so no document is repeated. The
+    weights are shares of documents, not of tokens.
 
     Args:
-        path: Name on the hub, or a local folder; None when `mixture` is given.
-        name: Configuration of the dataset, or None.
-        split: Split, such as `train` or, unless streaming, `train[:10%]`.
-        field: Column that holds the text.
-        revision: Branch, tag or commit, or None for the newest.
-        streaming: Whether to read while downloading, keeping no copy of the dataset itself.
-        max_documents: Documents read at most, or None for all.
+        path: a name on the hub, or a local folder or file; None where `mixture` is given.
+        name: configuration of the dataset, or None.
+        split: a split, such as `train` or, unless streaming, `train[:10%]`.
+        field: the column that holds the text.
+        revision: a branch, tag or commit, or None for the newest.
+        streaming: whether to read while downloading, which keeps no copy of the dataset.
+        max_documents: number of training documents to read at most, or None for all.
         mixture: None, or mappings with `path` and `weight` (> 0) and, where they differ from the above, `name`,
-            `split`, `field`, `revision`.
-        seed: Of the mixture's draws.
+            `split`, `val_split`, `field`, `revision`.
+        seed: seed of the mixture's draws.
+        val_split: the split that is the validation set and is read whole, such as `validation`; of a mixture, those of
+            all members together. None holds out `loader.val_fraction` of the documents.
 
     Raises:
-        ConfigError: neither or both of `path` and `mixture`, an unknown key, a weight that is not positive.
+        ConfigError: neither or both of `path` and `mixture` are given, a key is unknown, or a weight is not positive.
         DataError: a dataset cannot be loaded, or lacks the field.
     """
 
@@ -53,31 +54,44 @@ class HubDataset:
         max_documents: int | None,
         mixture: Sequence[Mapping[str, Any]] | None,
         seed: int,
+        val_split: str | None = None,
     ):
         if (path is None) == (not mixture):
             raise ConfigError(f"data.path={path}: give either data.path or data.mixture; see docs/data.md")
         if max_documents is not None and max_documents < 1:
             raise ConfigError(f"data.max_documents={max_documents}: must be at least 1; or null for all")
         shared = {"path": path, "name": name, "split": split, "field": field, "revision": revision, "weight": 1.0}
-        self.members = [_checked(shared, member) for member in mixture or [{}]]
+        members = [_checked(shared | {"val_split": val_split}, member) for member in mixture or [{}]]
+        self.val_members = [m | {"split": m["val_split"]} for m in members if m["val_split"] is not None]
+        self.members = [{key: value for key, value in m.items() if key != "val_split"} for m in members]
         self.streaming = streaming
         self.max_documents = max_documents
         self.seed = seed
+        self.is_mixture = True
         self._dataset: Any = None
+
+    @property
+    def validation(self) -> "HubDataset | None":
+        """See Source."""
+        if not self.val_members:
+            return None
+        own = copy.copy(self)
+        own.members = [{key: value for key, value in m.items() if key != "val_split"} for m in self.val_members]
+        own.val_members, own.max_documents, own.is_mixture, own._dataset = [], None, False, None
+        return own
 
     def fingerprint(self) -> str:
         """See Source."""
-        versions = [_version(member["path"], member["revision"]) for member in self.members]
+        versions = [version_of(member["path"], member["revision"]) for member in self.members]
         return hash_settings(["hub", self.members, versions, self.streaming, self.max_documents, self.seed])
 
     def pieces(self) -> list[Piece]:
         """See Source."""
         dataset = self._load()
         if self.streaming:
-            count = max(dataset.num_shards, 1)
-            share, rest = divmod(self.max_documents or 0, count)
-            limits = [share + (i < rest) if self.max_documents else None for i in range(count)]
-            return [Piece((), i, limit, limit or 1) for i, limit in enumerate(limits)]
+            if self.max_documents:  # shards differ in length, so only one reader can count to the limit
+                return [Piece((), 0, self.max_documents, self.max_documents)]
+            return [Piece((), i, None, 1) for i in range(max(dataset.num_shards, 1))]
         rows = min(len(dataset), self.max_documents or len(dataset))
         step = max(-(-rows // _PIECES), 1)
         return [Piece((), start, min(start + step, rows), min(step, rows - start)) for start in range(0, rows, step)]
@@ -86,11 +100,12 @@ class HubDataset:
         """See Source."""
         dataset = self._load()
         label = ", ".join(member["path"] for member in self.members)
-        if self.streaming:
-            rows = dataset.shard(num_shards=max(dataset.num_shards, 1), index=piece.start)
-            rows = rows if piece.stop is None else rows.take(piece.stop)
-        else:
+        if not self.streaming:
             rows = dataset.select(range(piece.start, piece.stop or 0))
+        elif self.max_documents:
+            rows = dataset.take(self.max_documents)
+        else:
+            rows = dataset.shard(num_shards=max(dataset.num_shards, 1), index=piece.start)
         try:
             for record in rows:
                 yield text_field(dict(record), "text", label)
@@ -103,24 +118,27 @@ class HubDataset:
 
     def _load(self) -> Any:
         if self._dataset is None:
-            import datasets
-
-            members = [_load_member(member, streaming=self.streaming) for member in self.members]
-            weights = [member["weight"] for member in self.members]
-            self._dataset = (
-                members[0]
-                if len(members) == 1
-                else datasets.interleave_datasets(
-                    members,
-                    probabilities=[weight / sum(weights) for weight in weights],
-                    seed=self.seed,
-                    stopping_strategy="first_exhausted",
-                )
-            )
+            self._dataset = self._joined([load_dataset(member, streaming=self.streaming) for member in self.members])
         return self._dataset
+
+    def _joined(self, members: list[Any]) -> Any:
+        import datasets
+
+        if len(members) == 1:
+            return members[0]
+        if not self.is_mixture:
+            return datasets.concatenate_datasets(members)
+        weights = [member["weight"] for member in self.members]
+        return datasets.interleave_datasets(
+            members,
+            probabilities=[weight / sum(weights) for weight in weights],
+            seed=self.seed,
+            stopping_strategy="first_exhausted",
+        )
 
 
 def _checked(shared: Mapping[str, Any], member: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a member of a mixture with the shared settings that it does not replace."""
     for key in member:
         if key not in _MEMBER_KEYS:
             keys = ", ".join(_MEMBER_KEYS)
@@ -132,53 +150,6 @@ def _checked(shared: Mapping[str, Any], member: Mapping[str, Any]) -> dict[str, 
         raise ConfigError("data.mixture: a member lacks its path; give each one path and weight")
     if not merged["weight"] > 0:
         raise ConfigError(
-            f"data.mixture: weight={merged['weight']} of {merged['path']}: must be positive; leave it out"
+            f"data.mixture: weight={merged['weight']} of {merged['path']}: must be positive; exclude the member instead"
         )
     return merged
-
-
-def _load_member(member: Mapping[str, Any], *, streaming: bool) -> Any:
-    """Load one dataset and keep its text column alone, under the name `text`."""
-    import datasets
-
-    path, field = member["path"], member["field"]
-    options = {"name": member["name"], "split": member["split"], "revision": member["revision"]}
-    options = {key: value for key, value in options.items() if value is not None}
-    try:
-        dataset = datasets.load_dataset(path, streaming=streaming, **options)
-    except Exception as error:  # hub, network, file and schema errors share no base class
-        raise DataError(
-            f"data.path={path}: cannot be loaded ({type(error).__name__}: {error}); check path, name and split, "
-            "and the network, or give a local folder"
-        ) from error
-    columns = dataset.column_names
-    if columns is None:
-        columns = list(next(iter(dataset)))
-    if field not in columns:
-        raise DataError(f"data.field={field}: not in {path}; its columns are {', '.join(columns)}")
-    dataset = dataset.select_columns([field])
-    return dataset if field == "text" else dataset.rename_column(field, "text")
-
-
-def _version(path: str, revision: str | None) -> Any:
-    """Return what changes when the dataset does: the files' sizes and times, or the commit on the hub."""
-    if os.path.exists(path):
-        files = [path] if os.path.isfile(path) else sorted(str(p) for p in Path(path).rglob("*") if p.is_file())
-        return stat_files(files)
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    try:
-        return huggingface_hub.HfApi().dataset_info(path, revision=revision, timeout=10).sha
-    except Exception as error:  # offline: what was downloaded last is what will be read
-        repository = Path(constants.HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}"
-        reference = repository / "refs" / (revision or "main")
-        if reference.is_file():
-            _logger.warning("%s: the hub is out of reach, the copy downloaded last is used", path)
-            return reference.read_text().strip()
-        if revision is not None and (repository / "snapshots" / revision).is_dir():
-            return revision
-        raise DataError(
-            f"data.path={path}: neither a local path nor found on the hub ({type(error).__name__}: {error}); "
-            "check the name and the network"
-        ) from error

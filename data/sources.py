@@ -1,7 +1,7 @@
-"""What a source of documents is, and the one that every machine has: the running Python's own source files.
+"""Defines a source of documents, and the source that every machine has: the running Python's own source files.
 
-A source lists its work as pieces that separate processes can read, always cut alike whatever their number, so the
-token stream of a corpus never depends on the machine that built it.
+A source lists its work as pieces that separate processes can read. The pieces do not depend on the number of
+processes, so the token stream of a corpus never depends on the machine that built it.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from data.cleaning import ScoredText
-from llm.errors import DataError
+from llm.errors import ConfigError, DataError, did_you_mean
 
 RawDocument = str | bytes | ScoredText
 _MIN_PIECE_BYTES = 1 << 18
@@ -23,54 +23,59 @@ _PIECES = 64  # enough to balance processes, few enough that files stay large
 
 
 class Piece(NamedTuple):
-    """One share of a source: some whole files, or a range of one."""
+    """One share of a source: some whole files, or a range of one file."""
 
     paths: tuple[str, ...]
     start: int
     stop: int | None
     size: int
-    """Bytes, or rows where bytes are unknown: for the progress bar alone."""
+    """Bytes, or rows where bytes are unknown; only the progress bar reads it."""
     unit: int | None = None
-    """Bytes of a document where files are cut into documents; `start` and `stop` then count documents."""
+    """Bytes per document where files are cut into documents; `start` and `stop` then count documents."""
 
 
 @runtime_checkable
 class Source(Protocol):
-    """What the token cache asks of a source; a source must survive pickling."""
+    """A source of documents, as the token cache uses it; it must survive pickling."""
 
     is_scored: bool
     """Whether its documents are ScoredText."""
+
+    @property
+    def validation(self) -> "Source | None":
+        """The user's own validation set; None where a share of the documents is held out instead."""
+        ...
 
     def fingerprint(self) -> str:
         """Return a name for the content that changes whenever the content may have changed."""
         ...
 
     def pieces(self) -> list[Piece]:
-        """List the pieces in the order of the token stream; raises DataError when there is nothing to read."""
+        """List the pieces in the order of the token stream; raise DataError where there is nothing to read."""
         ...
 
     def read(self, piece: Piece, counts: Counter[str]) -> Iterator[RawDocument]:
-        """Yield one piece's documents in order, adding what was skipped to `counts`."""
+        """Yield one piece's documents in order, and add those that it skips to `counts`."""
         ...
 
     def hint(self) -> str:
-        """Say what a user can do when the corpus holds too few documents."""
+        """Return what a user can do when the corpus has too few documents."""
         ...
 
 
 def hash_settings(settings: Any) -> str:
-    """Return 32 hexadecimal digits that name plain data."""
+    """Return a hash of plain data, as 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def stat_files(paths: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return path, size and modification time of each file: what a changed corpus changes."""
+    """Return path, size and modification time of each file, which change when the corpus changes."""
     stats = [os.stat(path) for path in paths]
     return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
 
 
 def group_files(paths: Sequence[str], unit: int | None = None) -> list[Piece]:
-    """Gather whole files, in order, into pieces of a sensible size."""
+    """Group whole files, in order, into pieces of about `piece_bytes`."""
     sizes = [os.path.getsize(path) for path in paths]
     target = piece_bytes(sum(sizes))
     pieces: list[Piece] = []
@@ -93,33 +98,63 @@ def piece_bytes(total: int) -> int:
 
 
 class PythonSource:
-    """Gives real text on every machine, with no download: the source files of the running Python's standard library.
+    """The source files of the running Python's standard library: real text on every machine, without a download.
 
-    Each `.py` file is one document. The tests of the library are left out unless asked for: some systems install
-    Python without them, and half of them is data.
+    Each `.py` file is one document. The tests of the library are excluded by default: some systems install Python
+    without them, and half of them is data.
 
     Args:
-        site_packages: Whether to add the source of the installed packages.
-        tests: Whether to add the library's tests.
+        site_packages: whether to add the source of the installed packages.
+        tests: whether to add the library's tests.
+        val_modules: modules or packages of the library that are the validation set, such as `[json, asyncio]`; the
+            rest is for training. None holds out `loader.val_fraction` of the documents.
+
+    Raises:
+        ConfigError: val_modules is empty.
+        DataError: this Python has no source files, or none of one of the modules.
     """
 
     is_scored = False
     _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
     _SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
-    def __init__(self, *, site_packages: bool, tests: bool):
-        self.site_packages = site_packages
-        self.tests = tests
+    def __init__(self, *, site_packages: bool, tests: bool, val_modules: Sequence[str] | None = None):
+        if val_modules is not None and not val_modules:
+            raise ConfigError("data.val_modules=[]: names no module; name one, or set null")
+        self.site_packages, self.tests = site_packages, tests
+        self.val_modules = None if val_modules is None else sorted(val_modules)
+        self._is_validation = False
+
+    @property
+    def validation(self) -> "PythonSource | None":
+        """See Source."""
+        if self.val_modules is None or self._is_validation:
+            return None
+        own = PythonSource(site_packages=False, tests=self.tests, val_modules=self.val_modules)
+        own._is_validation = True
+        return own
 
     def files(self) -> list[str]:
         """List the files, sorted."""
-        found = self._walk(sysconfig.get_path("stdlib"))
+        library = sysconfig.get_path("stdlib")
+        found = self._walk(library)
+        if self.val_modules is not None:
+            found = self._divided(found, library)
         if self.site_packages:
             for folder in sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}):
                 found += self._walk(folder)
         if not found:
             raise DataError("data=python: this Python has no source files; use data=text data.files=<path or glob>")
         return found
+
+    def _divided(self, files: list[str], library: str) -> list[str]:
+        """Return the files of the validation modules, or the other ones in the source for training."""
+        modules = {path: os.path.relpath(path, library).split(os.sep)[0].removesuffix(".py") for path in files}
+        for name in self.val_modules or []:
+            if name not in modules.values():
+                suggestion = did_you_mean(name, set(modules.values()))
+                raise DataError(f"data.val_modules={name}: not in the standard library{suggestion}")
+        return [path for path in files if (modules[path] in (self.val_modules or [])) is self._is_validation]
 
     def _walk(self, root: str) -> list[str]:
         skipped = self._SKIPPED_FOLDERS if self.tests else self._SKIPPED_FOLDERS | self._TEST_FOLDERS

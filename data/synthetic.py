@@ -1,5 +1,6 @@
-"""Seeded toy languages: one whose entropy is known exactly, and one that asks for recall over a chosen distance."""
+"""Generates seeded toy languages: one of known entropy, and one that requires recall over a chosen distance."""
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -10,24 +11,29 @@ from data.cleaning import ScoredText
 from data.sources import Piece, RawDocument, hash_settings
 from llm.errors import ConfigError
 
+FIRST_VALIDATION = 1 << 40
+"""Number of the first document of a generated validation set, whatever the number of training documents."""
+
 _PIECES = 16
 _LETTERS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 _KEYS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8)
 _VALUES = np.frombuffer(b"0123456789", np.uint8)
 _FILLER = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
 
-# with one token a pair: 8 keys, 8 values of each, and noise, from the printable bytes
+# With one token per pair, 8 keys, 8 values of each and noise share the printable bytes.
 _JOINED_FILLER = np.arange(0x20, 0x30, dtype=np.uint8)
 _JOINED = np.arange(0x30, 0x70, dtype=np.uint8).reshape(8, 8)
 _JOINED_KEYS = np.arange(0x70, 0x78, dtype=np.uint8)
 
 
 class _Generated:
-    """What generated corpora share: documents that are a pure function of the settings and their number."""
+    """A generated corpus, whose documents are a pure function of the settings and of their number."""
 
     is_scored = False
     num_documents: int
+    num_val_documents: int | None
     document_bytes: int
+    first_number = 0
 
     def settings(self) -> list[object]:
         """Return everything the text depends on."""
@@ -37,9 +43,18 @@ class _Generated:
         """Return one document."""
         raise NotImplementedError
 
+    @property
+    def validation(self) -> "_Generated | None":
+        """See Source."""
+        if self.num_val_documents is None:
+            return None
+        own = copy.copy(self)
+        own.num_documents, own.num_val_documents, own.first_number = self.num_val_documents, None, FIRST_VALIDATION
+        return own
+
     def fingerprint(self) -> str:
         """See Source."""
-        return hash_settings(self.settings())
+        return hash_settings([*self.settings(), *([self.first_number] if self.first_number else [])])
 
     def pieces(self) -> list[Piece]:
         """See Source."""
@@ -51,11 +66,19 @@ class _Generated:
     def read(self, piece: Piece, counts: Counter[str]) -> Iterator[RawDocument]:
         """See Source."""
         for number in range(piece.start, piece.stop or 0):
-            yield self.document(number)
+            yield self.document(self.first_number + number)
 
     def hint(self) -> str:
         """See Source."""
         return "raise data.num_documents"
+
+
+def check_val_documents(num_val_documents: int | None) -> None:
+    """Raise ConfigError for a validation set without a document."""
+    if num_val_documents is not None and num_val_documents < 1:
+        raise ConfigError(
+            f"data.num_val_documents={num_val_documents}: must be at least 1; or null to hold out loader.val_fraction"
+        )
 
 
 class MarkovChain(_Generated):
@@ -65,21 +88,35 @@ class MarkovChain(_Generated):
 
         H = sum_c pi(c) * H(next | c)        pi: the stationary distribution over contexts
 
-    which `entropy` gives in nats a letter and `bits_per_byte` in bits: the floor of val/bits_per_byte with any
-    tokenizer, up to the first letters of each document and the token that begins it.
+    `entropy` gives it in nats per letter and `bits_per_byte` in bits. The latter is the lower bound of
+    val/bits_per_byte with any tokenizer, except for the first letters of each document and the token that begins it.
 
     Args:
-        num_symbols: Letters, 2 to 62.
-        order: Letters the next one depends on; num_symbols ** order is at most 65536.
-        concentration: Of the Dirichlet; small is predictable (below 0.1), large is noise (above 10).
-        num_documents: Documents to generate.
-        document_bytes: Letters of each.
-        seed: Of the chain and of its text.
+        num_symbols: number of letters, 2 to 62.
+        order: number of letters on which the next one depends; num_symbols ** order is at most 65536.
+        concentration: parameter of the Dirichlet; text is predictable below 0.1 and nearly noise above 10.
+        num_documents: number of documents.
+        document_bytes: letters per document.
+        seed: seed of the chain and of its text.
+        num_val_documents: number of further documents that are the validation set, the same for any num_documents.
+            None holds out `loader.val_fraction` of the documents.
+
+    Raises:
+        ConfigError: a value is out of its range.
     """
 
     def __init__(
-        self, *, num_symbols: int, order: int, concentration: float, num_documents: int, document_bytes: int, seed: int
+        self,
+        *,
+        num_symbols: int,
+        order: int,
+        concentration: float,
+        num_documents: int,
+        document_bytes: int,
+        seed: int,
+        num_val_documents: int | None = None,
     ):
+        check_val_documents(num_val_documents)
         if not 2 <= num_symbols <= len(_LETTERS):
             raise ConfigError(f"data.num_symbols={num_symbols}: must be 2 to {len(_LETTERS)}; try 16")
         if order < 1 or num_symbols**order > 1 << 16:
@@ -91,7 +128,7 @@ class MarkovChain(_Generated):
         self.num_symbols = num_symbols
         self.order = order
         self.concentration = concentration
-        self.num_documents = num_documents
+        self.num_documents, self.num_val_documents = num_documents, num_val_documents
         self.document_bytes = document_bytes
         self.seed = seed
         contexts = num_symbols**order
@@ -105,7 +142,7 @@ class MarkovChain(_Generated):
         return ["markov", *shape, self.seed]
 
     def document(self, number: int) -> RawDocument:
-        """Return one document; it begins with letters drawn alike."""
+        """Return one document; its first `order` letters are drawn uniformly."""
         generator = np.random.default_rng([self.seed, 1, number])
         draws = generator.random(self.document_bytes)
         contexts = self.num_symbols**self.order
@@ -120,7 +157,7 @@ class MarkovChain(_Generated):
         return bytes(_LETTERS[letter] for letter in letters)
 
     def stationary(self) -> np.ndarray:
-        """Return the long-run share of each context, by iterating the chain until it moves less than 1e-14."""
+        """Return the long-run share of each context, by iterating the chain until it changes by less than 1e-14."""
         contexts = len(self.transitions)
         shares = np.full(contexts, 1 / contexts)
         for _ in range(100_000):
@@ -128,52 +165,68 @@ class MarkovChain(_Generated):
             # context c followed by letter x becomes (c * num_symbols + x) % contexts: the oldest letter drops out
             following = joint.reshape(self.num_symbols, contexts).sum(axis=0)
             moved = np.abs(following - shares).sum()
-            shares = (following + shares) / 2  # the mean has the same fixed point, and converges on periodic chains too
+            shares = (following + shares) / 2  # the mean has the same fixed point and converges on periodic chains too
             if moved < 1e-14:
                 break
         return shares
 
     @property
     def entropy(self) -> float:
-        """Nats a letter of the best possible model."""
+        """Loss of the best possible model, in nats per letter."""
         logs = np.log(self.transitions, where=self.transitions > 0, out=np.zeros_like(self.transitions))
         return float(-(self.stationary()[:, None] * self.transitions * logs).sum())
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits a letter of the best possible model."""
+        """Loss of the best possible model, in bits per letter."""
         return self.entropy / math.log(2)
 
 
 class AssociativeRecall(_Generated):
-    """Key-value pairs, then noise, then the keys again in another order: only the values asked for carry loss.
+    """Key-value pairs, then noise, then the keys again in another order; only the values of the second part carry loss.
 
         pair_tokens=2:  A7 Q2 F0 ... qhxsvobn(distance letters) ... F0 A7 Q2
-        pair_tokens=1:  A7 stands as one symbol, at the front and as the answer
+        pair_tokens=1:  one symbol stands for A7, in the first part and in the answer
 
-    Between a pair and its question lie at least `distance` letters. A model without memory over that distance cannot do
-    better than `chance`; one that recalls reaches 0. With two tokens a pair, a value must first be bound to the key
-    before it: two steps of attention, of which neither pays without the other, so that small models spend thousands of
-    updates on a plateau before they find both. With one, a single step of attention by content answers. Documents with
-    their first token are `length` tokens, so with `length` = context_length each window holds one whole document.
-    Needs tokenizer=bytes.
+    At least `distance` letters lie between a pair and its question. A model without memory over that distance cannot
+    be better than `chance`, and one that recalls reaches 0. With two tokens per pair, a value must first be bound to
+    the key before it. That takes two steps of attention, each useless without the other, so small models stay on a
+    plateau for thousands of updates. With one token per pair, a single step of attention by content is enough.
+    A document and its first token together have `length` tokens, so with `length` = context_length each window holds
+    one document. The source needs tokenizer=bytes.
 
     Args:
-        num_pairs: Pairs, 1 to 26 (to 8 with one token a pair); each document has as many different keys.
-        pair_tokens: Tokens of a pair: 2, a key of 26 and a value of 10, or 1, one of 8 keys with one of 8 values.
-        distance: Letters of noise between the pairs and the questions.
-        length: Tokens of a document; what is left over is noise at its end.
-        num_documents: Documents to generate.
-        seed: Of the text.
+        num_pairs: number of pairs, 1 to 26, or 1 to 8 with one token per pair; the keys of a document differ.
+        pair_tokens: tokens per pair: 2, a key of 26 and a value of 10, or 1, one of 8 keys with one of 8 values.
+        distance: letters of noise between the pairs and the questions.
+        length: tokens per document; noise fills its end.
+        num_documents: number of documents.
+        seed: seed of the text.
+        num_val_documents: number of further documents that are the validation set, the same for any num_documents.
+            None holds out `loader.val_fraction` of the documents.
+
+    Raises:
+        ConfigError: a value is out of its range, or the pairs and the distance do not fit the length.
 
     Source: the task of Arora et al. 2023, "Zoology" (arXiv:2312.04927), section 3.
-    Differs: the distance is fixed by the setting, and letters of noise come from an alphabet of their own; a pair may
+    Differs: the distance is fixed by the setting, letters of noise come from an alphabet of their own, and a pair may
         be one token.
     """
 
     is_scored = True
 
-    def __init__(self, *, num_pairs: int, pair_tokens: int, distance: int, length: int, num_documents: int, seed: int):
+    def __init__(
+        self,
+        *,
+        num_pairs: int,
+        pair_tokens: int,
+        distance: int,
+        length: int,
+        num_documents: int,
+        seed: int,
+        num_val_documents: int | None = None,
+    ):
+        check_val_documents(num_val_documents)
         if pair_tokens not in (1, 2):
             raise ConfigError(f"data.pair_tokens={pair_tokens}: a pair is 1 or 2 tokens; choose one of them")
         most = len(_KEYS) if pair_tokens == 2 else len(_JOINED)
@@ -193,7 +246,7 @@ class AssociativeRecall(_Generated):
         self.pair_tokens = pair_tokens
         self.distance = distance
         self.length = length
-        self.num_documents = num_documents
+        self.num_documents, self.num_val_documents = num_documents, num_val_documents
         self.document_bytes = length - 1
         self.seed = seed
 
@@ -222,5 +275,5 @@ class AssociativeRecall(_Generated):
 
     @property
     def chance(self) -> float:
-        """Nats an answer of a model that recalls nothing."""
+        """Loss of a model that recalls nothing, in nats per answer."""
         return math.log(len(_VALUES) if self.pair_tokens == 2 else _JOINED.shape[1])

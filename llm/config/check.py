@@ -16,7 +16,7 @@ from llm.config.signatures import check_node, check_pieces, fits, suggest, targe
 from llm.config.sizes import sizes_of
 from llm.errors import ConfigError
 
-SUPPLIED_TO = {"data.module.TokenDataModule": frozenset({"source"})}
+SUPPLIED_TO = {"data.data_module.TokenDataModule": frozenset({"source"})}
 """Arguments that a parent passes to a node, by the node's `_target_`."""
 
 MAX_SEED = 2**32

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 RENAMED = {
+    "data.module.": "data.data_module.",
     "llm.attention.": "llm.model.attention.",
     "llm.ffn.": "llm.model.ffn.",
     "llm.init.": "llm.model.init.",

@@ -20,7 +20,7 @@ ALLOWED_TARGETS = (
     "llm.scaling.",
     "llm.training.spikes.",
     "data.hub.",
-    "data.module.",
+    "data.data_module.",
     "data.sources.",
     "data.synthetic.",
     "data.text_files.",

@@ -21,8 +21,8 @@ class Loss:
     Bits per byte do not depend on the tokenizer, so that models with different tokenizers can be compared.
 
     Args:
-        sources: other texts by name, each a path or glob. None measures each pattern of data.files, where there are
-            several, and an empty mapping measures none.
+        sources: other texts by name, each a path or glob. None measures each pattern of data.val_files, or else of
+            data.files, where there are several. An empty mapping measures none.
         share: share of the documents of each source to read, in (0, 1]. None reads a text whole, but a pattern of the
             run's own data.files only as far as the run held it out.
         stride: tokens between the beginnings of overlapping windows, in [1, context_length − 1], or None for windows

@@ -27,6 +27,7 @@ def strided_sums(subject: Subject, data: Any, *, stride: int) -> tuple[float, fl
     rows: list[tuple[Tensor, Tensor]] = []
     length, scored = subject.context_length, 0
     for ids in held_out_documents(data):
+        total[2] += token_bytes[data.tokenizer.bos_id]  # the bytes that the tokenizer adds to each document, negative
         for row in _windows(ids, length=length, stride=stride):
             rows.append(row)
             if len(rows) == data.micro_batch_size:

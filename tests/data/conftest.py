@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data.module import TokenDataModule
+from data.data_module import TokenDataModule
 from data.text_files import TextFiles
 from data.tokenizer import ByteTokenizer
 

@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 
-from data.module import TokenDataModule
+from data.data_module import TokenDataModule
 from llm.errors import ConfigError, DataError
 
 
@@ -147,7 +147,7 @@ def test_an_empty_validation_split_is_refused(make_module, make_text, tmp_path):
 
 def test_a_corpus_of_which_nothing_is_left_says_why(make_module, make_text, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 " * 99)
-    with pytest.raises(DataError, match=r"0 documents; left out: 0 empty, 1 invalid_utf8"):
+    with pytest.raises(DataError, match=r"0 documents; discarded: .* 1 invalid_utf8, .*convert the files to UTF-8"):
         make_module(make_text(tmp_path / "a.txt")).prepare_data()
 
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import text_files
-from data.readers import read_chunks, read_json_lines
+from data.chunks import read_chunks
+from data.readers import read_json_lines
 from llm.errors import ConfigError, DataError
 
 TEXTS = ["alpha\nbeta", 'naïve, "quoted"', "gamma " * 50]

@@ -11,6 +11,8 @@ from torch import nn
 from llm.commands.evaluate import evaluate
 from llm.commands.export import write_model
 from llm.commands.help import help_page
+from llm.config.files import load
+from llm.config.resume import merge_resumed
 from llm.errors import CheckpointError, ConfigError
 from llm.evals.base import Subject
 from llm.evals.extrapolation import Extrapolation
@@ -72,6 +74,29 @@ def test_text_of_several_sources_is_measured_apart_and_only_what_was_held_out(
     assert low - 0.05 < found["val/loss"] < high + 0.05
     evaluate(judging(f"run_dir={folder}", "eval=[loss]", "eval.loss.sources={}"), tmp_path / "none")
     assert "by_source" not in read(tmp_path / "none", "loss")
+
+
+def test_a_validation_set_of_its_own_is_what_a_run_and_its_evaluation_measure(
+    composed, tiny, judging, tmp_path, caplog
+):
+    for name in ("train", "val_a", "val_b"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i} and {i * i}\n" for i in range(200)))
+    own = [f"{tmp_path}/val_{name}.txt" for name in "ab"]
+    settings = [t for t in tiny if not t.startswith("data.files")]
+    settings += [f"data.files={tmp_path}/train.txt", f"data.val_files=[{','.join(own)}]", "loader.val_tokens=100000"]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    loss = train(composed(*settings, "max_steps=2", "val_every=2"), folder)
+    assert evaluate(judging(f"run_dir={folder}", "eval=[loss]"), tmp_path / "out") == pytest.approx(loss, abs=1e-6)
+    assert list(read(tmp_path / "out", "loss")["by_source"]) == own
+    caplog.clear()
+    trained_on = f"eval.loss.sources={{mine: {tmp_path}/train.txt}}"
+    evaluate(judging(f"run_dir={folder}", "eval=[loss]", trained_on), tmp_path / "mine")
+    assert "the run was trained on this text" in caplog.text
+    saved = load(folder / "config.yaml")
+    given = {**saved, "data": {**saved["data"], "val_files": own[0]}}
+    with pytest.raises(ConfigError, match=r"data\.val_files=.*: the run was made with"):
+        merge_resumed(saved, given, [f"data.val_files={own[0]}"])
 
 
 def test_a_text_is_read_whole_by_default_and_by_share_1(trained, judging, tmp_path):

@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 
-from data.module import TokenDataModule, WindowDataset
+from data.data_module import TokenDataModule
 from data.tokens import HEADER_BYTES
+from data.windows import WindowDataset
 from llm.errors import DataError, OutOfMemoryError
 from llm.training.module import LanguageModule
 from llm.training.train import train

@@ -88,7 +88,7 @@ def test_a_full_shared_memory_is_named(monkeypatch):
 
 
 def test_a_killed_data_worker_is_one_line_and_the_status_names_it(composed, tiny, tmp_path, monkeypatch):
-    from data.module import TokenDataModule
+    from data.data_module import TokenDataModule
     from llm.callbacks.recorder import Recorder
 
     loaders = []

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from data.module import TokenDataModule
+from data.data_module import TokenDataModule
 from data.sampler import run_windows
 from llm.callbacks.bad_steps import FILE
 from llm.commands.replay import ReplayConfig, replay

@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import build, worker
-from data.build import CacheOptions, default_cache_dir, open_or_build
+from data import cache_builder, token_cache, worker
+from data.cache_builder import CacheOptions
+from data.cleaning import digest
 from data.sources import PythonSource
+from data.token_cache import default_cache_dir, open_or_build
 from data.tokenizer import BpeTokenizer, ByteTokenizer
 from llm.errors import DataError
 
-ROOT = Path(build.__file__).parent.parent
+ROOT = Path(token_cache.__file__).parent.parent
 
 
 def options(folder, **changes) -> CacheOptions:
@@ -106,7 +108,7 @@ def test_what_the_cleaning_leaves_out_is_reported(make_text, tmp_path):
 def test_a_second_start_builds_nothing(make_text, write_lines, texts, tmp_path, monkeypatch):
     source = make_text(write_lines(texts))
     first = open_or_build(source, BpeTokenizer(vocab_size=270, sample_bytes=4000), options(tmp_path))
-    monkeypatch.setattr(build, "_build", None)
+    monkeypatch.setattr(token_cache, "build_cache", None)
     tokenizer = BpeTokenizer(vocab_size=270, sample_bytes=4000)
     second = open_or_build(source, tokenizer, options(tmp_path))
     assert second.fingerprint == first.fingerprint
@@ -129,7 +131,7 @@ def test_every_change_that_matters_is_a_new_cache(make_text, write_lines, texts,
     elif change == "tokenizer":
         tokenizer = BpeTokenizer(vocab_size=257, sample_bytes=1000)
     elif change == "CACHE_VERSION":
-        monkeypatch.setattr(build, "CACHE_VERSION", -1)
+        monkeypatch.setattr(token_cache, "CACHE_VERSION", -1)
     changed = options(tmp_path / "cache", **{change: settings[change]} if change in settings else {})
     assert open_or_build(make_text(path), tokenizer, changed).fingerprint != before
 
@@ -137,8 +139,8 @@ def test_every_change_that_matters_is_a_new_cache(make_text, write_lines, texts,
 def test_the_tokenizer_learns_from_training_documents_alone(make_text, write_lines, tmp_path, monkeypatch):
     texts = [f"{i} {'validation' if i % 2 else 'training'}\n" for i in range(40)]
     wanted = {text: bool(i % 2) for i, text in enumerate(texts)}
-    monkeypatch.setattr(build, "is_validation", lambda name, _: wanted[by_digest[name]])
-    by_digest = {worker.digest(text.encode()): text for text in texts}
+    monkeypatch.setattr(cache_builder, "is_validation", lambda name, _: wanted[by_digest[name]])
+    by_digest = {digest(text.encode()): text for text in texts}
     seen: list[str] = []
     monkeypatch.setattr(BpeTokenizer, "train", lambda self, documents: seen.extend(documents) or self.load("{}"))
     with pytest.raises(Exception):  # noqa: B017, PT011 - "{}" is no tokenizer; what was seen is the question
@@ -151,7 +153,7 @@ def test_the_tokenizer_learns_from_training_documents_alone(make_text, write_lin
 def test_the_sample_is_spread_over_the_corpus(make_text, write_lines, texts, tmp_path, cut_small):
     source = make_text(write_lines(texts))
     job = worker.Job(source, ByteTokenizer(), source.pieces(), tmp_path, np.dtype("u2"), 0.0, None, True)
-    sample = list(build._sample(job, 2000))
+    sample = list(cache_builder._sample(job, 2000))
     assert any(text in sample for text in texts[:10])
     assert any(text in sample for text in texts[-10:])
     assert 2000 <= sum(map(len, sample)) < 2000 + 110 * len(job.pieces)
@@ -232,8 +234,8 @@ def prepare_and_say(path, cache_dir, gate, answers):
     from data.text_files import TextFiles
 
     built = []
-    original = build._build
-    build._build = lambda *arguments: built.append(True) or time.sleep(0.3) or original(*arguments)
+    original = token_cache.build_cache
+    token_cache.build_cache = lambda *arguments: built.append(True) or time.sleep(0.3) or original(*arguments)
     gate.wait()
     source = TextFiles(files=str(path), field="text", document_bytes=None, broken_lines="raise")
     cache = open_or_build(source, ByteTokenizer(), options(cache_dir))
