@@ -12,11 +12,12 @@ from torch.utils.data import DataLoader
 
 from data.cache_builder import CacheOptions
 from data.corpus_size import refuse_too_few
+from data.loader import WindowLoader
 from data.sampler import RunSampler, Span, numbers_at, run_windows, united, validation_windows
 from data.sources import Source
 from data.token_cache import TokenCache, default_cache_dir, open_or_build
 from data.windows import WindowDataset
-from llm.contracts import Batch
+from llm.contracts import IGNORED_LABEL, Batch
 from llm.errors import ConfigError, DataError
 
 
@@ -83,6 +84,7 @@ class TokenDataModule(LightningDataModule):
         folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
         self.options = CacheOptions(folder, val_fraction, deduplicate, max_line_bytes, num_processes)
         self._cache: TokenCache | None = None
+        self._loaders: list[WindowLoader] = []
         self.left_out: list[Span] = []
 
     def prepare_data(self) -> None:
@@ -178,6 +180,15 @@ class TokenDataModule(LightningDataModule):
             start, start + count, num_windows=self.num_windows, seed=self.seed, left_out=self.left_out
         ).tolist()
 
+    def labels_of_step(self, step: int) -> int | None:
+        """Return the number of labels with a loss in an update, over all devices; None where every label has one.
+
+        Each rank reads the windows of the whole update, so that no rank waits for another.
+        """
+        if not self.cache.unscored_bit:
+            return None
+        return int((self.windows("train").__getitems__(self.windows_of_step(step))["labels"] != IGNORED_LABEL).sum())
+
     def numbers_of_steps(self, first: int, last: int) -> Span:
         """Return the span of the run's window numbers from the first window of one update to the last of another."""
         start, count = self._span_of_step(last)
@@ -255,7 +266,7 @@ class TokenDataModule(LightningDataModule):
         return [windows[i : i + self.micro_batch_size] for i in range(0, len(windows), self.micro_batch_size)]
 
     def _loader(self, split: str, batches: RunSampler | list[list[int]]) -> DataLoader:
-        return DataLoader(
+        loader = WindowLoader(
             self.windows(split),
             batch_sampler=batches,
             collate_fn=_keep,
@@ -264,6 +275,12 @@ class TokenDataModule(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0 and split == "val",
         )
+        self._loaders.append(loader)
+        return loader
+
+    def killed_workers(self) -> list[str]:
+        """Return the names of the signals that ended workers of this module's loaders."""
+        return [name for loader in self._loaders for name in loader.killed_workers()]
 
 
 def _check_range(key: str, value: object, is_valid: bool, rule: str, suggestion: str) -> None:
