@@ -1,1 +1,1 @@
-"""The code of data: sources, tokenizers, the token cache, packing and sampling."""
+"""Sources, tokenizers, the token cache, packing and sampling."""

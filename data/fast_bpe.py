@@ -1,7 +1,7 @@
-"""The same byte-level BPE on a faster engine: tiktoken's, fed with the merges of a `tokenizers` file.
+"""Runs a byte-level BPE on tiktoken's faster engine, with the merges of a `tokenizers` file.
 
-The `tokenizers` form defines the ids. The fast form is used only where its construction is known to agree, and only
-after it has reproduced the ids of a sample.
+The `tokenizers` form defines the ids. The fast form is used only where its construction is known to give the same
+ids, and only after it has reproduced those of a sample.
 """
 
 import json
@@ -27,7 +27,7 @@ def byte_of_character() -> dict[str, int]:
 
 
 def compile_fast(tokenizer: Any, sample: Sequence[str] = ()) -> "FastBpe | None":
-    """Return the fast form of a `tokenizers.Tokenizer`, or None where it would not give the very same ids."""
+    """Return the fast form of a `tokenizers.Tokenizer`, or None where it would give other ids."""
     spec = json.loads(tokenizer.to_str())
     split = _split_pattern(spec)
     if split is None or not _is_plain_bpe(spec):
@@ -56,7 +56,7 @@ def _is_plain_bpe(spec: dict[str, Any]) -> bool:
 
 
 def _split_pattern(spec: dict[str, Any]) -> str | None:
-    """Return the pattern that cuts text into words, where the pre-tokenizer is byte-level with at most one split."""
+    """Return the pattern that splits text into words; None unless the pre-tokenizer is byte-level with at most one split."""
     steps = spec.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1]["add_prefix_space"]:
@@ -70,7 +70,7 @@ def _split_pattern(spec: dict[str, Any]) -> str | None:
 
 
 class FastBpe:
-    """tiktoken's engine with ranks for ids: rank 0..255 are the bytes, then the merges in order.
+    """An encoder on tiktoken's engine, with ranks for ids: ranks 0..255 are the bytes, then come the merges in order.
 
     Raises:
         ImportError: tiktoken is not installed.
@@ -99,5 +99,5 @@ class FastBpe:
         )
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of a text in which nothing counts as a special token."""
+        """Return the ids of a text, in which nothing is a special token."""
         return self.ids[self.engine.encode_to_numpy(text, disallowed_special=())]

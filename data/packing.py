@@ -1,7 +1,7 @@
-"""A window of token ids becomes a row of a Batch: pure functions of the window.
+"""Turns windows of token ids into a Batch, by pure functions of the windows.
 
-A window holds context_length + 1 consecutive ids of the token stream; the last one is only a label. Where a document
-begins inside the window, `document_ids` goes up by one and `positions` restarts at 0.
+A window has context_length + 1 consecutive ids of the token stream; the last one is only a label. Where a document
+begins inside the window, `document_ids` increases by one and `positions` restarts at 0.
 """
 
 import numpy as np
@@ -15,9 +15,9 @@ def pack(windows: Int[np.ndarray, "batch window"], *, bos_id: int, unscored_bit:
     """Turn windows of context_length + 1 ids into a batch of context_length columns.
 
     Args:
-        windows: Ids, int64; `unscored_bit` may be set in them.
-        bos_id: The id that begins each document.
-        unscored_bit: Bit of an id that carries no loss as a label, or 0 where all do.
+        windows: ids, int64; `unscored_bit` may be set in them.
+        bos_id: the id that begins each document.
+        unscored_bit: bit of an id that carries no loss as a label, or 0 where all do.
     """
     ids, labels = windows[:, :-1], windows[:, 1:]
     if unscored_bit:
@@ -35,7 +35,7 @@ def pack(windows: Int[np.ndarray, "batch window"], *, bos_id: int, unscored_bit:
 def documents_and_positions(
     is_first: np.ndarray,
 ) -> tuple[Int[np.ndarray, "batch time"], Int[np.ndarray, "batch time"]]:
-    """Return, for each token, the number of documents begun so far in the window and the place in its document.
+    """Return, for each token, the number of documents that have begun in the window, and its position in its document.
 
     Args:
         is_first: bool, batch x time: whether a token begins a document.

@@ -17,11 +17,11 @@ from typing import IO, Any
 from data.worker import Job, tokenize_piece
 from llm.errors import DataError
 
-_MIN_PARALLEL_BYTES = 1 << 21  # below this the workers' start costs more than they save
+_MIN_PARALLEL_BYTES = 1 << 21  # below this, starting workers takes longer than they save
 
 
 def tokenize(job: Job, num_processes: int | None) -> list[dict[str, Any]]:
-    """Run every piece, in this process where the corpus is small, and return the results in the pieces' order."""
+    """Run every piece, in this process where the corpus is small; return the results in the order of the pieces."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
@@ -51,7 +51,7 @@ def _run_workers(job: Job, num_processes: int, advance: Callable[[int], None]) -
         todo.put(index)
     payload = pickle.dumps(job)
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": _python_path()}
-    command = [sys.executable, "-P", "-m", "data.worker"]  # -P: a folder named data may be here
+    command = [sys.executable, "-P", "-m", "data.worker"]  # -P: the working directory may have a folder named data
     workers = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         for _ in range(num_processes)
@@ -91,7 +91,7 @@ def _converse(
     advance: Callable[[int], None],
     stopped: threading.Event,
 ) -> None:
-    """Feed one worker piece after piece until none is left."""
+    """Send one worker piece after piece until none remains."""
     requests, answers = _pipes(worker)
     with contextlib.suppress(BrokenPipeError):
         requests.write(struct.pack("<Q", len(payload)) + payload)
@@ -107,7 +107,7 @@ def _converse(
             line = answers.readline()
             if not line:
                 raise DataError(
-                    f"loader.num_processes: a tokenising process ended with code {worker.wait()}; see above"
+                    f"loader.num_processes: a tokenising process ended with status {worker.wait()}; its message is above"
                 )
             answer = json.loads(line)
             if "error" in answer:

@@ -1,6 +1,6 @@
-"""Which window is the n-th of a run: a pure function of (seed, n), for any number of ranks, workers and micro-batches.
+"""Computes which window is the n-th of a run, as a pure function of (seed, n) for any number of ranks and workers.
 
-Each epoch visits every window once, in an order of its own. The order needs no memory: it is a keyed bijection, so a
+Each epoch visits every window once, in an order of its own. The order is a keyed bijection and nothing is stored, so a
 run that resumes at any step knows its next window at once.
 """
 
@@ -11,20 +11,20 @@ import numpy as np
 
 from llm.errors import ConfigError
 
-_ROUNDS = 6  # four make a Feistel network a strong pseudo-random permutation; small halves deserve more
+_ROUNDS = 6  # four make a Feistel network a strong pseudo-random permutation; small halves need more
 _MASK = (1 << 64) - 1
 
 
 def permute(indices: np.ndarray, *, size: int, key: int) -> np.ndarray:
-    """Send each index in 0..size-1 to another by a bijection that `key` selects.
+    """Map each index in 0..size-1 to another by a bijection that `key` selects.
 
-    A balanced Feistel network permutes 0..4^h-1 >= size; an image outside is sent through again until it falls inside
-    (cycle walking), fewer than four times on average.
+    A balanced Feistel network permutes 0..4^h-1 >= size. An image outside 0..size-1 is mapped again until it falls
+    inside (cycle walking), fewer than four times on average.
 
     Args:
-        indices: Integers in [0, size).
-        size: Number of windows, at least 1.
-        key: Any integer; its lowest 64 bits count.
+        indices: integers in [0, size).
+        size: number of windows, at least 1.
+        key: any integer, of which the lowest 64 bits are used.
 
     Source: Luby and Rackoff 1988, "How to construct pseudorandom permutations"; cycle walking: Black and Rogaway 2002,
     "Ciphers with arbitrary finite domains", section 3. Round function: SplitMix64's finaliser (Steele et al. 2014).
@@ -61,11 +61,11 @@ def _mix_int(value: int) -> int:
 
 
 Span = tuple[int, int]
-"""Numbers start..stop-1 of a run."""
+"""Window numbers start..stop-1 of a run."""
 
 
 def united(spans: Iterable[Span]) -> list[Span]:
-    """Return the same numbers as ascending spans that do not touch; empty ones are dropped."""
+    """Return the same numbers as ascending spans that do not touch, without empty ones."""
     whole: list[Span] = []
     for start, stop in sorted((start, stop) for start, stop in spans if start < stop):
         if whole and start <= whole[-1][1]:
@@ -76,7 +76,7 @@ def united(spans: Iterable[Span]) -> list[Span]:
 
 
 def numbers_at(places: np.ndarray, left_out: Sequence[Span]) -> np.ndarray:
-    """Return the numbers of a run that stand at these places once the spans that `united` gave are left out."""
+    """Return the window numbers at these places of a run after the spans, as `united` returns them, are excluded."""
     numbers = np.asarray(places).astype(np.int64)
     for start, stop in left_out:
         numbers[numbers >= start] += stop - start
@@ -84,7 +84,7 @@ def numbers_at(places: np.ndarray, left_out: Sequence[Span]) -> np.ndarray:
 
 
 def run_windows(start: int, stop: int, *, num_windows: int, seed: int, left_out: Sequence[Span] = ()) -> np.ndarray:
-    """Return the corpus windows at places start..stop-1 of the run, of which some numbers are left out."""
+    """Return the corpus windows at places start..stop-1 of the run, after some window numbers are excluded."""
     numbers = numbers_at(np.arange(start, stop), left_out)
     result = np.empty_like(numbers)
     for epoch in np.unique(numbers // num_windows).tolist():
@@ -95,22 +95,22 @@ def run_windows(start: int, stop: int, *, num_windows: int, seed: int, left_out:
 
 
 class RunSampler:
-    """Yields one rank's micro-batches of window numbers, from any step on.
+    """A sampler that yields one rank's micro-batches of window numbers, from any step on.
 
     Row i of micro-step a of step s on rank r of R is window `s * W + (a * R + r) * b + i` of the run, where
-    W = windows_per_step and b = micro_batch_size: a step always sees the same W windows, however they are shared out.
+    W = windows_per_step and b = micro_batch_size. A step always reads the same W windows, whatever R and b are.
 
     Args:
-        num_windows: Windows of the corpus, at least 1.
-        seed: Selects the order.
+        num_windows: number of windows in the corpus, at least 1.
+        seed: selects the order.
         windows_per_step: batch_tokens // context_length.
-        micro_batch_size: Windows a rank takes at a time.
-        rank, world_size: This process among those that share each step.
-        total_steps: Steps of the whole run; the length counts all their micro-batches.
-        start_step: Says, when iteration begins, how many steps are done already.
-        span_of_step: Where steps differ in size: `f(step) -> (first window of the run, windows)`; micro-batches are
-            then as many as ever, and as large as the step leaves them. None for windows_per_step each time.
-        left_out: Numbers of the run that are passed over: the next ones take their places.
+        micro_batch_size: windows per micro-batch of a rank.
+        rank, world_size: number of this process, and of the processes that share each step.
+        total_steps: steps of the whole run; the length counts all their micro-batches.
+        start_step: returns the number of finished steps when iteration begins.
+        span_of_step: `f(step) -> (first window of the run, windows)` where steps differ in size; the number of
+            micro-batches then stays the same and their size changes. None for windows_per_step in each step.
+        left_out: window numbers of the run that are excluded; the next ones take their places.
 
     Raises:
         ConfigError: windows_per_step does not divide into micro-batches over the ranks.
@@ -147,7 +147,7 @@ class RunSampler:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches a step on each rank."""
+        """Micro-batches per step on each rank."""
         return self.windows_per_step // (self.micro_batch_size * self.world_size)
 
     def __len__(self) -> int:
@@ -163,13 +163,13 @@ class RunSampler:
 
 
 def validation_windows(*, num_windows: int, limit: int, rank: int, world_size: int) -> np.ndarray:
-    """Return one rank's share of the fixed validation windows: evenly spread, in order, as many on every rank.
+    """Return one rank's share of the fixed validation windows: evenly spread, in order, the same number on every rank.
 
-    The count is a multiple of 8 where there are as many, so 1, 2, 4 or 8 ranks see the same windows together.
+    The count is a multiple of 8 where there are at least 8, so 1, 2, 4 or 8 ranks together read the same windows.
 
     Args:
-        num_windows: Windows of the validation split.
-        limit: Windows wanted at most, over all ranks.
+        num_windows: number of windows in the validation split.
+        limit: largest number of windows, over all ranks.
     """
     count = min(num_windows, limit)
     count -= count % 8 if count >= 8 else 0

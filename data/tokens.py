@@ -1,4 +1,4 @@
-"""Token shards on disk: a checked header, then ids, read as one long stream through memory maps."""
+"""Writes and reads token shards: files with a header and ids, read as one long stream through memory maps."""
 
 import bisect
 import itertools
@@ -14,14 +14,14 @@ import numpy as np
 from llm.errors import DataError
 
 _MAGIC = b"CRUCTOK1"
-_HEADER = struct.Struct("<8sII")  # magic, bytes an id, reserved; then the count
+_HEADER = struct.Struct("<8sII")  # magic, bytes per id, reserved; the count follows
 _COUNT = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size + _COUNT.size
-_OPEN_SHARDS = 256  # each map holds a file descriptor, of which a process often has 1024
+_OPEN_SHARDS = 256  # each map needs a file descriptor, and a process often has 1024
 
 
 class ShardWriter:
-    """Appends ids to one shard; the header's count stays 0 until `close`, so a half-written shard is known."""
+    """A writer of one shard. The count in the header stays 0 until `close`, which identifies an incomplete shard."""
 
     def __init__(self, path: str | Path, dtype: np.dtype):
         self.dtype = dtype
@@ -48,7 +48,7 @@ class ShardWriter:
 
 
 def check_shard(path: Path, *, dtype: np.dtype, count: int) -> None:
-    """Raise DataError unless the header and the file's size say `count` ids of `dtype`."""
+    """Raise DataError unless the header and the size of the file correspond to `count` ids of `dtype`."""
     expected = HEADER_BYTES + count * dtype.itemsize
     try:
         with open(path, "rb") as file:
@@ -61,11 +61,11 @@ def check_shard(path: Path, *, dtype: np.dtype, count: int) -> None:
 
 
 class TokenStream:
-    """Shards seen as one sequence of ids; only paths travel to other processes.
+    """A sequence of shards that is read as one sequence of ids; a pickled stream contains paths only.
 
     Args:
-        shards: Path and number of ids of each shard, in order.
-        dtype: Type of the ids.
+        shards: path and number of ids of each shard, in order.
+        dtype: type of the ids.
     """
 
     def __init__(self, shards: Sequence[tuple[Path, int]], dtype: np.dtype):

@@ -100,3 +100,47 @@ def test_the_fingerprint_follows_the_files(folders):
 def test_settings_that_cannot_be_honoured_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         make(**settings)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_max_documents_of_uneven_streams_are_all_read(tmp_path, write_lines, read_all, streaming):
+    (tmp_path / "uneven").mkdir()
+    for part, count in enumerate((300, 50)):
+        write_lines([f"{part} {i}" for i in range(count)], name=f"uneven/part{part}.jsonl")
+    assert len(read_all(make(tmp_path / "uneven", streaming=streaming, max_documents=320))[0]) == 320
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_local_file_is_read(tmp_path, write_lines, read_all, streaming):
+    path = write_lines(["one", "two"])
+    assert read_all(make(path, streaming=streaming))[0] == ["one", "two"]
+    (tmp_path / "a.csv").write_text("text,n\nNA,1\n007,2\n")
+    assert read_all(make(tmp_path / "a.csv", streaming=streaming))[0] == ["NA", "007"]
+    (tmp_path / "a.txt").write_text("plain")
+    with pytest.raises(DataError, match=r"a\.txt: a file without records; read it with data=text data\.files="):
+        make(tmp_path / "a.txt", streaming=streaming).pieces()
+
+
+@pytest.mark.parametrize("path", ["./missing", "missing.jsonl", "/nowhere/set", "a/b/c"])
+def test_a_path_that_can_only_be_local_is_not_looked_for_on_the_hub(path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(DataError, match=r"data\.path=.*: no such file or folder"):
+        make(path).fingerprint()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_save_to_disk_is_read(tmp_path, read_all, streaming):
+    import datasets
+
+    parts = {
+        name: datasets.Dataset.from_dict({"text": [f"{name} {i}" for i in range(20)]}) for name in ("train", "test")
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
+    parts["train"].save_to_disk(tmp_path / "one")
+    assert len(read_all(make(tmp_path / "both", streaming=streaming, split="test[:25%]"))[0]) == 5
+    assert read_all(make(tmp_path / "both", streaming=streaming, val_split="test").validation)[0][0] == "test 0"
+    assert len(read_all(make(tmp_path / "one", streaming=streaming))[0]) == 20
+    with pytest.raises(DataError, match=r"data\.split=valid: not in .*both; its splits are train, test"):
+        make(tmp_path / "both", split="valid").pieces()
+    with pytest.raises(DataError, match=r"data\.split=test: .*one holds one dataset, of the split train"):
+        make(tmp_path / "one", split="test").pieces()

@@ -1,9 +1,12 @@
 import bz2
 import gzip
+import importlib.util
+import io
 import json
 import lzma
 from collections import Counter
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -205,3 +208,105 @@ def test_settings_out_of_range_are_refused(make_text):
     for value in (0, "all"):
         with pytest.raises(ConfigError, match=f"data.document_bytes={value}: must be at least 1"):
             make_text("a", document_bytes=value)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_a_truncated_or_corrupt_compressed_file_is_named(make_text, write_lines, read_all, ending, damage):
+    random = np.random.default_rng(0)
+    path = compress(write_lines(["".join(map(str, random.integers(9, size=200))) for _ in range(400)]), ending)
+    data = path.read_bytes()
+    middle = len(data) * 3 // 4
+    path.write_bytes(data[:middle] + (b"" if damage == "cut" else b"\xff" * 90 + data[middle + 90 :]))
+    source = make_text(path)
+    with pytest.raises(DataError, match=rf"corpus\.jsonl\{ending}: (cannot be read|line \d+ is broken)"):
+        read_all(source)
+
+
+def test_a_zst_file_with_a_large_window_says_what_it_needs(make_text, tmp_path):
+    if importlib.util.find_spec("zstandard") is not None:
+        pytest.skip("zstandard reads it")
+    path = tmp_path / "a.jsonl.zst"  # a frame header with a window of 2 GiB, as zstd --long=31 writes it
+    path.write_bytes(bytes.fromhex("28b52ffd04a81c6200e2cf291790b90dab5a"))
+    with pytest.raises(DataError, match=r"a window of 2048 MiB .*pip install zstandard, or .* zstd -d --long=31"):
+        make_text(path).pieces()
+
+
+def test_links_that_lead_back_are_entered_once(make_text, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "t" / name).mkdir(parents=True)
+        (tmp_path / "t" / name / "up").symlink_to("..")
+        (tmp_path / "t" / name / "x.txt").write_text(name)
+    (tmp_path / "t" / "other").symlink_to("a")
+    (tmp_path / "t" / "book.txt").write_text("book")
+    (tmp_path / "t" / ".hidden").mkdir()
+    (tmp_path / "t" / ".hidden" / "no.txt").write_text("no")
+    found = make_text(f"{tmp_path}/t/**/*.txt").files()
+    assert [path.removeprefix(f"{tmp_path}/t/") for path in found] == ["a/x.txt", "b/x.txt", "book.txt"]
+    assert make_text(f"{tmp_path}/t/**").files() == found
+
+
+def test_a_corpus_of_one_line_is_cut_at_spaces(make_text, make_module, tmp_path, read_all):
+    text = " ".join(f"word{i}" for i in range(200_000))
+    (tmp_path / "a.txt").write_text(text)
+    source = make_text(tmp_path / "a.txt", document_bytes="auto")
+    documents = read_all(source)[0]
+    assert b"".join(documents).decode() == text
+    assert all(document.endswith(b" ") for document in documents[:-1])
+    assert len(documents) > 400
+    (tmp_path / "large.txt").write_text(text * 20)
+    parts = read_all(make_text(tmp_path / "large.txt", document_bytes=1 << 16))[0]
+    assert max(map(len, parts)) < 1 << 16  # no part is discarded for its long line
+    module = make_module(source, max_line_bytes=1 << 16)
+    module.prepare_data()
+    assert module.report["long_lines"] == 0
+
+
+def test_ranges_of_a_long_line_are_the_cuts_of_the_whole():
+    data = ("é" * 5000 + " word" * 9000 + "\nshort line\n" + "中" * 9000).encode()
+    whole = list(read_chunks(io.BytesIO(data), size=700))
+    assert b"".join(whole) == data
+    assert all(part.decode() for part in whole)
+    for cut in (1, 7, 40, 90):
+        parts = [
+            *read_chunks(io.BytesIO(data), size=700, last=cut),
+            *read_chunks(io.BytesIO(data), size=700, first=cut),
+        ]
+        assert parts == whole
+
+
+def test_every_cell_of_a_csv_column_is_text(make_text, tmp_path, read_all):
+    cells = ["NA", "null", "None", "nan", "007", "1e3", "2020-01-01", "true", "plain"]
+    (tmp_path / "a.csv").write_text("text,n\n" + "".join(f"{cell},1\n" for cell in cells))
+    assert read_all(make_text(tmp_path / "a.csv"))[0] == cells
+    (tmp_path / "b.json").write_text(json.dumps([{"text": cell + " 00:00:00"} for cell in cells]))
+    assert read_all(make_text(tmp_path / "b.json"))[0] == [cell + " 00:00:00" for cell in cells]
+
+
+def test_a_deeply_nested_record_is_a_broken_line(make_text, write_lines, read_all):
+    path = write_lines(TEXTS)
+    with open(path, "a") as file:
+        file.write('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(DataError, match=r"corpus\.jsonl: line 4 is broken \(nested too deeply\)"):
+        read_all(make_text(path))
+    assert read_all(make_text(path, broken_lines="skip")) == (TEXTS, {"broken_lines": 1})
+
+
+def test_a_record_without_the_field_is_named_by_its_line_or_skipped(make_text, write_lines, read_all):
+    path = write_lines(TEXTS)
+    with open(path, "a") as file:
+        file.write('{"txt": "misspelt"}\n{"text": "after"}\n')
+    with pytest.raises(DataError, match=r"data\.field=text: not in .*its fields are txt.*\(line 4\)"):
+        read_all(make_text(path))
+    assert read_all(make_text(path, broken_lines="skip")) == ([*TEXTS, "after"], {"broken_lines": 1})
+    with pytest.raises(DataError, match=r"data\.field=body: not in"):  # a misspelt setting is no broken line
+        read_all(make_text(path, field="body", broken_lines="skip"))
+
+
+def test_a_latin_1_corpus_is_answered_with_its_encoding(make_text, make_module, tmp_path):
+    (tmp_path / "a.txt").write_bytes("Übung macht den Meister, sagt man öfter.\n".encode("latin-1") * 3000)
+    with pytest.raises(DataError, match=r"invalid_utf8.*; convert the files to UTF-8, for example with iconv"):
+        make_module(make_text(tmp_path / "a.txt", document_bytes="auto")).prepare_data()
+    (tmp_path / "b.txt").write_text("x" * 90_000 + "\n")
+    with pytest.raises(DataError, match=r"1 long_lines.*; raise loader\.max_line_bytes, or set it to null"):
+        make_module(make_text(tmp_path / "b.txt"), max_line_bytes=1000).prepare_data()
