@@ -56,7 +56,7 @@ def _is_plain_bpe(spec: dict[str, Any]) -> bool:
 
 
 def _split_pattern(spec: dict[str, Any]) -> str | None:
-    """Return the pattern that splits text into words; None unless the pre-tokenizer is byte-level with at most one split."""
+    """Return the pattern that splits text into words; None unless the pre-tokenizer is byte-level with one split."""
     steps = spec.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1]["add_prefix_space"]:

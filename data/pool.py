@@ -107,7 +107,7 @@ def _converse(
             line = answers.readline()
             if not line:
                 raise DataError(
-                    f"loader.num_processes: a tokenising process ended with status {worker.wait()}; its message is above"
+                    f"loader.num_processes: a tokenising process ended with status {worker.wait()}; see above"
                 )
             answer = json.loads(line)
             if "error" in answer:
