@@ -8,6 +8,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from llm.distributed.zero.weights import is_sharded
 from llm.errors import ConfigError, CrucibleError
 
 
@@ -52,7 +53,7 @@ class RankChecksum(Callback):
     def _compare(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.world_size == 1:
             return
-        held = {n: t for n, t in _tensors(pl_module).items() if t.numel() and not _is_in_parts(t)}
+        held = {n: t for n, t in _tensors(pl_module).items() if t.numel() and not is_sharded(t)}
         if not held:  # all in parts, and no buffers
             return
         sums = torch.stack([checksum(tensor) for tensor in held.values()])
@@ -71,11 +72,6 @@ class RankChecksum(Callback):
 def _tensors(pl_module: Any) -> dict[str, Tensor]:
     """Every parameter and every buffer that is kept."""
     return {name: tensor for name, tensor in pl_module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
-
-
-def _is_in_parts(tensor: Tensor) -> bool:
-    """Whether a strategy holds a part of it on each rank."""
-    return hasattr(tensor, "ds_shape")
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llm.errors import ConfigError
+from llm.scaling.derivation import rule_of_factory
 from llm.scaling.rates import Rate, Rates, Tensor, Update, check_knows
 
 VECTOR_DISTANCE = 0.5
@@ -42,7 +43,7 @@ class Amos(Rates):
     def check(self, optimizer: Callable[..., Any]) -> None:
         """Raise ConfigError for SGD, or for a weight decay that `decay` would replace."""
         check_knows("amos", optimizer)
-        given = getattr(optimizer, "keywords", {}).get("weight_decay", 0.0)
+        given = rule_of_factory(optimizer)[1].get("weight_decay", 0.0)
         if self.decay and given:
             raise ConfigError(
                 f"optimizer.weight_decay={given}: rates=amos derives it from lr and each tensor's size; set "

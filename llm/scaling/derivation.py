@@ -1,13 +1,19 @@
 """Describes in one log line how the learning rate was scaled to the batch size."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+
+def rule_of_factory(factory: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the function or class that a factory calls, and the settings that it passes."""
+    return (factory.func, dict(factory.keywords)) if isinstance(factory, partial) else (factory, {})
 
 
 def rule_and_settings(scaling: Callable[..., float]) -> tuple[str, dict[str, Any]]:
     """Return the name and the settings of a scaling rule, which Hydra passes as a partial function."""
-    rule = getattr(scaling, "func", scaling)
-    return getattr(rule, "__name__", type(rule).__name__), dict(getattr(scaling, "keywords", {}))
+    rule, settings = rule_of_factory(scaling)
+    return getattr(rule, "__name__", type(rule).__name__), settings
 
 
 def derivation(scaling: Callable[..., float], *, lr: float, batch_tokens: int) -> str:

@@ -7,6 +7,7 @@ from torch import nn
 
 from llm.contracts import ParameterKind
 from llm.errors import ConfigError
+from llm.scaling.derivation import rule_of_factory
 from llm.scaling.suitability import family_of, traits_of
 
 FINAL_NORM = "final_norm."
@@ -63,8 +64,7 @@ def update_of(optimizer: Callable[..., Any]) -> Update:
     such a step is about √(d_out · d_in), times the tensor's size if the rate is relative to it. Other rules declare the
     norm in `OptimizerTraits.update_norm`.
     """
-    rule: Any = getattr(optimizer, "func", optimizer)
-    settings = dict(getattr(optimizer, "keywords", {}))
+    rule, settings = rule_of_factory(optimizer)
     traits = traits_of(rule)
     own = traits.update_norm if traits else None
     is_relative = traits is not None and traits.has_relative_rates
@@ -86,7 +86,7 @@ def update_of(optimizer: Callable[..., Any]) -> Update:
 
 def check_knows(rates: str, optimizer: Callable[..., Any]) -> None:
     """Raise ConfigError unless the size of the optimizer's steps is known whatever the gradient's."""
-    rule: Any = getattr(optimizer, "func", optimizer)
+    rule, _ = rule_of_factory(optimizer)
     if family_of(rule) in (None, "gradient"):
         raise ConfigError(
             f"rates={rates}: the steps of {rule.__name__} are as large as the gradient, for which it has no rule; use "

@@ -1,10 +1,10 @@
 """Defines which batch rules suit which family of optimizers, and returns a warning for a rule that does not suit."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, get_args
 
 from llm.contracts import HasTraits, OptimizerTraits, UpdateFamily
+from llm.scaling.derivation import rule_of_factory
 
 TORCH_TRAITS: Mapping[str, OptimizerTraits] = {
     "SGD": OptimizerTraits(update_family="gradient"),
@@ -34,7 +34,7 @@ smaller than that of each rule that causes a warning."""
 
 def traits_of(optimizer: Any) -> OptimizerTraits | None:
     """Return the traits of an optimizer, its class or a factory of it; None if they are unknown."""
-    rule = optimizer.func if isinstance(optimizer, partial) else optimizer
+    rule, _ = rule_of_factory(optimizer)
     return rule.traits if isinstance(rule, HasTraits) else TORCH_TRAITS.get(rule.__name__)
 
 

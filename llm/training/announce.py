@@ -1,13 +1,12 @@
 """Prints what a run is about to do, and its result."""
 
 import logging
-from functools import partial
 from typing import Any
 
 from llm.config.checked import CheckedConfig
 from llm.distributed.parameters import count_parameters
 from llm.run_folder.folder import RunFolder
-from llm.scaling.derivation import rule_and_settings
+from llm.scaling.derivation import rule_and_settings, rule_of_factory
 from llm.scaling.suitability import mismatch
 from llm.training.module import LanguageModule
 
@@ -31,8 +30,7 @@ def announce(checked: CheckedConfig, folder: RunFolder, module: LanguageModule, 
         log.info(line)
     for line in module.model.cautions(context_length=plan.context_length, is_training=True):
         log.warning(line)
-    factory: Any = module.build_optimizer
-    optimizer: Any = factory.func if isinstance(factory, partial) else factory
+    optimizer, _ = rule_of_factory(module.build_optimizer)
     warning = mismatch(rule_and_settings(module.scaling)[0], optimizer)
     if warning and any("->" in line for line in module.lr_derivation):
         log.warning(warning)

@@ -11,6 +11,11 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether ZeRO stage 3 manages a tensor, so that a rank may have a part of it alone."""
+    return hasattr(tensor, "ds_shape")
+
+
 def state_shapes(module: nn.Module) -> dict[str, Tensor]:
     """Return a module's state dict with tensors of the true shapes and no storage, to be compared."""
     return {name: torch.empty(whole_shape(t), device="meta") for name, t in module.state_dict(keep_vars=True).items()}
