@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 EPS = 1e-10
-"""Lower bound of a row's RMS. It is small beside that of an orthogonal matrix, whose mean square is 1 / columns."""
+"""Lower bound of a row's RMS, far below that of an orthogonal matrix, whose mean square is 1 / columns."""
 
 
 def balance_rows(
