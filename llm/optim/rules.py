@@ -1,4 +1,4 @@
-"""Update rules that optimizers apply to slabs: Lion, and AdamW for tensors that Muon does not orthogonalise."""
+"""Update rules that an optimizer applies to lists of tensors: Lion, and AdamW for parameters outside Muon."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Protocol, runtime_checkable
@@ -14,13 +14,13 @@ from llm.optim.shard_steps import keep_inactive
 
 @runtime_checkable
 class Rule(Protocol):
-    """An update rule: the state of each element, and the update of a slab."""
+    """An update rule: its name, the names of its state tensors, and a function that updates a slab."""
 
     name: ClassVar[str]
     buffers: ClassVar[tuple[str, ...]]
 
     def update(self, slab: Slab, *, lr: float, weight_decay: float) -> None:
-        """Update `slab.params` and its state."""
+        """Update `slab.params` and `slab.state` in place."""
         ...
 
 
@@ -42,7 +42,7 @@ class LionRule:
         self.betas = check_betas("betas", betas)
 
     def update(self, slab: Slab, *, lr: float, weight_decay: float) -> None:
-        """Update `slab.params` and its momentum."""
+        """Update `slab.params` and its momentum in place."""
         beta1, beta2 = self.betas
         momenta = slab.state["momentum"]
         directions = between(momenta, slab.gradients, 1 - beta1, out=slab.scratch)
@@ -68,8 +68,8 @@ class AdamWRule:
         self.betas, self.eps = check_betas("betas", betas), in_range("eps", eps, 1e-30, 1.0)
 
     def update(self, slab: Slab, *, lr: float, weight_decay: float) -> None:
-        """Update `slab.params` and its moments; `slab.state["step"]` counts from 1."""
-        exact = [parameter.float() for parameter in slab.params]  # the same tensors, where they are fp32 already
+        """Update `slab.params` and its moments in place; `slab.state["step"]` is 1 at the first update."""
+        exact = [parameter.float() for parameter in slab.params]  # no copy if they are fp32 already
         adamw(
             exact,
             slab.gradients,
@@ -123,7 +123,7 @@ def apply_rule(
     weight_decay: float,
     rows: bool,
 ) -> None:
-    """Run `rule` over whole tensors, slab by slab; with `rows`, rows without a gradient stay where they are."""
+    """Apply `rule` to whole tensors, one slab at a time; with `rows`, do not change rows that have no gradient."""
     for slab in slabs(params, gradients, state):
         if rows:
             keep_idle_rows(slab, lambda slab=slab: rule.update(slab, lr=lr, weight_decay=weight_decay))
@@ -141,7 +141,7 @@ def apply_rule_to_shard(
     weight_decay: float,
     active: Tensor | None,
 ) -> None:
-    """Run `rule` over a flat shard; elements that are not `active` stay where they are, their state still moves."""
+    """Apply `rule` to a flat shard; elements that are not `active` keep their values, but their state is updated."""
     held = state if active is None else state | {"active": [active]}
     for slab in slabs([flat], [gradient], held):
         mask = None if active is None else slab.state["active"][0]

@@ -126,7 +126,7 @@ def spans(piece: Slice, size: int) -> Iterator[Span]:
 
 
 def rows_to_watch(layout: ShardLayout, kind: str) -> dict[str, int]:
-    """Elements of a row, by tensor, of those whose first axis counts things that may go unused: tokens or experts."""
+    """Return the number of elements per row of each tensor whose rows are tokens or experts, which may be unused."""
     return {
         name: _numel(shape) // shape[0]
         for name, shape in layout.shapes.items()
