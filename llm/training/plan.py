@@ -20,6 +20,7 @@ from llm.optim.receipt import receipt
 from llm.scaling.derivation import brief, derivation
 from llm.tables import format_bytes, format_count, format_seconds, format_table
 from llm.training.learning_rate import rated_groups
+from llm.training.memory_forecast import memory_table
 
 EXAMPLE_DEVICES = 8
 """Devices that memory by stage is shown for where the run has one."""
@@ -42,9 +43,10 @@ def describe_plan(checked: CheckedConfig) -> str:
     state = sum(optimizer_state_bytes(groups, factories["optimizer"]).values())
     flops = FORWARD_AND_BACKWARD * model.flops_per_token(checked.run.context_length)
     passing = activation_bytes(checked, vocab_size)
+    memory = memory_table(model, sizes, state=state, activations=passing[0], logits=passing[1])
     sections = [
         f"Parameters (vocabulary {vocab_size:_})\n{_parameters(model)}",
-        f"Memory on one {sizes.accelerator} device, {sizes.precision}\n{_memory(model, sizes, state, passing)}",
+        f"Memory on one {sizes.accelerator} device, {sizes.precision}\n{memory}",
         _memory_by_stage(model, sizes, state, sum(passing)),
         f"Work\n{_work(sizes, flops)}",
         "\n".join(["Learning rate", *_rates(sizes, factories)]),
@@ -75,21 +77,6 @@ def _parameters(model: nn.Module) -> str:
     rows = [[part, f"{total:_}", f"{active:_}"] for part, (total, active) in counts.items()]
     total, active = (sum(c[i] for c in counts.values()) for i in (0, 1))
     return format_table(["part", "parameters", "active a token"], [*rows, ["all", f"{total:_}", f"{active:_}"]])
-
-
-def _memory(model: nn.Module, sizes: Sizes, state: int, passing: tuple[int, int]) -> str:
-    weights, plan = sum(p.numel() for p in model.parameters()), sizes.plan
-    size = 2 if sizes.precision == "bf16-true" else 4
-    activations, logits = passing
-    parts = {
-        "weights": weights * size,
-        "gradients": weights * size,
-        "optimizer state": state,
-        f"activations ({plan.micro_batch_size} x {plan.context_length} tokens)": activations,
-        "logits (largest chunk)": logits,
-    }
-    rows = [[name, format_bytes(value)] for name, value in parts.items()]
-    return format_table(["part", "bytes"], [*rows, ["all", format_bytes(sum(parts.values()))]])
 
 
 def _memory_by_stage(model: nn.Module, sizes: Sizes, state: int, passing: int) -> str:

@@ -1,0 +1,56 @@
+"""Forecasts the peak memory of a run on one device."""
+
+import psutil
+from torch import nn
+
+from llm.config.sizes import Sizes
+from llm.model.transformer import Transformer
+from llm.tables import format_bytes, format_table
+
+KEPT_OF_PASSING = 0.5
+"""Share of the activations' memory that glibc holds in blocks too small to be reused; 0.45 to 1 was measured."""
+KEPT_OF_CHECKPOINT = 0.35
+"""Share of a checkpoint's copy of weights and state that finds no freed block; 0 to 0.8 was measured."""
+
+
+def memory_table(model: Transformer, sizes: Sizes, *, state: int, activations: int, logits: int) -> str:
+    """Return the parts of the peak memory as a table; on a CPU with the process itself.
+
+    Args:
+        model: the decoder, with or without storage.
+        sizes: sizes of the run.
+        state: bytes of optimizer state.
+        activations: bytes that autograd keeps for one micro-batch.
+        logits: bytes of the largest chunk of logits.
+    """
+    plan = sizes.plan
+    parts = {
+        **held_bytes(model, sizes, state=state),
+        f"activations ({plan.micro_batch_size} x {plan.context_length} tokens)": activations,
+        "logits (largest chunk)": logits,
+    }
+    if sizes.accelerator == "cpu":
+        parts |= _parts_on_cpu(model, sizes, state=state, passing=activations + logits)
+    rows = [[name, format_bytes(value)] for name, value in parts.items()]
+    return format_table(["part", "bytes"], [*rows, ["all", format_bytes(sum(parts.values()))]])
+
+
+def held_bytes(model: nn.Module, sizes: Sizes, *, state: int) -> dict[str, int]:
+    """Return the bytes that a device holds from update to update."""
+    size, parameters = 2 if sizes.precision == "bf16-true" else 4, sum(p.numel() for p in model.parameters())
+    return {"weights": parameters * size, "gradients": parameters * size, "optimizer state": state}
+
+
+def _parts_on_cpu(model: Transformer, sizes: Sizes, *, state: int, passing: int) -> dict[str, int]:
+    """Return what a CPU's memory holds as well.
+
+    The resident size of this process stands for the interpreter and its libraries. Mixed precision copies the weights
+    to bf16 again for a validation. The allocator keeps freed blocks and reuses a part of them.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    checkpoint = 4 * parameters + state
+    return {
+        "bf16 copies for validation": 2 * parameters if sizes.precision == "bf16-mixed" else 0,
+        "freed blocks, checkpoint copy (measured)": int(KEPT_OF_PASSING * passing + KEPT_OF_CHECKPOINT * checkpoint),
+        "this process (Python and its libraries)": psutil.Process().memory_info().rss,
+    }
