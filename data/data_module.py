@@ -1,12 +1,10 @@
 """Serves a corpus as micro-batches, in an order that does not depend on devices, workers or micro-batches."""
 
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -15,6 +13,7 @@ from data.corpus_size import refuse_too_few
 from data.loader import WindowLoader
 from data.sampler import RunSampler, Span, numbers_at, run_windows, united, validation_windows
 from data.sources import Source
+from data.step_spans import StepSpans, TokenRamp
 from data.token_cache import TokenCache, default_cache_dir, open_or_build
 from data.windows import WindowDataset
 from llm.contracts import IGNORED_LABEL, Batch
@@ -67,7 +66,7 @@ class TokenDataModule(LightningDataModule):
         deduplicate: bool,
         max_line_bytes: int | None,
         num_processes: int | None,
-        ramp: Any = None,
+        ramp: TokenRamp | None = None,
     ):
         super().__init__()
         _check_range("loader.val_fraction", val_fraction, 0 < val_fraction < 1, "above 0 and below 1", "0.02")
@@ -137,13 +136,11 @@ class TokenDataModule(LightningDataModule):
     @property
     def windows_per_step(self) -> int:
         """Windows per update, over all devices."""
-        if self.batch_tokens % self.context_length:
-            nearest = max(round(self.batch_tokens / self.context_length), 1) * self.context_length
-            raise ConfigError(
-                f"batch_tokens={self.batch_tokens}: must be a multiple of context_length={self.context_length}; "
-                f"try {nearest}"
-            )
-        return self.batch_tokens // self.context_length
+        return self._spans.windows_per_step
+
+    @property
+    def _spans(self) -> StepSpans:
+        return StepSpans(self.batch_tokens, self.context_length, self.ramp)
 
     def windows(self, split: str) -> WindowDataset:
         """Return the windows of `train` or `val`."""
@@ -169,13 +166,13 @@ class TokenDataModule(LightningDataModule):
             world_size=world_size,
             total_steps=total_steps,
             start_step=start_step,
-            span_of_step=self._span_of_step,
+            span_of_step=self._spans.span,
             left_out=self.left_out,
         )
 
     def windows_of_step(self, step: int) -> list[int]:
         """Return the windows of the update that follows `step` updates, in the order of the sampler."""
-        start, count = self._span_of_step(step)
+        start, count = self._spans.span(step)
         return run_windows(
             start, start + count, num_windows=self.num_windows, seed=self.seed, left_out=self.left_out
         ).tolist()
@@ -191,8 +188,8 @@ class TokenDataModule(LightningDataModule):
 
     def numbers_of_steps(self, first: int, last: int) -> Span:
         """Return the span of the run's window numbers from the first window of one update to the last of another."""
-        start, count = self._span_of_step(last)
-        ends = numbers_at(np.array([self._span_of_step(first)[0], start + count - 1]), self.left_out)
+        start, count = self._spans.span(last)
+        ends = numbers_at(np.array([self._spans.span(first)[0], start + count - 1]), self.left_out)
         return int(ends[0]), int(ends[1]) + 1
 
     def leave_out(self, spans: Iterable[Sequence[int]]) -> None:
@@ -210,13 +207,6 @@ class TokenDataModule(LightningDataModule):
     def documents_in(self, windows: list[int]) -> list[tuple[int, int]]:
         """Return the numbers of the first and the last training document in each window, counted from 0."""
         return self.windows("train").documents_in(windows)
-
-    def _span_of_step(self, step: int) -> tuple[int, int]:
-        """Return the place of an update's first window, and how many windows it has."""
-        if self.ramp is None:
-            return step * self.windows_per_step, self.windows_per_step
-        tokens = self.ramp.tokens_seen(step), self.ramp.batch_tokens_at(step)
-        return tokens[0] // self.context_length, tokens[1] // self.context_length
 
     def train_dataloader(self) -> DataLoader:
         """Return all micro-batches of the run; iteration begins at the trainer's step."""
@@ -269,10 +259,7 @@ class TokenDataModule(LightningDataModule):
         loader = WindowLoader(
             self.windows(split),
             batch_sampler=batches,
-            collate_fn=_keep,
             num_workers=self.num_workers,
-            worker_init_fn=_ignore_signals,
-            pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0 and split == "val",
         )
         self._loaders.append(loader)
@@ -286,13 +273,3 @@ class TokenDataModule(LightningDataModule):
 def _check_range(key: str, value: object, is_valid: bool, rule: str, suggestion: str) -> None:
     if not is_valid:
         raise ConfigError(f"{key}={value}: must be {rule}; try {suggestion}")
-
-
-def _keep(batch: Any) -> Batch:
-    return batch
-
-
-def _ignore_signals(_: int) -> None:
-    """Ignore signals that stop a run: the main process saves a checkpoint first and then ends its workers."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

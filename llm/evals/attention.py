@@ -8,13 +8,13 @@ from llm.model.attention.concentration import concentration_by_layer
 
 
 class Attention:
-    """Measures each layer's entropy of attention and how few keys it rests on; see `llm.model.attention.concentration`.
+    """An evaluation of the entropy and concentration of attention per layer; see `llm.model.attention.concentration`.
 
     Args:
-        windows: of the validation split, at least 1; all pairs of a window are held in memory.
+        windows: number of windows of the validation split, at least 1; memory grows with the pairs of a window.
 
     Raises:
-        ConfigError: less than one window.
+        ConfigError: windows is below 1.
     """
 
     def __init__(self, *, windows: int) -> None:
@@ -23,7 +23,7 @@ class Attention:
         self.windows = windows
 
     def __call__(self, subject: Subject) -> Result:
-        """Measure."""
+        """Measure the attention of the subject."""
         batch = next(validation_batches(subject, 1))
         ids, positions, documents = (batch[key][: self.windows] for key in ("input_ids", "positions", "document_ids"))
         layers = concentration_by_layer(subject.model, ids, positions=positions, document_ids=documents)

@@ -20,14 +20,14 @@ from llm.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Subject:
-    """The model to judge, as its run left it.
+    """A trained model to evaluate, with the data of its run.
 
     Args:
-        name: how tables call it.
+        name: its name in tables.
         model: the decoder, on its device.
-        data: the run's data module, set up, with `tokenizer`, `cache` and `validation_batches`.
-        precision: in which it was trained: bf16-mixed multiplies in bf16.
-        context_length: tokens a window in training, or those that were asked for instead.
+        data: the run's data module after set-up, with `tokenizer`, `cache` and `validation_batches`.
+        precision: precision of training; bf16-mixed multiplies in bf16.
+        context_length: tokens per window in training, or the number that the user set instead.
         open_source: called as `(path or glob, share or None)`, gives a data module whose held-out part is that share of
             these files, or the run's own share.
         source_files: patterns of the run's own corpus, where it has several.
@@ -43,25 +43,25 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives."""
+        """The device of the model."""
         return self.model.token_embedding.weight.device
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Multiply as training does."""
+        """Return the context that multiplies in the precision of training."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Args:
         headline: the few numbers by which models are compared, by name.
-        figures: all of it, as plain data.
-        header: of the table, none for no table.
-        rows: of the table, as text.
-        text: to be shown under the table.
-        draw: draws it into axes, or None.
+        figures: all results, as plain data.
+        header: column names of the table; empty for no table.
+        rows: rows of the table, as text.
+        text: text below the table.
+        draw: a function that draws a plot into axes, or None.
     """
 
     headline: dict[str, float]
@@ -74,22 +74,22 @@ class Result:
 
 @runtime_checkable
 class Evaluation(Protocol):
-    """One way to judge a model; made with its own settings, called with the model."""
+    """An evaluation, built from its own settings and called with a model."""
 
     def __call__(self, subject: Subject) -> Result:
-        """Judge."""
+        """Evaluate the model."""
         ...
 
 
 def check_batches(name: str, batches: int | None) -> int | None:
-    """Return how many batches the evaluation of that name reads, None for all; raise ConfigError for less than one."""
+    """Return the number of batches that an evaluation reads, or None for all; raise ConfigError if it is below 1."""
     if batches is not None and batches < 1:
         raise ConfigError(f"eval.{name}.batches={batches}: must be at least 1, or null for all; try 8")
     return batches
 
 
 def save_plot(result: Result, path: Path) -> None:
-    """Draw a result to a file; nothing where it has no picture."""
+    """Draw a result to a file, if it has a plot."""
     if result.draw is None:
         return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -101,7 +101,7 @@ def save_plot(result: Result, path: Path) -> None:
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch."""
+    """Return a batch on a device."""
     return Batch(**{key: value.to(device, non_blocking=True) for key, value in batch.items()})  # type: ignore[typeddict-item]
 
 
@@ -114,7 +114,7 @@ def token_losses(
     positions: Int[Tensor, "batch time"],
     document_ids: Int[Tensor, "batch time"] | None,
 ) -> Float[Tensor, "batch time"]:
-    """Return the loss of every label in nats, by the code and in the precision of training; 0 where there is none."""
+    """Return the loss of every label in nats, computed as in training; 0 where there is no label."""
     with subject.autocast():
         hidden = subject.model(input_ids, positions=positions, document_ids=document_ids).hidden
         losses = subject.model.loss(hidden, labels, reduction="none")
@@ -122,13 +122,13 @@ def token_losses(
 
 
 def watch(subject: Subject, kind: type[nn.Module], see: Callable[[int, Any], None], *, batches: int | None) -> int:
-    """Run validation batches and hand what modules of a kind return to `see(layer, output)`; return how many there are.
+    """Run validation batches and call `see(layer, output)` for modules of a class; return the number of modules.
 
     Args:
         subject: the model.
-        kind: class of the modules to watch.
-        see: called once a module and batch.
-        batches: at most so many, or None for all.
+        kind: class of the modules.
+        see: called once per module and batch.
+        batches: largest number of batches, or None for all.
     """
     hooks = []
     for index, block in enumerate(subject.model.blocks()):

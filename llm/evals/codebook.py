@@ -13,20 +13,20 @@ from llm.model.attention.codebook import Quantized
 
 
 class Codebook:
-    """Counts, over the validation split, which codes keys are replaced by.
+    """An evaluation that counts the codes that replace keys, over the validation split.
 
     Args:
-        batches: validation batches to read, or None for all.
+        batches: number of validation batches, or None for all.
 
     Raises:
-        ConfigError: less than one batch, or a model without codebooks.
+        ConfigError: batches is below 1, or the model has no codebook.
     """
 
     def __init__(self, *, batches: int | None) -> None:
         self.batches = check_batches("codebook", batches)
 
     def __call__(self, subject: Subject) -> Result:
-        """Count."""
+        """Count the codes of the subject."""
         sizes = {i: m.codebook_size for i, b in enumerate(subject.model.blocks()) for m in _codebooks(b)}
         counts: dict[int, Tensor] = {}
         errors: dict[int, list[float]] = {}
@@ -38,7 +38,9 @@ class Codebook:
             errors.setdefault(layer, []).append(float(quantized.metrics["quantization_error"]))
 
         if not watch(subject, CodebookModule, see, batches=self.batches):
-            raise ConfigError("eval=codebook: the model has none; leave it out, or judge a run of model/attention=vq")
+            raise ConfigError(
+                "eval=codebook: the model has no codebook; remove it from eval, or evaluate a run of model/attention=vq"
+            )
         layers = [_figures(index, counts[index], errors[index]) for index in sorted(counts)]
         names = ("usage", "perplexity", "quantization_error")
         rows = [[str(layer["layer"]), *(f"{layer[name]:.4f}" for name in names)] for layer in layers]

@@ -1,4 +1,4 @@
-"""Evaluates how evenly a model uses its experts, and how decided its router is."""
+"""Evaluates how evenly a model uses its experts, and the entropy of its router."""
 
 from typing import Any
 
@@ -8,25 +8,25 @@ from torch import Tensor
 
 from llm.errors import ConfigError
 from llm.evals.base import Result, Subject, check_batches, watch
-from llm.model.ffn.load import expert_counts, max_violation
+from llm.model.ffn.expert_counts import expert_counts, max_violation
 from llm.model.ffn.routing import Router, Routing
 
 
 class Experts:
-    """Counts, over the validation split and without any balancing at work, which experts its tokens go to.
+    """An evaluation that counts the tokens per expert over the validation split.
 
     Args:
-        batches: validation batches to read, or None for all.
+        batches: number of validation batches, or None for all.
 
     Raises:
-        ConfigError: less than one batch, or a model without experts.
+        ConfigError: batches is below 1, or the model has no experts.
     """
 
     def __init__(self, *, batches: int | None) -> None:
         self.batches = check_batches("experts", batches)
 
     def __call__(self, subject: Subject) -> Result:
-        """Count."""
+        """Count the tokens of the subject's experts."""
         counts: dict[int, Tensor] = {}
         entropy: dict[int, list[float]] = {}
 
@@ -37,7 +37,9 @@ class Experts:
             entropy.setdefault(layer, []).append(float(torch.special.entr(routing.probabilities).sum(-1).mean()))
 
         if not watch(subject, Router, see, batches=self.batches):
-            raise ConfigError("eval=experts: the model has none; leave it out, or judge a run of model=moe")
+            raise ConfigError(
+                "eval=experts: the model has no experts; remove it from eval, or evaluate a run of model=moe"
+            )
         layers = [_figures(index, counts[index], entropy[index]) for index in sorted(counts)]
         rows = [
             [

@@ -13,26 +13,26 @@ from llm.errors import ConfigError, DataError
 from llm.evals.base import Result, Subject, token_losses
 
 TOKENS_AT_ONCE = 4096
-"""Tokens of a forward pass, where a window is shorter."""
+"""Tokens per forward pass, where a window is shorter."""
 
 log = logging.getLogger(__name__)
 
 
 class Extrapolation:
-    """Measures the loss against the length of the context, and against the position within one long read.
+    """An evaluation of the loss by length of the context, and by position within one long text.
 
-    The loss by context is that of the same last tokens of long held-out documents, given 1x, 2x, … the training length
-    of the text before them; positions count from the start of what is given. The position that the model reads with is
-    the run's own, or the one named on the line with model/position=.
+    The loss by context is that of the same last tokens of long held-out documents, after 1x, 2x, … the training length
+    of the text before them. Positions start at the first token that is read. The position encoding is the run's own, or
+    the one that model/position= sets.
 
     Args:
         factors: lengths of context, as multiples of the training length, ascending. Those that no held-out document
-            reaches are left out with a warning.
-        last: tokens at the end whose loss is compared, at most the training length.
-        windows: stretches of text to read at most, spread over all long enough documents.
+            reaches are skipped with a warning.
+        last: number of last tokens whose loss is compared, at most the training length.
+        windows: largest number of text windows, spread over all documents that are long enough.
 
     Raises:
-        ConfigError: a setting out of its range.
+        ConfigError: a setting is out of its range.
         DataError: no held-out document is longer than the training length.
     """
 
@@ -45,7 +45,7 @@ class Extrapolation:
         self.factors, self.last, self.windows = factors, last, windows
 
     def __call__(self, subject: Subject) -> Result:
-        """Measure."""
+        """Measure the losses of the subject."""
         length = subject.context_length
         if self.last > length:
             raise ConfigError(f"eval.extrapolation.last={self.last}: above context_length={length}; lower it")
@@ -67,7 +67,7 @@ class Extrapolation:
         )
 
     def _reachable(self, subject: Subject) -> tuple[list[int], Tensor]:
-        """Return the factors for which there is text, and windows of the largest."""
+        """Return the factors for which there is text, and windows of the largest one."""
         for count in range(len(self.factors), 0, -1):
             windows = long_windows(subject, self.factors[count - 1] * subject.context_length, self.windows)
             if len(windows):
@@ -76,7 +76,7 @@ class Extrapolation:
                 return self.factors[:count], windows
         raise DataError(
             f"eval=extrapolation: no held-out document is longer than context_length={subject.context_length}; "
-            "raise loader.val_fraction in training, or judge at a smaller context_length"
+            "raise loader.val_fraction in training, or evaluate with a smaller context_length"
         )
 
     def loss_by_context(self, subject: Subject, windows: Tensor, length: int) -> tuple[float, float]:
@@ -87,7 +87,7 @@ class Extrapolation:
 
 
 def long_windows(subject: Subject, length: int, count: int) -> Int[Tensor, "windows ids"]:
-    """Return stretches of held-out documents, [at most count, length + 1] ids, spread over all long enough."""
+    """Return windows of held-out documents, [at most count, length + 1] ids, spread over all that are long enough."""
     stream, bos = subject.data.cache.val, subject.data.tokenizer.bos_id
     ids = np.asarray(stream.read(0, len(stream))).astype(np.int64)
     starts = np.flatnonzero(ids == bos)
@@ -104,7 +104,7 @@ def long_windows(subject: Subject, length: int, count: int) -> Int[Tensor, "wind
 
 
 def window_losses(subject: Subject, windows: Int[Tensor, "windows ids"]) -> Float[Tensor, "windows time"]:
-    """Return the loss of every token of every window, positions counting from its start."""
+    """Return the loss of every token of every window; positions start at 0 in each window."""
     answer = []
     for part in windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])):
         part = part.to(subject.device)
@@ -114,7 +114,7 @@ def window_losses(subject: Subject, windows: Int[Tensor, "windows ids"]) -> Floa
 
 
 def loss_by_position(subject: Subject, windows: Int[Tensor, "windows ids"], *, stretch: int) -> list[float]:
-    """Return the mean loss in consecutive stretches of one read of the whole windows."""
+    """Return the mean loss in consecutive ranges of positions, over the whole windows."""
     loss = window_losses(subject, windows).double().mean(0)
     return [float(part.mean()) for part in loss.split(stretch)]
 

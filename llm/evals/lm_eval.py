@@ -77,7 +77,7 @@ class LMEval:
 
 
 def check_tasks(tasks: list[str], known: list[str]) -> None:
-    """Raise ConfigError for names of no task of the harness."""
+    """Raise ConfigError for names that are no task of the harness."""
     problems = [f"eval.lm_eval.tasks={name}: no such task{did_you_mean(name, known)}" for name in tasks]
     missing = [line for name, line in zip(tasks, problems, strict=True) if name not in known]
     if missing:

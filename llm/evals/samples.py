@@ -8,21 +8,21 @@ from llm.generate import check_sampling, generate
 
 
 class Samples:
-    """Continues prompts, all of them side by side.
+    """An evaluation that continues prompts in one batch.
 
     Args:
-        prompts: texts to go on from; an empty one starts a document.
-        max_new_tokens: tokens drawn for each prompt.
-        temperature: 0 takes the likeliest token.
-        top_k: draw among the k likeliest, or None.
-        top_p: draw among the fewest whose probabilities reach p, or None.
+        prompts: texts to continue; an empty one begins a document.
+        max_new_tokens: tokens per prompt.
+        temperature: 0 takes the most likely token.
+        top_k: number of most likely tokens to sample from, or None.
+        top_p: sample from the smallest set whose probabilities sum to p, or None.
         repetition_penalty: above 1 makes tokens that occurred already less likely.
         stop: strings that end a text.
-        seed: of the draws.
-        use_cache: whether each token is read once; without it the whole text is read again for every token.
+        seed: seed of the random numbers.
+        use_cache: whether each token is read once; otherwise the whole text is read again for every token.
 
     Raises:
-        ConfigError: no prompt, or a setting out of its range.
+        ConfigError: there is no prompt, or a setting is out of its range.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Samples:
         self.sampling = drawing | {"stop": stop, "seed": seed, "use_cache": use_cache}
 
     def __call__(self, subject: Subject) -> Result:
-        """Write."""
+        """Continue the prompts."""
         with subject.autocast():
             done = generate(subject.model, self.prompts, tokenizer=subject.data.tokenizer, **self.sampling)
         rule = f"\n{'-' * 60}\n"

@@ -169,7 +169,7 @@ def test_experts_and_codes_are_counted_where_there_are_any(composed, tiny, judgi
     assert all(sum(layer["load"]) == pytest.approx(1) and len(layer["load"]) == 4 for layer in experts)
     assert all(0 < layer["usage"] <= 1 and 1 <= layer["perplexity"] <= 8 for layer in codes)
     for name in ("experts", "codebook"):
-        with pytest.raises(ConfigError, match=f"eval={name}: the model has none"):
+        with pytest.raises(ConfigError, match=f"eval={name}: the model has no {name}"):
             evaluate(judging(f"run_dir={trained[0]}", f"eval=[{name}]"), tmp_path)
 
 

@@ -6,7 +6,7 @@ from llm.model.ffn.balance.aux_loss import AuxLoss
 from llm.model.ffn.balance.budget import Budget
 from llm.model.ffn.balance.loss_free import LossFree
 from llm.model.ffn.balance.quantile import Quantile
-from llm.model.ffn.load import expert_counts, max_violation
+from llm.model.ffn.expert_counts import expert_counts, max_violation
 from llm.model.ffn.routing import Routing
 
 NUM_EXPERTS, TOP_K, TOKENS, STEPS, WINDOW = 32, 4, 2048, 1000, 200

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from llm.model.ffn.expert_counts import expert_counts
 from llm.model.ffn.experts import Experts, loop_over_tokens
 from llm.model.ffn.grouped import grouped_products
-from llm.model.ffn.load import expert_counts
 from llm.model.ffn.routing import ExpertOrder, Routing, sort_by_expert
 
 

@@ -4,8 +4,8 @@ from catalogue import options
 from torch.utils.checkpoint import checkpoint
 
 from llm.errors import CheckpointError, ConfigError
+from llm.model.ffn.expert_counts import expert_counts
 from llm.model.ffn.experts import loop_over_tokens
-from llm.model.ffn.load import expert_counts
 from llm.model.ffn.swiglu import SwiGLU
 from llm.run_folder.checkpoint import compare_state
 
@@ -168,8 +168,8 @@ def test_normalised_outputs_make_the_gate_weight_the_size_of_a_contribution(buil
         (["num_shared_experts=-1"], r"model\.ffn\.num_shared_experts=-1"),
         (["z_loss=-1"], r"model\.ffn\.z_loss=-1: must be at least 0"),
         (["top_k=7"], r"match=active: .*not a whole width; try top_k=6 or 8"),
-        (["router=threshold"], r"LossFree: does not go with ThresholdRouter; use model/ffn/balance=budget"),
-        (["balance=budget"], r"Budget: does not go with TopKRouter"),
+        (["router=threshold"], r"LossFree: does not support ThresholdRouter; use model/ffn/balance=budget"),
+        (["balance=budget"], r"Budget: does not support TopKRouter"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(build_moe, overrides, message):

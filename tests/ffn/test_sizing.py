@@ -51,7 +51,7 @@ def test_flops_is_the_widest_that_costs_no_more_than_the_dense_layer(num_experts
             r"match=total: d_ff=384 shared by 10 experts .*try num_experts=8 or 12, or d_ff=380 or 390",
         ),
         ({"match": "total", "d_ff": 4}, r"d_ff=4 shared by 8 experts .*try num_experts=2 or 4, or d_ff=8$"),
-        ({"match": "flops", "num_experts": 1200}, r"match=flops: nothing is left of d_ff=384 .*lower num_experts"),
+        ({"match": "flops", "num_experts": 1200}, r"match=flops: d_ff=384 leaves no width .*lower num_experts"),
     ],
 )
 def test_a_width_that_is_zero_or_not_whole_is_refused_with_the_nearest_that_are(settings, message):

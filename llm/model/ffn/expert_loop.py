@@ -1,8 +1,8 @@
-"""The experts one after another, each on its own rows: what a CPU does fastest.
+"""Applies experts one after another, each to its own rows, which is the fastest way on a CPU.
 
-An operator of its own rather than plain code for three reasons: tokens are copied, multiplied, weighted and added up
-while they are in the cache; weights held in fp32 are cast, and their gradients cast back, an expert at a time; and a
-traced or storage-less model need not know how many tokens an expert has.
+This is a custom operator for three reasons. Tokens are copied, multiplied, weighted and summed while they are in the
+cache. Weights in fp32 are cast, and their gradients cast back, for one expert at a time. A traced model or one on the
+meta device needs no token counts per expert.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,12 +16,15 @@ from torch import Tensor
 from llm.ops.products import product_nn, product_nt, uses_onednn
 
 ROW_MULTIPLE = 32
-"""Rows of an expert are filled up to a multiple of it: oneDNN compiles a product for each new shape, at more than the
-price of the product, and how many tokens an expert has differs every time."""
+"""The rows of an expert are padded to a multiple of this number.
+
+oneDNN compiles a product for each new shape, which takes longer than the product, and token counts per expert differ
+in each forward.
+"""
 
 
 CHUNK = 1 << 19
-"""Bytes of a tensor that elementwise work takes at a time: they stay in a core's cache."""
+"""Bytes of a tensor that elementwise work processes at once, so that they stay in a core's cache."""
 
 
 @torch.library.custom_op("crucible::expert_loop", mutates_args=())
@@ -90,12 +93,12 @@ def _(grad: Tensor, x: Tensor, row_weights: Tensor, token_ids: Tensor, offsets: 
 
 
 def most_rows(token_ids: Tensor, offsets: Tensor) -> int | torch.SymInt:
-    """Rows that are set aside, whatever the counts: a shape must not depend on values."""
+    """Return the number of rows to allocate for any token counts, since a shape must not depend on values."""
     return token_ids.numel() + offsets.numel() * (ROW_MULTIPLE - 1)
 
 
 class RowLayout:
-    """Rows sorted by expert, each expert's filled up with rows of weight 0; those of empty slots are left out.
+    """The order of rows sorted by expert, padded per expert with rows of weight 0, without the rows of empty slots.
 
     Args:
         token_ids: token of each sorted row.
@@ -115,28 +118,28 @@ class RowLayout:
         self.token_ids = self.spread(token_ids)
 
     def spread(self, rows: Tensor) -> Tensor:
-        """Bring sorted rows to their places; the rest is 0."""
+        """Copy sorted rows to their places; padding is 0."""
         return rows.new_zeros(self.num_rows, *rows.shape[1:]).index_copy_(0, self.places, rows[: self.num_filled])
 
     def collect(self, rows: Tensor) -> Tensor:
-        """Bring rows back from their places; those of empty slots are 0."""
+        """Copy rows back from their places; those of empty slots are 0."""
         out = rows.new_zeros(self.num_sorted, *rows.shape[1:])
         torch.index_select(rows, 0, self.places, out=out[: self.num_filled])
         return out
 
     def sums(self, rows: Tensor, *, tokens: int, weights: Tensor | None = None) -> Tensor:
-        """Sum each token's rows, weighted: each row is read once, in the order of tokens, and added up in fp32."""
+        """Return the weighted sum of each token's rows in fp32; each row is read once, in the order of tokens."""
         ids, order = self.token_ids[: sum(self.sizes)].sort(stable=True)
         starts = torch.searchsorted(ids, torch.arange(tokens, device=ids.device))
         shares = None if weights is None else self.spread(weights).flatten()[order].to(rows.dtype)
         return F.embedding_bag(order, rows, starts, mode="sum", per_sample_weights=shares)
 
     def rooms(self, like: Tensor, *widths: int) -> list[Tensor]:
-        """Return space for the rows of any one expert, of each width: used again and again, it stays in the cache."""
+        """Return buffers of each width for the rows of one expert, which are reused and therefore stay in the cache."""
         return [like.new_empty(max(self.sizes), width) for width in widths]
 
     def experts(self, *rows: Tensor) -> Iterator[Any]:
-        """Yield (expert, its token ids, its part of each of `rows`) for the experts that have a row."""
+        """Yield (expert, its token ids, its part of each of `rows`) for each expert that has rows."""
         sizes = [*self.sizes, self.num_rows - sum(self.sizes)]
         parts = zip(*(tensor.split(sizes) for tensor in (self.token_ids, *rows)), strict=True)
         for expert, own in enumerate(parts):
@@ -145,7 +148,7 @@ class RowLayout:
 
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """Write a bᵀ over `out`, without a copy where the product can."""
+    """Write a bᵀ to `out`, without a copy where the product supports it."""
     if uses_onednn(a, b, multiplications=a.numel() * b.shape[0]):
         out.copy_(product_nt(a, b))
     else:
@@ -154,7 +157,7 @@ def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _activate(gated: Tensor, upped: Tensor, hidden: Tensor) -> None:
     """Write silu(gate) ⊙ up to hidden."""
-    for gates, ups, out in _pieces(gated, upped, hidden):
+    for gates, ups, out in _row_parts(gated, upped, hidden):
         torch.ops.aten.silu.out(gates, out=out).mul_(ups)
 
 
@@ -168,8 +171,8 @@ def _activate_backward(
     d_gated: Tensor,
     d_upped: Tensor,
 ) -> None:
-    """Write w ⊙ silu(gate) ⊙ up to hidden, the gradients to the tensors named after them, and over d_hidden."""
-    for slope, gates, ups, w, d_w, out, d_gates, d_ups in _pieces(
+    """Write w ⊙ silu(gate) ⊙ up to hidden, gradients to d_gated, d_upped and d_weight, and overwrite d_hidden."""
+    for slope, gates, ups, w, d_w, out, d_gates, d_ups in _row_parts(
         d_hidden, gated, upped, weight, d_weight, hidden, d_gated, d_upped
     ):
         activation = F.silu(gates)
@@ -180,14 +183,14 @@ def _activate_backward(
         torch.ops.aten.silu_backward.grad_input(slope.mul_(ups), gates, grad_input=d_gates)
 
 
-def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Cut tensors of as many rows alike, so that a piece of the first has about CHUNK bytes."""
+def _row_parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Split tensors with the same number of rows in the same way, so that a part of the first has about CHUNK bytes."""
     count = round(tensors[0].nbytes / CHUNK)
     return zip(*(tensor.chunk(count) for tensor in tensors), strict=True) if count > 1 else [tensors]
 
 
 def _joined(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
-    """One matrix of both projections: one product instead of two."""
+    """Return both projections as one matrix, for one product instead of two."""
     joined = torch.empty(2 * gate.shape[0], gate.shape[1], dtype=dtype, device=gate.device)
     joined[: gate.shape[0]] = gate
     joined[gate.shape[0] :] = up
@@ -195,7 +198,7 @@ def _joined(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)  # the projections have none: zeros of their size are not to be made
+    ctx.set_materialize_grads(False)  # the projections have no gradient, and zeros of their size would waste memory
     ctx.save_for_backward(*inputs, output[1])
 
 

@@ -1,4 +1,4 @@
-"""The experts of a layer: stacks of projections, and the slow form that defines what they compute."""
+"""Defines the experts of a layer as stacks of projections, and the slow form that tests compare with."""
 
 from typing import ClassVar
 
@@ -9,20 +9,20 @@ from torch import Tensor, nn
 
 from llm.model.ffn.grouped import expert_ffn
 from llm.model.ffn.routing import ExpertOrder, Routing, sort_by_expert
-from llm.model.ffn.rows import GatherRows, SumRows
+from llm.model.ffn.row_sums import GatherRows, SumRows
 
 RMS_EPSILON = 1e-6
-"""Added to the mean square of an expert's output where outputs are normalised."""
+"""Value added to the mean square of an expert's output where outputs are normalised, against division by 0."""
 
 
 class ExpertStack(nn.Module):
-    """One projection of every expert, [experts, d_out, d_in]: Muon sees a batch of matrices.
+    """One projection of every expert, [experts, d_out, d_in], which Muon treats as a batch of matrices.
 
     Args:
-        num_experts: length of the stack.
+        num_experts: number of matrices.
         d_in: input width.
         d_out: output width.
-        active_fraction: share of the stack that a token uses, to count active parameters.
+        active_fraction: share of the stack that a token uses, from which active parameters are counted.
     """
 
     parameter_kinds: ClassVar = {"weight": "matrix"}
@@ -34,23 +34,23 @@ class ExpertStack(nn.Module):
 
 
 class Experts(nn.Module):
-    """Applies to each token the SwiGLU feed-forwards that its router chose, dropping none, and sums what they return.
+    """The SwiGLU feed-forwards of all experts: each token passes through those that its router chose; none is dropped.
 
         y_t = Σ_e g_te E_e(x_t),   E_e(x) = W_down,e (silu(W_gate,e x) ⊙ W_up,e x)
 
     Args:
         d_model: width of the residual stream.
         d_expert: hidden width of an expert.
-        num_experts: experts to choose from.
-        top_k: experts that a token uses, on average where the router decides how many.
-        normalize_outputs: scale each E_e(x) to unit root-mean-square, so that the gate weight alone is the size of its
-            contribution and the router ranks experts by it.
+        num_experts: number of experts to choose from.
+        top_k: experts per token, on average where the router decides the number.
+        normalize_outputs: whether to scale each E_e(x) to unit root-mean-square, so that the gate weight alone is the
+            size of its contribution and the router ranks experts by it.
 
     Source: normalised outputs after Su, "MoE tour, part 1: from geometry", kexue.fm/archives/10699.
     """
 
     borrowed_parameters: ClassVar = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
-    """Read in the place of their owners' forward: a strategy that holds weights in parts gathers them for both."""
+    """Parameters that this forward reads instead of their owners'; see `ParameterBorrower`."""
 
     def __init__(self, *, d_model: int, d_expert: int, num_experts: int, top_k: int, normalize_outputs: bool) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def loop_over_tokens(
     x: Float[Tensor, "tokens d_model"], routing: Routing, experts: Experts
 ) -> Float[Tensor, "tokens d_model"]:
-    """The definition of `Experts`, a token and a slot at a time: for tests."""
+    """Compute what `Experts` computes, one token and one slot at a time, for tests."""
     outputs = []
     for token, ids, weights in zip(x, routing.expert_ids.tolist(), routing.gate_weights, strict=True):
         total = torch.zeros_like(token)

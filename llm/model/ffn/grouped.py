@@ -1,4 +1,4 @@
-"""The feed-forwards of all experts at once: grouped products on a GPU, a lean loop over experts elsewhere."""
+"""Applies all experts of a layer: with grouped products on a GPU, and with a loop over experts elsewhere."""
 
 import torch
 import torch.nn.functional as F
@@ -7,10 +7,10 @@ from torch import Tensor
 
 from llm.model.ffn.expert_loop import expert_loop
 from llm.model.ffn.routing import ExpertOrder
-from llm.model.ffn.rows import GatherRows, SumRows
+from llm.model.ffn.row_sums import GatherRows, SumRows
 
 ALIGNMENT = 8
-"""Widths that grouped products take in bf16 are multiples of it: 16 bytes."""
+"""Grouped products in bf16 need widths that are multiples of this number, which is 16 bytes."""
 
 
 def expert_ffn(
@@ -23,16 +23,14 @@ def expert_ffn(
     down: Float[Tensor, "experts d_model d_expert"],
     has_empty_slots: bool,
 ) -> Float[Tensor, "tokens d_model"]:
-    """Sum for each token the weighted outputs of its experts: y_t = Σ_e w_te W_down,e (silu(W_gate,e x) ⊙ W_up,e x).
+    """Return each token's weighted sum of its experts' outputs, y_t = Σ_e w_te W_down,e (silu(W_gate,e x) ⊙ W_up,e x).
 
     Args:
         x: tokens, in the precision of the products.
         row_weights: weight of each row.
         order: rows sorted by expert.
-        gate: stacked projections, in x's precision or a wider one.
-        up: likewise.
-        down: likewise.
-        has_empty_slots: whether there may be rows behind those of the last expert.
+        gate, up, down: stacked projections, in the precision of x or a wider one.
+        has_empty_slots: whether there may be rows after those of the last expert.
     """
     if can_group(x, gate):
         return grouped_products(x, row_weights, order, gate, up, down, has_empty_slots)
@@ -48,15 +46,15 @@ def can_group(x: Tensor, gate: Tensor) -> bool:
 def grouped_products(
     x: Tensor, row_weights: Tensor, order: ExpertOrder, gate: Tensor, up: Tensor, down: Tensor, has_empty_slots: bool
 ) -> Tensor:
-    """Apply all experts in three grouped products, without asking the device how many tokens each has.
+    """Apply all experts in three grouped products, without synchronizing with the device to count their tokens.
 
-    The weight multiplies the hidden vector, which is narrower than the output and needed by the backward pass anyway.
+    The weight multiplies the hidden vector, which is narrower than the output and saved for the backward pass anyway.
     """
     gate, up, down = (weight.to(x.dtype).transpose(1, 2) for weight in (gate, up, down))
     filled = (torch.arange(order.slot_ids.numel(), device=x.device) < order.offsets[-1])[:, None]
     places = order.rows()
     rows = GatherRows.apply(x, order.token_ids, places)
-    if has_empty_slots:  # grouped products leave rows of no group unwritten, in either direction
+    if has_empty_slots:  # grouped products leave rows without a group unwritten, in both directions
         rows = torch.where(filled, rows, 0)
     hidden = F.silu(F.grouped_mm(rows, gate, offs=order.offsets)) * F.grouped_mm(rows, up, offs=order.offsets)
     if has_empty_slots:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from llm.contracts import SublayerOutput
 from llm.errors import ConfigError
 from llm.model.ffn.balance.base import Balance
+from llm.model.ffn.expert_counts import load_metrics
 from llm.model.ffn.experts import Experts
-from llm.model.ffn.load import load_metrics
 from llm.model.ffn.routing import Router, Routing
 from llm.model.ffn.sizing import Match, expert_width
 from llm.model.ffn.swiglu import SwiGLU
@@ -24,19 +24,19 @@ class MoE(nn.Module):
     Args:
         d_model: width of the residual stream.
         d_ff: hidden width of the dense layer that `match` compares with.
-        num_experts: experts to choose from.
-        top_k: experts a token uses, on average where the router decides how many.
-        num_shared_experts: experts that every token uses beside; they are one SwiGLU of their joint width.
+        num_experts: number of experts to choose from.
+        top_k: experts per token, on average where the router decides the number.
+        num_shared_experts: number of experts that every token uses too; they are one SwiGLU of their total width.
         match: how experts are sized from d_ff; see `llm.model.ffn.sizing.expert_width`.
-        normalize_outputs: scale every routed expert's output to unit root-mean-square, so that experts are ranked by
-            the size of their contribution.
+        normalize_outputs: whether to scale every routed expert's output to unit root-mean-square, so that experts are
+            ranked by the size of their contribution.
         z_loss: weight of mean (log Σ exp logits)², which keeps router logits small; 0 for none, 1e-3 is usual.
-        router: factory, called with d_model, num_experts, top_k and num_shared_experts.
-        balance: factory, called with num_experts and top_k.
+        router: a factory, called with d_model, num_experts, top_k and num_shared_experts.
+        balance: a factory, called with num_experts and top_k.
 
     Raises:
-        ConfigError: a top_k outside [1, num_experts], experts of no whole width, a negative weight, or a balancing rule
-            that does not go with the router.
+        ConfigError: top_k lies outside [1, num_experts], the width of an expert is not whole, a weight is negative, or
+            the balancing rule does not support the router.
 
     Source: Shazeer et al., arXiv:1701.06538; shared experts of DeepSeekMoE, arXiv:2401.06066, eq. 9; z-loss of ST-MoE,
     arXiv:2202.08906, eq. 5; dropless after MegaBlocks, arXiv:2211.15841.
@@ -69,7 +69,7 @@ class MoE(nn.Module):
         self.balance: Balance = balance(**counts)
         if self.router.selection not in self.balance.selections:
             raise ConfigError(
-                f"model.ffn.balance={type(self.balance).__name__}: does not go with {type(self.router).__name__}; "
+                f"model.ffn.balance={type(self.balance).__name__}: does not support {type(self.router).__name__}; "
                 "use model/ffn/balance=budget with model/ffn/router=threshold, and only there"
             )
         self.experts = Experts(d_model=d_model, d_expert=width, normalize_outputs=normalize_outputs, **counts)
@@ -113,7 +113,7 @@ class MoE(nn.Module):
 
 
 def check_counts(*, d_ff: int, num_experts: int, top_k: int, num_shared: int, z_loss: float) -> None:
-    """Raise ConfigError for a count below its least, top_k above num_experts, or a negative z_loss."""
+    """Raise ConfigError for a count below its minimum, top_k above num_experts, or a negative z_loss."""
     if d_ff < 1:
         raise ConfigError(f"model.ffn.d_ff={d_ff}: must be at least 1; choose a size with model/size=tiny")
     if num_experts < 1:
@@ -126,4 +126,4 @@ def check_counts(*, d_ff: int, num_experts: int, top_k: int, num_shared: int, z_
     if num_shared < 0:
         raise ConfigError(f"model.ffn.num_shared_experts={num_shared}: must be at least 0; 0 for none")
     if not z_loss >= 0:
-        raise ConfigError(f"model.ffn.z_loss={z_loss}: must be at least 0; 0 turns it off")
+        raise ConfigError(f"model.ffn.z_loss={z_loss}: must be at least 0; set 0 for none")

@@ -8,30 +8,30 @@ from torch import Tensor, nn
 
 from llm.errors import ConfigError
 from llm.model.ffn.routing import Router, Routing
-from llm.model.ffn.scores import SCORE_FUNCTIONS, Scores, normalized, resolve_routed_scale
+from llm.model.ffn.scores import SCORE_FUNCTIONS, Scores, divided_by_sum, resolve_routed_scale
 from llm.ops.linear import linear
 
 
 class TopKRouter(Router):
-    """Chooses the top_k experts of each token and weighs them.
+    """A router that chooses the top_k experts of each token and weights them.
 
-        chosen = top_k of σ(W x) + b,   g = λ · h(W x)[chosen]  (over its sum, if normalised)
+        chosen = top_k of σ(W x) + b,   g = λ · h(W x)[chosen]  (divided by its sum, if normalised)
 
-    The bias b of the balancing rule acts on the choice alone, never on the weights, and the choice has no gradient:
-    W learns through g only. All of it is in fp32, whatever the run's precision.
+    The bias b of the balancing rule affects the choice and never the weights. The choice has no gradient, so W learns
+    through g only. The router computes in fp32 in every precision of the run.
 
     Args:
         d_model: width of the residual stream.
-        num_experts: experts to choose from.
-        top_k: experts a token, in [1, num_experts].
-        num_shared_experts: those that every token uses beside, for routed_scale=auto.
-        scores: h: softmax over all experts, sigmoid or relu of each.
+        num_experts: number of experts to choose from.
+        top_k: experts per token, in [1, num_experts].
+        num_shared_experts: number of experts that every token uses too, for routed_scale=auto.
+        scores: h, the softmax over all experts, or the sigmoid or relu of each logit.
         normalize: whether a token's weights are divided by their sum.
         routed_scale: λ > 0, or auto for `auto_routed_scale`.
 
     Raises:
-        ConfigError: a top_k outside [1, num_experts]; normalised weights of a single expert, which are always 1 and
-            teach the router nothing; a scale that is not above 0.
+        ConfigError: top_k lies outside [1, num_experts]; the weight of a single expert is normalised, which makes it 1
+            and leaves the router without a gradient; or the scale is not above 0.
 
     Source: Shazeer et al., arXiv:1701.06538, eq. 3-5 without its noise; sigmoid scores, selection bias and scale of
     DeepSeek-V3, arXiv:2412.19437, eq. 12-16. Differs: the choice is always made among sigmoid scores, which rank as
@@ -71,17 +71,17 @@ class TopKRouter(Router):
         ranking = logits if selection_bias is None else logits.sigmoid() + selection_bias
         expert_ids = ranking.detach().topk(self.top_k, dim=-1).indices
         weights = scores.gather(-1, expert_ids)
-        weights = normalized(weights) if self.normalize else weights
+        weights = divided_by_sum(weights) if self.normalize else weights
         return Routing(
             expert_ids=expert_ids,
             gate_weights=weights * self.routed_scale,
             logits=logits,
-            probabilities=normalized(scores),
+            probabilities=divided_by_sum(scores),
         )
 
 
 def router_logits(x: Float[Tensor, "tokens d_model"], proj: nn.Linear) -> Float[Tensor, "tokens experts"]:
-    """W x in fp32, also under autocast: a rounded logit changes which expert is chosen."""
+    """Return W x in fp32, also under autocast, since a rounded logit changes which expert is chosen."""
     with torch.autocast(x.device.type, enabled=False):
         dtype = torch.promote_types(x.dtype, torch.float32)
         return linear(x.to(dtype), proj.weight.to(dtype))

@@ -1,4 +1,4 @@
-"""Router scores, and the factor that gives routed experts the norm of shared experts or of a dense layer."""
+"""Defines router scores, and the factor that gives routed experts the norm of shared experts or of a dense layer."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -20,13 +20,13 @@ SCORE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 TINY = 1e-20
-"""Added to a sum of scores before division, because all scores of a token may be 0."""
+"""Value added to a sum of scores before division, because all scores of a token may be 0."""
 
 AUTO_SCALE_SAMPLES = 4096
-"""Tokens with random logits over which `auto_routed_scale` averages: within 1 % of the expectation."""
+"""Number of random logit vectors over which `auto_routed_scale` averages; the error is below 1 %."""
 
 
-def normalized(scores: Float[Tensor, "tokens n"]) -> Float[Tensor, "tokens n"]:
+def divided_by_sum(scores: Float[Tensor, "tokens n"]) -> Float[Tensor, "tokens n"]:
     """Return the scores of each row, divided by their sum."""
     return scores / (scores.sum(-1, keepdim=True) + TINY)
 
@@ -39,9 +39,9 @@ def auto_routed_scale(
 
     With logits from N(0, 1) and expert outputs of equal norm and no correlation, the weighted sum over the chosen
     experts then has the norm of the s shared experts' sum, or of one dense layer where there are none. The expectation
-    is taken over fixed draws of numpy's, so that models can be built without storage and leave random states alone.
+    is taken over fixed draws of numpy, so that models can be built on the meta device and no random state changes.
 
-    Source: Su, "MoE tour, part 5", kexue.fm/archives/10945 (s >= 1). Differs: s = 0 is taken as 1.
+    Source: Su, "MoE tour, part 5", kexue.fm/archives/10945 (s >= 1). Differs: s = 0 counts as 1.
     """
     logits = np.random.default_rng(0).standard_normal((AUTO_SCALE_SAMPLES, num_experts))
     exponentials = np.exp(logits)
@@ -58,10 +58,10 @@ def auto_routed_scale(
 
 
 def resolve_routed_scale(routed_scale: float | Literal["auto"], **geometry: object) -> float:
-    """Return routed_scale, or what `auto_routed_scale` gives for `geometry` where it is auto.
+    """Return routed_scale, or the result of `auto_routed_scale` for `geometry` where it is auto.
 
     Raises:
-        ConfigError: a scale that is not above 0.
+        ConfigError: the scale is not above 0.
     """
     if routed_scale == "auto":
         return auto_routed_scale(**geometry)  # pyright: ignore[reportArgumentType]

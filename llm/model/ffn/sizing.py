@@ -12,22 +12,22 @@ def expert_width(
 ) -> int:
     """Return the hidden width of an expert, shared ones included.
 
-        active: d_ff / (k + s)                      a token uses as many expert weights as the dense layer has
+        active: d_ff / (k + s)                      a token uses as many weights as the dense layer
         total:  d_ff / (E + s)                      all experts together have as many weights as the dense layer
-        flops:  ⌊(3 d_ff − E) / (3 (k + s))⌋        as many operations as the dense layer, the router's included;
-                                                    rounded down: short of it by less than one unit an active expert
+        flops:  ⌊(3 d_ff − E) / (3 (k + s))⌋        as many operations as the dense layer, with the router's;
+                                                    rounded down by less than one unit per active expert
         none:   d_ff                                an expert is as wide as the dense layer
 
     Args:
-        match: what is held equal to a dense layer of width d_ff.
+        match: the quantity that equals that of a dense layer of width d_ff.
         d_model: width of the residual stream.
         d_ff: hidden width of the dense layer.
-        num_experts: E, experts to choose from.
-        top_k: k, experts a token.
-        num_shared_experts: s, experts that every token uses.
+        num_experts: E, the number of experts to choose from.
+        top_k: k, experts per token.
+        num_shared_experts: s, the number of experts that every token uses.
 
     Raises:
-        ConfigError: a width that would be below 1, or not whole under `active` and `total`.
+        ConfigError: the width would be below 1, or not whole under `active` and `total`.
     """
     if match == "none":
         return d_ff
@@ -35,7 +35,7 @@ def expert_width(
         width = (3 * d_ff - num_experts) // (3 * (top_k + num_shared_experts))
         if width < 1:
             raise ConfigError(
-                f"model.ffn.match=flops: nothing is left of d_ff={d_ff} for top_k={top_k} experts beside a router of "
+                f"model.ffn.match=flops: d_ff={d_ff} leaves no width for top_k={top_k} experts after a router of "
                 f"num_experts={num_experts}; lower num_experts or raise d_ff"
             )
         return width
@@ -48,8 +48,8 @@ def expert_width(
 
 def _not_whole(match: str, d_ff: int, routed: int, key: str, shared: int) -> str:
     parts = routed + shared
-    legal_counts = [n - shared for n in range(1 + shared, d_ff + 1) if d_ff % n == 0]
-    counts = sorted(sorted(legal_counts, key=lambda n: abs(n - routed))[:2])
+    valid_counts = [n - shared for n in range(1 + shared, d_ff + 1) if d_ff % n == 0]
+    counts = sorted(sorted(valid_counts, key=lambda n: abs(n - routed))[:2])
     widths = sorted({max(d_ff // parts, 1) * parts, (d_ff // parts + 1) * parts})
     alternatives = [f"{key}={' or '.join(map(str, counts))}"] if counts else []
     alternatives.append(f"d_ff={' or '.join(map(str, widths))}")

@@ -17,7 +17,7 @@ class SwiGLU(nn.Module):
         d_ff: hidden width.
 
     Raises:
-        ConfigError: a d_ff below 1.
+        ConfigError: d_ff is below 1.
 
     Source: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202, eq. 6.
     """

@@ -8,28 +8,29 @@ from torch import Tensor, nn
 from llm.errors import ConfigError
 from llm.model.ffn.router import router_logits
 from llm.model.ffn.routing import Router, Routing
-from llm.model.ffn.scores import SCORE_FUNCTIONS, TINY, normalized, resolve_routed_scale
+from llm.model.ffn.scores import SCORE_FUNCTIONS, TINY, divided_by_sum, resolve_routed_scale
 
 
 class ThresholdRouter(Router):
-    """Chooses every expert whose score is above its threshold, so that hard tokens may use more experts than easy ones.
+    """A router that chooses every expert whose score is above a threshold, so that hard tokens may use more experts.
 
-        chosen = {i : σ(W x)_i + b_i > 0},   g = λ · σ(W x)[chosen]  (over its sum, if normalised)
+        chosen = {i : σ(W x)_i + b_i > 0},   g = λ · σ(W x)[chosen]  (divided by its sum, if normalised)
 
-    The bias b is the balancing rule's: it keeps the average at top_k and the experts even. Of more than max_experts
-    the best are kept. A token may choose none: shared experts or the residual stream carry it.
+    The balancing rule sets the bias b, which keeps the average at top_k and the loads even. Of more than max_experts
+    chosen experts the best are kept. A token without an expert passes through shared experts and the residual stream.
 
     Args:
         d_model: width of the residual stream.
-        num_experts: experts to choose from.
-        top_k: experts a token on average.
-        num_shared_experts: those that every token uses beside, for routed_scale=auto.
-        max_experts: most experts a token, in [top_k, num_experts], or null for num_experts; memory grows with it.
+        num_experts: number of experts to choose from.
+        top_k: experts per token on average.
+        num_shared_experts: number of experts that every token uses too, for routed_scale=auto.
+        max_experts: largest number of experts per token, in [top_k, num_experts], or null for num_experts; memory
+            grows with it.
         normalize: whether a token's weights are divided by their sum.
         routed_scale: λ > 0, or auto for `auto_routed_scale`.
 
     Raises:
-        ConfigError: a max_experts out of range, or a scale that is not above 0.
+        ConfigError: max_experts is out of its range, or the scale is not above 0.
 
     Source: Su, "MoE tour, part 4: the harder, the more", kexue.fm/archives/10815. Differs: the cap max_experts.
     """
@@ -73,5 +74,5 @@ class ThresholdRouter(Router):
             expert_ids=best.masked_fill(~is_chosen, self.num_experts),
             gate_weights=weights * self.routed_scale,
             logits=logits,
-            probabilities=normalized(scores),
+            probabilities=divided_by_sum(scores),
         )

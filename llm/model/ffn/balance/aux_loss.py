@@ -13,24 +13,25 @@ Scope = Literal["sequence", "micro_batch", "global_batch"]
 
 
 class AuxLoss(Balance):
-    """Adds a loss that pushes the router away from experts that are used too often.
+    """A balancing rule that adds a loss, whose gradient moves the router away from experts that are used too often.
 
         L = weight · E · Σ_i f_i P_i,   f_i = share of the slots that went to expert i,   P_i = mean over tokens of p_i
 
-    p are a token's scores over their sum. The gradient goes through P alone, and is that of ½‖f − 1/E‖² were f
-    differentiable. The value is 1 at perfect balance, but also below it at times: watch max_violation instead.
+    p are a token's scores, divided by their sum. The gradient flows through P alone and is that of ½‖f − 1/E‖² as if f
+    were differentiable. The value is 1 at perfect balance and can be below 1 otherwise, so max_violation is the better
+    measure.
 
     Args:
         num_experts: E.
-        top_k: experts a token.
-        weight: of the loss, > 0; 1e-2 with softmax scores, 1e-3 is usual, 1e-4 beside another rule.
-        scope: over what f is taken: each `sequence` (P too), the `micro_batch`, or the `global_batch`, which lets
-            experts specialise in kinds of text. The last update's f, exact over its micro-batches and ranks, stands
-            for the global batch, since this one's is not known before its last forward pass; the first update
-            takes the micro-batch's.
+        top_k: experts per token.
+        weight: weight of the loss, > 0; 1e-2 with softmax scores, 1e-3 is usual, 1e-4 with another rule.
+        scope: the tokens of f: each `sequence` (P too), the `micro_batch`, or the `global_batch`, which lets experts
+            specialise in kinds of text. The global f is that of the last update, exact over its micro-batches and
+            ranks, since the present one is unknown before the last forward pass. The first update uses the
+            micro-batch.
 
     Raises:
-        ConfigError: a weight that is not above 0.
+        ConfigError: the weight is not above 0.
 
     Source: Fedus et al., "Switch Transformers", arXiv:2101.03961, eq. 4-6; by sequence, DeepSeek-V3,
     arXiv:2412.19437, eq. 17-20; over the global batch, Qiu et al., arXiv:2501.11873, eq. 4.
@@ -62,7 +63,7 @@ class AuxLoss(Balance):
 
 
 def slot_shares(routing: Routing, groups: int) -> Float[Tensor, "groups experts"]:
-    """Share of the slots of each of `groups` equal runs of tokens that went to each expert."""
+    """Return the share of slots per expert, in each of `groups` equal ranges of tokens."""
     ids = routing.expert_ids.view(groups, -1)
     counts = routing.probabilities.new_zeros(groups, routing.probabilities.shape[1])
     return counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype)) / ids.shape[1]

@@ -1,4 +1,4 @@
-"""Defines the base class of balancing rules, which by itself balances nothing."""
+"""Defines the base class of balancing rules, which balances nothing."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -24,39 +24,39 @@ class Balance(nn.Module):
     """A balancing rule that changes nothing, and the base class of all others.
 
     Rules act in three places: `selection_bias` shifts the choice of experts, `losses` adds to the objective, and
-    `after_optimizer_step` moves state once an update, from `statistics` that were summed over the update's
+    `after_optimizer_step` changes state once per update, from `statistics` that are summed over the update's
     micro-batches and ranks. Forward passes never change state, so that recomputed ones count once.
 
     Args:
-        num_experts: experts to choose from.
-        top_k: experts a token, on average.
+        num_experts: number of experts to choose from.
+        top_k: experts per token, on average.
     """
 
     selections: ClassVar[tuple[str, ...]] = ("top_k",)
-    """The ways of choosing experts that the rule is made for."""
+    """The ways of choosing experts that the rule supports."""
 
     def __init__(self, *, num_experts: int, top_k: int) -> None:
         super().__init__()
         self.num_experts, self.top_k = num_experts, top_k
 
     def selection_bias(self) -> Float[Tensor, " experts"] | None:
-        """What is added to the scores that experts are chosen by; None for nothing."""
+        """Return the bias of the scores by which experts are chosen; None for no bias."""
         return None
 
     def losses(self, routing: Routing, *, num_sequences: int) -> dict[str, Tensor]:
-        """Weighted scalars added to the objective."""
+        """Return weighted scalars that are added to the objective."""
         return {}
 
     def statistics(self, routing: Routing) -> dict[str, Tensor]:
-        """Sums over tokens that `after_optimizer_step` needs beside `expert_counts` and `num_tokens`."""
+        """Return sums over tokens that `after_optimizer_step` needs in addition to `expert_counts` and `num_tokens`."""
         return {}
 
     def after_optimizer_step(self, statistics: dict[str, Tensor]) -> None:
-        """Move the rule's state, given the sums over all micro-batches and ranks of the update."""
+        """Change the rule's state, from the sums over all micro-batches and ranks of the update."""
 
 
 class BiasBalance(Balance):
-    """A rule that holds a selection bias: an fp32 buffer that no cast of the model touches and checkpoints keep."""
+    """A rule with a selection bias: an fp32 buffer that no cast of the model changes and that checkpoints contain."""
 
     bias: Tensor
 

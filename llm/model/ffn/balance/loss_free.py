@@ -1,4 +1,4 @@
-"""Balance without an auxiliary loss: a bias on the choice of experts."""
+"""Balances without an auxiliary loss, by a bias on the choice of experts."""
 
 from typing import Literal
 
@@ -9,24 +9,24 @@ from llm.model.ffn.balance.base import BiasBalance, check_rate
 
 
 class LossFree(BiasBalance):
-    """Lowers the selection bias of experts that had too many tokens and raises that of the others, once an update.
+    """A rule that lowers the selection bias of experts with too many tokens and raises the others, once per update.
 
         b ← b − rate · sign(F − 1/E)                      rule=sign
         b ← b − rate · (F − 1/E) / RMS(F − 1/E)           rule=rms
 
-    F is the share of the update's slots, over all micro-batches and ranks, that each expert had. The router's
-    gradient stays that of the language model's loss. The rate sets how soon balance is reached: a bias moves over the
-    spread of the scores, about 0.7 for sigmoid, in 0.7 / rate updates. Where scores crowd together (softmax-like
-    routers late in training) a large rate makes loads swing.
+    F is each expert's share of the update's slots, over all micro-batches and ranks. The router's gradient stays that
+    of the language model's loss. The rate decides how soon balance is reached: a bias crosses the spread of the scores,
+    about 0.7 for sigmoid, in 0.7 / rate updates. Where scores are close together (softmax-like routers late in
+    training) a large rate makes loads oscillate.
 
     Args:
         num_experts: E.
-        top_k: experts a token.
-        rate: largest (sign) or root-mean-square (rms) move of the bias in an update, > 0.
+        top_k: experts per token.
+        rate: largest (sign) or root-mean-square (rms) change of the bias per update, > 0.
         rule: `sign`, or `rms`, which moves each expert in proportion to its error.
 
     Raises:
-        ConfigError: a rate that is not above 0.
+        ConfigError: the rate is not above 0.
 
     Source: Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", arXiv:2408.15664,
     algorithm 1; rms after Su, kexue.fm/archives/10757. Differs: each move is centred on zero, which changes no choice

@@ -1,4 +1,4 @@
-"""Balance in one update, without a rate: each expert's threshold is a quantile of its scores."""
+"""Balances in one update without a rate: each expert's threshold is a quantile of its scores."""
 
 import torch
 from torch import Tensor
@@ -9,22 +9,22 @@ from llm.model.ffn.routing import Routing
 
 
 class Quantile(BiasBalance):
-    """Sets each expert's bias so that, on the tokens just seen, it would have had its even share.
+    """A balancing rule that sets each expert's bias to the value that gives an even share on the last update's tokens.
 
         α_t = (k+1)-th largest over experts of s_tj + b_j
         β_j = (T k / E + 1)-th largest over tokens of s_tj − α_t,   b ← decay · b − (1 − decay) · β
 
-    That is one round of the dual of "give every token k experts and every expert T k / E tokens, at the highest total
-    score". The β of micro-batches and ranks are averaged; the update routes with the old bias, so that no token's
-    route depends on later ones.
+    This is one round of the dual of "give every token k experts and every expert T k / E tokens, at the highest total
+    score". The β of micro-batches and ranks are averaged. The update itself is routed with the old bias, so that no
+    token's route depends on later tokens.
 
     Args:
         num_experts: E.
         top_k: k, below num_experts.
-        decay: share of the old bias that stays, in [0, 1): 0 balances in one update, more makes it calmer.
+        decay: share of the old bias that is kept, in [0, 1); 0 balances in one update, and larger values smooth it.
 
     Raises:
-        ConfigError: a decay outside [0, 1), or top_k = num_experts, where there is nothing to balance.
+        ConfigError: decay lies outside [0, 1), or top_k = num_experts, where there is nothing to balance.
 
     Source: Su, "MoE tour, part 6: quantile balancing", kexue.fm/archives/11619. Differs: centred on zero, and decay.
     """

@@ -1,4 +1,4 @@
-"""Copies of tokens into rows sorted by expert, and sums of rows back into tokens: gathers in both directions."""
+"""Copies tokens into rows sorted by expert, and sums rows back into tokens, with gathers in both directions."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def sum_rows(
     y: Float[Tensor, "rows d_model"], rows: Int[Tensor, " rows"], num_tokens: int
 ) -> Float[Tensor, "tokens d_model"]:
-    """Add up each token's rows, in the order of its slots: always the same bits, unlike atomic sums."""
+    """Sum each token's rows in the order of its slots, which gives the same bits each time, unlike atomic sums."""
     places = rows.view(num_tokens, -1)
     if y.is_cuda:
         return y[places].sum(1)
@@ -19,7 +19,7 @@ def sum_rows(
 
 
 class GatherRows(torch.autograd.Function):
-    """x[token_ids]; its backward pass is `sum_rows`."""
+    """The gather x[token_ids], whose backward pass is `sum_rows`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token_ids: Tensor, rows: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class GatherRows(torch.autograd.Function):
 
 
 class SumRows(torch.autograd.Function):
-    """`sum_rows`; its backward pass is x[token_ids]."""
+    """The sum `sum_rows`, whose backward pass is x[token_ids]."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, token_ids: Tensor, rows: Tensor, num_tokens: int) -> Tensor:
