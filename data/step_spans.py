@@ -1,11 +1,12 @@
 """Computes which windows of a run belong to an update, also where updates differ in size."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from llm.errors import ConfigError
 
 
+@runtime_checkable
 class TokenRamp(Protocol):
     """A schedule of updates that differ in size."""
 
