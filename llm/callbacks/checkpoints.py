@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from llm.callbacks.checkpoint_io import FolderCheckpointIO
+from llm.distributed.lightning_private import validation_follows
 from llm.errors import ConfigError
 from llm.run_folder.background import BackgroundWriter
 from llm.run_folder.checkpoint_files import list_checkpoints, point, remove_checkpoint, step_folder
@@ -60,7 +61,7 @@ class Checkpoints(Checkpoint):
         self._step = trainer.global_step
         is_last = trainer.should_stop or self._step == trainer.max_steps
         if is_last or self._step % self.checkpoint_every == 0:
-            self._is_deferred = not is_last and _validation_follows(trainer)
+            self._is_deferred = not is_last and validation_follows(trainer)
             if not self._is_deferred:
                 self._save(trainer)
 
@@ -122,9 +123,3 @@ def _writer(trainer: L.Trainer) -> BackgroundWriter:
     checkpoint_io = trainer.strategy.checkpoint_io
     assert isinstance(checkpoint_io, FolderCheckpointIO)
     return checkpoint_io.writer
-
-
-def _validation_follows(trainer: L.Trainer) -> bool:
-    """Tell whether the trainer validates after this batch, before the next one."""
-    epoch_loop = trainer.fit_loop.epoch_loop
-    return epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # pyright: ignore[reportArgumentType]

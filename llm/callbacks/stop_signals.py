@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from llm.distributed.launch import SAME_SIGNAL_SECONDS, STOPPING
+from llm.distributed.lightning_private import take_sigterm, validation_follows
 
 
 class StopSignals(Callback):
@@ -40,9 +41,8 @@ class StopSignals(Callback):
         if trainer.world_size > 1:
             # the CPU agrees on its own, so that no update waits for the device to be done
             self._group = dist.new_group(backend="gloo")
-        if trainer.received_sigterm:
+        if take_sigterm(trainer):
             self._received = signal.SIGTERM
-            trainer._signal_connector.received_sigterm = False
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._note) for number in STOPPING}
 
@@ -54,7 +54,7 @@ class StopSignals(Callback):
         number = self._agree()
         if number:
             self.signal = signal.Signals(number)
-            if not trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # pyright: ignore[reportArgumentType]
+            if not validation_follows(trainer):
                 trainer.limit_val_batches = 0
             trainer.should_stop = True
 

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from llm.contracts import ParameterBorrower, ShardedOptimizer
+from llm.distributed.lightning_private import is_last_micro_batch
 from llm.distributed.zero.gradients import ShardedGradients
 from llm.distributed.zero.layouts import read_layouts
 from llm.distributed.zero.settings import (
@@ -180,7 +181,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Run the backward pass; the trainer has divided the loss by the accumulation, the engine is not to."""
         assert self.lightning_module is not None
-        is_last = not self.lightning_module.trainer.fit_loop._should_accumulate()
+        is_last = is_last_micro_batch(self.lightning_module.trainer)
         self.deepspeed_engine.set_gradient_accumulation_boundary(is_last)
         super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
