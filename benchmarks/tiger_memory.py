@@ -39,6 +39,7 @@ def train(accumulate: str, layers: int, width: int, results: Any) -> None:
         weight_decay=0.01,
         beta=0.965,
         min_rms=0.0,
+        min_rms_ratio=0.0,
         shrink_ratio=None,
         accumulate=accumulate,
         skip_idle_rows=True,

@@ -21,6 +21,7 @@ from llm.config.sizes import (
 from llm.contracts import GradientFolder, NonFiniteShrinker, TrainerChecker, WeightAverager
 from llm.errors import ConfigError, CrucibleError
 from llm.ops.precision import resolve_precision
+from llm.optim.param_groups import build_param_groups
 from llm.scaling.batching import check_ramp
 from llm.scaling.noise_scale import PROBE_REMEDY
 
@@ -40,7 +41,7 @@ def check_across_groups(cfg: Mapping[str, Any], *, invalid: Collection[str]) -> 
         (run_keys | {"batch_schedule"}, lambda: batch_ramp(cfg)),
         (run_keys | {"batch_schedule", "trainer"}, lambda: check_ramp(plan=batch_plan(cfg), ramp=batch_ramp(cfg))),
         (run_keys | {"callbacks", "trainer"}, lambda: _check_micro_batches(cfg)),
-        ({"optimizer", "on_nonfinite", "trainer"}, lambda: _check_optimizer(cfg)),
+        ({"optimizer", "on_nonfinite", "trainer", "model", "rates", "spikes"}, lambda: _check_optimizer(cfg)),
         (run_keys | {"scaling", "batch_schedule", "optimizer"}, lambda: _check_scaling(cfg)),
         (run_keys | {"batch_schedule", "keep_half_life"}, lambda: _check_half_life(cfg)),
         (run_keys | {"schedule"}, lambda: _check_schedule(cfg)),
@@ -153,10 +154,11 @@ def _check_optimizer(cfg: Mapping[str, Any]) -> None:
         rates.append(f"optimizer.weight_decay={node['weight_decay']}: must be at least 0; 0.1 is usual")
     if rates:
         raise ConfigError("\n".join(rates))
-    parameter = torch.nn.Parameter(torch.zeros(2, 2))
-    group = {"params": [parameter], "names": ["probe"], "kind": "matrix", "lr": node["lr"], "weight_decay": 0.0}
+    groups = build_param_groups(build_meta_model(cfg), lr=node["lr"], weight_decay=node["weight_decay"])
+    for group in groups:  # tensors with shapes and without storage, also for optimizers that refuse meta tensors
+        group["params"] = [torch.nn.Parameter(torch.zeros(()).expand(p.shape)) for p in group["params"]]
     try:
-        optimizer = instantiate(node)([group])
+        optimizer = instantiate(node)(groups)
     except ValueError as error:
         raise ConfigError(f"optimizer: {error}; see the docstring of {node['_target_']}") from error
     shrinks = isinstance(optimizer, NonFiniteShrinker) and optimizer.shrink_ratio is not None

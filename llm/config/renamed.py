@@ -25,6 +25,10 @@ LOGGERS = {
 """`_target_` of a logger -> its name in `logger`."""
 
 
+ADDED_SETTINGS = {"llm.optim.tiger.Tiger": {"min_rms_ratio": 0.0}}
+"""`_target_` -> settings that version 0.1 did not have, with the values at which nothing changes."""
+
+
 def present_target(target: str) -> str:
     """Return the present name of a `_target_`."""
     for former, present in RENAMED.items():
@@ -42,10 +46,11 @@ def with_named_loggers(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_present_targets(node: Any) -> Any:
-    """Return a plain configuration with every `_target_` under its present name."""
+    """Return a plain configuration with every `_target_` under its present name, and with settings added since."""
     if isinstance(node, Mapping):
-        return {
+        renamed = {
             key: present_target(value) if key == "_target_" and isinstance(value, str) else with_present_targets(value)
             for key, value in node.items()
         }
+        return ADDED_SETTINGS.get(str(renamed.get("_target_")), {}) | renamed
     return [with_present_targets(value) for value in node] if isinstance(node, list) else node

@@ -19,8 +19,9 @@ CHUNK = 2**19
 """Number of elements that a CPU processes at once. An update rule reads and writes about 8 MB for them, which fits the
 cache. A rule of several elementwise operations therefore passes over main memory once, as a fused kernel does."""
 
-WIDTH = {"matrix": (2, 3), "embedding": (2,), "head": (2,)}
-"""Numbers of dimensions that each kind of tensor may have; a tensor with 3 dimensions is a stack of experts."""
+WIDTH = {"matrix": (2, 3), "embedding": (2, 3), "head": (2,)}
+"""Numbers of dimensions that each kind of tensor may have. A matrix with 3 dimensions is a stack of experts, and an
+embedding with 3 dimensions has the codes of each head."""
 
 
 class Slab(NamedTuple):
@@ -233,21 +234,32 @@ def descend(params: list[Tensor], directions: list[Tensor], *, lr: float, weight
     )
 
 
-def active_rows(gradient: Tensor) -> Tensor:
-    """Return which rows of an embedding, or experts of a stack, have a nonzero gradient: those that the loss used."""
-    dims = tuple(range(1, gradient.ndim))
-    return (gradient.amax(dims, keepdim=True) != 0) | (
-        gradient.amin(dims, keepdim=True) != 0
+def row_axes(parameter: Tensor, kind: str) -> tuple[int, ...] | None:
+    """Return the axes of one token's embedding, one code or one expert, of which a batch may not use all.
+
+    None where every batch uses the whole tensor.
+    """
+    if kind == "embedding":
+        return (-1,)
+    return (1, 2) if parameter.ndim == 3 else None
+
+
+def active_rows(gradient: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Return which rows along `axes` have a nonzero gradient: the embeddings, codes or experts that the loss used."""
+    return (gradient.amax(axes, keepdim=True) != 0) | (
+        gradient.amin(axes, keepdim=True) != 0
     )  # any() takes 8 times as long
 
 
-def keep_idle_rows(slab: Slab, apply: Callable[[], None]) -> None:
+def keep_idle_rows(slab: Slab, apply: Callable[[], None], axes: tuple[int, ...]) -> None:
     """Run `apply`, which changes `slab.params`, and restore the rows that have no gradient."""
     on_cpu = slab.gradients[0].device.type == "cpu"
-    if on_cpu and all(bool(g.flatten(1)[:, 0].all()) for g in slab.gradients):  # one element per row usually suffices
+    if on_cpu and all(
+        bool(g.flatten(axes[0])[..., 0].all()) for g in slab.gradients
+    ):  # one element per row usually suffices
         apply()
         return
-    masks = [active_rows(gradient) for gradient in slab.gradients]
+    masks = [active_rows(gradient, axes) for gradient in slab.gradients]
     if on_cpu and all(bool(mask.all()) for mask in masks):
         apply()
         return
@@ -255,8 +267,3 @@ def keep_idle_rows(slab: Slab, apply: Callable[[], None]) -> None:
     apply()
     for parameter, mask, old in zip(slab.params, masks, before, strict=True):
         parameter.copy_(torch.where(mask, parameter, old))
-
-
-def has_rows(parameter: Tensor, kind: str) -> bool:
-    """Return whether the first axis of a tensor indexes tokens or experts, some of which a batch may not use."""
-    return kind == "embedding" or parameter.ndim == 3

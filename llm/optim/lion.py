@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from llm.contracts import OptimizerTraits, ParamGroup
-from llm.optim.base import GroupedOptimizer, gradients_of, has_rows
+from llm.optim.base import GroupedOptimizer, gradients_of, row_axes
 from llm.optim.rules import LionRule, apply_rule, apply_rule_to_shard
 from llm.optim.shard import ShardLayout, rows_to_watch
 
@@ -55,8 +55,8 @@ class Lion(GroupedOptimizer):
 
     def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Apply the rule to the group; update stacks of experts and embeddings separately, for idle rows."""
-        for rows in (False, True):
-            members = [p for p in params if has_rows(p, group["kind"]) == rows]
+        for axes in (None, (-1,), (1, 2)):
+            members = [p for p in params if row_axes(p, group["kind"]) == axes]
             if members:
                 apply_rule(
                     self.rule,
@@ -65,7 +65,7 @@ class Lion(GroupedOptimizer):
                     self.buffers(group, members),
                     lr=float(group["lr"]),
                     weight_decay=float(group["weight_decay"]),
-                    rows=rows and self.skip_idle_rows,
+                    axes=axes if self.skip_idle_rows else None,
                 )
 
     def update_shard(self, group: dict[str, Any], flat: Tensor, layout: ShardLayout) -> None:

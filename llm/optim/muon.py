@@ -1,7 +1,7 @@
 """Muon: it orthogonalises the momentum of hidden matrices, and updates other parameters by AdamW or Lion."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from llm.contracts import OptimizerTraits, ParamGroup
 from llm.errors import ConfigError, did_you_mean
 from llm.optim import foreach
-from llm.optim.base import CHUNK, GroupedOptimizer, active_rows, between, gradients_of, has_rows, in_range, slabs
+from llm.optim.base import CHUNK, GroupedOptimizer, active_rows, between, gradients_of, in_range, row_axes, slabs
 from llm.optim.blocks import as_blocks
 from llm.optim.exchange import OwnerExchange
 from llm.optim.muon_shards import make_exchange, update_matrix_shard
@@ -30,6 +30,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 STACK_ELEMENTS = 2**26
 """Number of elements orthogonalised at once on a GPU: 128 MB in bfloat16 use it fully. A CPU processes one matrix."""
+
+AUX_LR_SCALES = {"match_adamw": 1.0, "spectral": 0.2, "adamw": 1.0, "lion": 0.2}
+"""Factors of `aux_lr_scale="auto"`, by update scale and by rule; both factors are multiplied.
+
+Matched updates take AdamW's own rates. The usual rate of spectral ones is 0.02, five times AdamW's at the sizes where
+it was tuned, 4e-3. Lion's rates are about a fifth of AdamW's, because its steps have unit size.
+"""
+
+
+def _have_heads(params: Sequence[Any]) -> bool:
+    """Return whether a projection has several heads, or whether the groups do not say."""
+    heads = [abs(count) for group in params if isinstance(group, dict) for count in group.get("heads", [])]
+    return not heads or max(heads) > 1
 
 
 def _update_norm(settings: Mapping[str, Any], rows: float, columns: float) -> float:
@@ -58,10 +71,10 @@ class Muon(GroupedOptimizer):
         row_beta: decay rate of the rows' second moments in NorMuon's normalisation, in (0, 1); None disables it.
         cautious_decay: decay only the weights that the update also moves towards 0.
         aux: rule for the other kinds, "adamw" or "lion".
-        aux_lr_scale: factor on the lr of the other kinds, > 0.
+        aux_lr_scale: factor on the lr of the other kinds, > 0; "auto" for `AUX_LR_SCALES`.
         aux_betas: betas of `aux`, each in [0, 1).
         aux_eps: eps of AdamW; None for Lion.
-        skip_idle_rows: do not update an expert, or a token's embedding, that has no gradient in this step.
+        skip_idle_rows: do not update an expert, or with `aux="lion"` an embedding, that has no gradient in this step.
 
     Raises:
         ConfigError: if a setting is out of range, a name is unknown, or there is no matrix to orthogonalise.
@@ -91,7 +104,7 @@ class Muon(GroupedOptimizer):
         row_beta: float | None,
         cautious_decay: bool,
         aux: str,
-        aux_lr_scale: float,
+        aux_lr_scale: float | Literal["auto"],
         aux_betas: Sequence[float],
         aux_eps: float | None,
         skip_idle_rows: bool,
@@ -111,9 +124,16 @@ class Muon(GroupedOptimizer):
         self.row_beta = None if row_beta is None else in_range("row_beta", row_beta, 1e-6, 1.0)
         self.by_head, self.cautious_decay, self.skip_idle_rows = by_head, cautious_decay, skip_idle_rows
         self.aux = make_rule("aux", aux, betas=aux_betas, eps=aux_eps)
+        if aux_lr_scale == "auto":
+            aux_lr_scale = AUX_LR_SCALES[update_scale] * AUX_LR_SCALES[aux]
         in_range("aux_lr_scale", aux_lr_scale, 1e-12, 1e12)
         if not any(isinstance(group, dict) and group.get("kind") == "matrix" for group in params):
             raise ConfigError("optimizer=muon: the model has no hidden matrix to orthogonalise; use optimizer=adamw")
+        if by_head and not _have_heads(params):
+            raise ConfigError(
+                "optimizer.by_head=true: no projection of this model has more than one head, so it has no effect; set "
+                "optimizer.by_head=false"
+            )
         super().__init__(params, lr=lr, weight_decay=weight_decay)
         for group in self.param_groups:
             if group["kind"] != "matrix":
@@ -210,7 +230,7 @@ class Muon(GroupedOptimizer):
             self._aux_state(group, params),
             lr=float(group["lr"]),
             weight_decay=float(group["weight_decay"]),
-            rows=self.skip_idle_rows and has_rows(params[0], group["kind"]),
+            axes=row_axes(params[0], group["kind"]) if self.skip_idle_rows else None,
         )
 
     def _stacks(self, group: dict[str, Any], params: list[Tensor]) -> Iterator[tuple[list[Tensor], int]]:
@@ -253,7 +273,7 @@ class Muon(GroupedOptimizer):
             return None
         if gradient.device.type == "cpu" and bool(gradient[:, 0, 0].all()):
             return None  # a nonzero element per block proves that all are used
-        used = active_rows(gradient)
+        used = active_rows(gradient, (1, 2))
         return None if used.device.type == "cpu" and bool(used.all()) else used.float()
 
     def _row_moments(self, params: list[Tensor], blocks: Tensor) -> list[Tensor]:

@@ -1,11 +1,11 @@
 """Kinds of parameters, and the tagged parameter groups that every optimizer accepts."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, NotRequired, get_args
 
 from torch import nn
 
-from llm.contracts import HeadStack, KindedModule, ParameterKind, ParamGroup
+from llm.contracts import HeadStack, InitializedModel, KindedModule, ParameterKind, ParamGroup
 from llm.errors import ConfigError, did_you_mean
 
 KINDS: tuple[ParameterKind, ...] = get_args(ParameterKind)
@@ -27,6 +27,8 @@ class TaggedGroup(ParamGroup):
     """Value that Tiger shrinks each parameter towards: 1 for a gain, else 0."""
     heads: NotRequired[list[int]]
     """Heads stacked along the output rows, negative if along the input columns; 1 if the matrix has no heads."""
+    initial_stds: NotRequired[list[float]]
+    """Standard deviation of each parameter at initialization; 1/√d_in where it is 0 or unknown."""
 
 
 def _own_kind(model: nn.Module, name: str) -> ParameterKind:
@@ -99,41 +101,28 @@ def _heads(model: nn.Module) -> dict[str, int]:
 
 
 def build_param_groups(
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float,
-    decayed_kinds: Collection[str] = ("matrix",),
-    lr_multipliers: Mapping[str, float] | None = None,
-    rates: Mapping[str, tuple[float, float]] | None = None,
+    model: nn.Module, *, lr: float, weight_decay: float, rates: Mapping[str, tuple[float, float]] | None = None
 ) -> list[ParamGroup]:
-    """Sort the trainable parameters of `model` into one tagged group a kind, or one for each kind and pair of rates.
+    """Sort the trainable parameters of `model` into one tagged group per kind and pair of rates.
 
     Args:
         model: model whose modules declare `parameter_kinds`. They may also declare `parameter_heads`, the number of
             heads stacked in a projection, by dotted name; it is negative if the heads lie along the input.
         lr: peak learning rate, > 0.
-        weight_decay: decoupled decay of the kinds in `decayed_kinds`, >= 0; the others get 0.
-        decayed_kinds: by default matrices only.
-        lr_multipliers: factors on `lr` by kind; 1 where a kind is not named.
-        rates: (lr, weight decay) of each parameter by name, instead of all that; see `llm.scaling.rates`.
+        weight_decay: decoupled decay of matrices, >= 0; the other kinds get 0.
+        rates: (lr, weight decay) of each parameter by name, in place of both; see `llm.scaling.rates`.
 
     Raises:
-        ConfigError: an unclaimed or contradictory parameter, an unknown kind, or nothing to train.
+        ConfigError: an unclaimed or contradictory parameter, or nothing to train.
     """
-    multipliers = dict(lr_multipliers or {})
-    for kind in [*decayed_kinds, *multipliers]:
-        if kind not in KINDS:
-            raise ConfigError(
-                f"kind={kind}: no such kind of parameter; use one of {', '.join(KINDS)}{did_you_mean(str(kind), KINDS)}"
-            )
     kinds = parameter_kinds(model)
     if not kinds:
         raise ConfigError(f"model={type(model).__name__}: has no trainable parameter; unfreeze some")
     parameters, heads = dict(model.named_parameters()), _heads(model)
+    stds = model.initial_stds if isinstance(model, InitializedModel) else {}
     groups: list[ParamGroup] = []
     for kind in KINDS:
-        shared = (lr * multipliers.get(kind, 1.0), weight_decay if kind in decayed_kinds else 0.0)
+        shared = (lr, weight_decay if kind == "matrix" else 0.0)
         pairs: dict[tuple[float, float], list[str]] = {}
         for name in (name for name, its_kind in kinds.items() if its_kind == kind):
             pairs.setdefault(shared if rates is None else rates[name], []).append(name)
@@ -147,10 +136,16 @@ def build_param_groups(
                     weight_decay=its_decay,
                     resting_values=[_resting_value(name, kind) for name in names],
                     heads=[heads.get(name, 1) for name in names],
+                    initial_stds=[stds.get(name) or _usual_std(parameters[name]) for name in names],
                 )
             )
     check_partition(model, groups)
     return groups
+
+
+def _usual_std(parameter: nn.Parameter) -> float:
+    """Return the standard deviation of a usual initialization, 1/√d_in: for a tensor whose own is 0 or unknown."""
+    return max(1, parameter.shape[-1] if parameter.ndim else 1) ** -0.5
 
 
 def check_partition(model: nn.Module, groups: list[ParamGroup]) -> None:

@@ -1,4 +1,4 @@
-"""Update rules that an optimizer applies to lists of tensors: Lion, and AdamW for parameters outside Muon."""
+"""Update rules that optimizers apply to slabs: Lion, and AdamW for tensors that Muon does not orthogonalise."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Protocol, runtime_checkable
@@ -14,13 +14,16 @@ from llm.optim.shard_steps import keep_inactive
 
 @runtime_checkable
 class Rule(Protocol):
-    """An update rule: its name, the names of its state tensors, and a function that updates a slab."""
+    """An update rule: the state of each element, and the update of a slab."""
 
     name: ClassVar[str]
     buffers: ClassVar[tuple[str, ...]]
+    skips_idle_rows: ClassVar[bool]
+    """Whether `skip_idle_rows` acts. An Adam step without it is the usual dense one: a momentum that decays while its
+    row stays would lose most of a rare token's updates."""
 
     def update(self, slab: Slab, *, lr: float, weight_decay: float) -> None:
-        """Update `slab.params` and `slab.state` in place."""
+        """Update `slab.params` and its state."""
         ...
 
 
@@ -37,12 +40,13 @@ class LionRule:
 
     name: ClassVar[str] = "lion"
     buffers: ClassVar[tuple[str, ...]] = ("momentum",)
+    skips_idle_rows: ClassVar[bool] = True
 
     def __init__(self, *, betas: Sequence[float]) -> None:
         self.betas = check_betas("betas", betas)
 
     def update(self, slab: Slab, *, lr: float, weight_decay: float) -> None:
-        """Update `slab.params` and its momentum in place."""
+        """Update `slab.params` and its momentum."""
         beta1, beta2 = self.betas
         momenta = slab.state["momentum"]
         directions = between(momenta, slab.gradients, 1 - beta1, out=slab.scratch)
@@ -63,13 +67,14 @@ class AdamWRule:
 
     name: ClassVar[str] = "adamw"
     buffers: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    skips_idle_rows: ClassVar[bool] = False
 
     def __init__(self, *, betas: Sequence[float], eps: float) -> None:
         self.betas, self.eps = check_betas("betas", betas), in_range("eps", eps, 1e-30, 1.0)
 
     def update(self, slab: Slab, *, lr: float, weight_decay: float) -> None:
-        """Update `slab.params` and its moments in place; `slab.state["step"]` is 1 at the first update."""
-        exact = [parameter.float() for parameter in slab.params]  # no copy if they are fp32 already
+        """Update `slab.params` and its moments; `slab.state["step"]` counts from 1."""
+        exact = [parameter.float() for parameter in slab.params]  # the same tensors, where they are fp32 already
         adamw(
             exact,
             slab.gradients,
@@ -121,12 +126,12 @@ def apply_rule(
     *,
     lr: float,
     weight_decay: float,
-    rows: bool,
+    axes: tuple[int, ...] | None,
 ) -> None:
-    """Apply `rule` to whole tensors, one slab at a time; with `rows`, do not change rows that have no gradient."""
+    """Run `rule` over whole tensors, slab by slab; with `axes`, rows along them without a gradient are not changed."""
     for slab in slabs(params, gradients, state):
-        if rows:
-            keep_idle_rows(slab, lambda slab=slab: rule.update(slab, lr=lr, weight_decay=weight_decay))
+        if axes is not None and rule.skips_idle_rows:
+            keep_idle_rows(slab, lambda slab=slab: rule.update(slab, lr=lr, weight_decay=weight_decay), axes)
         else:
             rule.update(slab, lr=lr, weight_decay=weight_decay)
 
@@ -141,7 +146,8 @@ def apply_rule_to_shard(
     weight_decay: float,
     active: Tensor | None,
 ) -> None:
-    """Apply `rule` to a flat shard; elements that are not `active` keep their values, but their state is updated."""
+    """Run `rule` over a flat shard; elements that are not `active` are not changed, but their state is."""
+    active = active if rule.skips_idle_rows else None
     held = state if active is None else state | {"active": [active]}
     for slab in slabs([flat], [gradient], held):
         mask = None if active is None else slab.state["active"][0]

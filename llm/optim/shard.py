@@ -126,9 +126,9 @@ def spans(piece: Slice, size: int) -> Iterator[Span]:
 
 
 def rows_to_watch(layout: ShardLayout, kind: str) -> dict[str, int]:
-    """Return the number of elements per row of each tensor whose rows are tokens or experts, which may be unused."""
+    """Return, by tensor, the elements of one embedding, code or expert, of which a batch may not use all."""
     return {
-        name: _numel(shape) // shape[0]
+        name: shape[-1] if kind == "embedding" else _numel(shape) // shape[0]
         for name, shape in layout.shapes.items()
         if kind == "embedding" or len(shape) == 3
     }

@@ -1,6 +1,7 @@
 """Tiger: Lion with one beta, relative learning rates, and gradient accumulation inside the momentum."""
 
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from llm.optim.base import (
     active_rows,
     descend,
     gradients_of,
-    has_rows,
     in_range,
     keep_idle_rows,
+    row_axes,
     slabs,
 )
 from llm.optim.shard import ShardLayout
@@ -32,7 +33,7 @@ class Tiger(GroupedOptimizer):
     """An optimizer that moves weights by the sign of one momentum, at a rate relative to the tensor's RMS.
 
         m ← β·m + (1−β)·g;  θ ← θ − η·(sign(m) + λθ)
-        η = lr·RMS(θ) for matrices and the head, lr·RMS(row) for each row of an embedding, lr/2 for vectors
+        η = lr·RMS(θ) for matrices, experts and the head, lr·RMS(row) for each row of an embedding, lr/2 for vectors
 
     With k micro-batches and `accumulate="momentum"`, the backward pass adds each gradient to m and frees it:
     m ← [β at the first, else 1]·m + (1−β)·g/k. No accumulation buffer is needed, and the step equals the ordinary one
@@ -43,7 +44,9 @@ class Tiger(GroupedOptimizer):
         lr: peak relative rate, >= 0: the fraction of its RMS that a matrix moves per step.
         weight_decay: decoupled weight decay λ, >= 0.
         beta: decay rate β of the momentum, in [0, 1).
-        min_rms: lower bound of the RMS of a tensor or row, >= 0; with 0, a matrix of zeros never moves.
+        min_rms: lower bound of the RMS of a tensor, expert or row, >= 0.
+        min_rms_ratio: lower bound of the same RMS as a fraction of the tensor's initial standard deviation, or of
+            1/√d_in for a tensor that starts at 0; >= 0. With both bounds at 0, a matrix of zeros never moves.
         shrink_ratio: factor in (0, 1) for tensors with a non-finite gradient, or None. Such a tensor keeps its momentum
             and shrinks by this factor towards its resting value, which is 1 for gains and 0 otherwise. Its state counts
             these events as `shrunk`. With None, the run's `on_nonfinite` handles such gradients.
@@ -55,9 +58,10 @@ class Tiger(GroupedOptimizer):
         ShapeError: if a training strategy has flattened a matrix.
 
     Source: Su, "Tiger: A Tight-fisted Optimizer", kexue.fm/archives/9512, and its reference code, bojone/tiger.
-    Differs: `min_rms` (published: 0); non-finite means NaN or infinite (published: NaN); the decay of a cycle is
-        applied with its first finite micro-batch (published: with its first, and lost if that one is NaN); lr counts
-        updates, not micro-batches; `skip_idle_rows` (published: the sign of a stale momentum moves an unused row).
+    Differs: `min_rms_ratio` (published: 0); one RMS per expert of a stack; non-finite means NaN or infinite (published:
+        NaN); the decay of a cycle is applied with its first finite micro-batch (published: with its first, and lost if
+        that one is NaN); lr counts updates, not micro-batches; `skip_idle_rows` (published: the sign of a stale
+        momentum moves an unused row).
     """
 
     traits: ClassVar = OptimizerTraits(update_family="sign", has_relative_rates=True)
@@ -70,11 +74,13 @@ class Tiger(GroupedOptimizer):
         weight_decay: float,
         beta: float,
         min_rms: float,
+        min_rms_ratio: float,
         shrink_ratio: float | None,
         accumulate: str,
         skip_idle_rows: bool,
     ) -> None:
         self.beta, self.min_rms = in_range("beta", beta, 0.0, 1.0), in_range("min_rms", min_rms, 0.0, 1e6)
+        self.min_rms_ratio = in_range("min_rms_ratio", min_rms_ratio, 0.0, 1e6)
         self.shrink_ratio = None if shrink_ratio is None else in_range("shrink_ratio", shrink_ratio, 1e-6, 1.0)
         if accumulate not in ACCUMULATE:
             raise ConfigError(
@@ -105,10 +111,10 @@ class Tiger(GroupedOptimizer):
             params = [p for p in params if self._closes_cycle(group, p)]
         elif self.shrink_ratio is not None:
             params = [p for p in params if not self._shrink_if_broken(group, p)]
-        for rows in (False, True):
-            members = [p for p in params if has_rows(p, group["kind"]) == rows]
+        for axes in (None, (-1,), (1, 2)):
+            members = [p for p in params if row_axes(p, group["kind"]) == axes]
             if members:
-                self._move(group, members, rows=rows and self.skip_idle_rows)
+                self._move(group, members, axes=axes if self.skip_idle_rows else None)
 
     def update_shard(self, group: dict[str, Any], flat: Tensor, layout: ShardLayout) -> None:
         """Update a flat shard; the ranks combine the tensors' RMS and their flags of non-finite gradients."""
@@ -121,7 +127,8 @@ class Tiger(GroupedOptimizer):
                 held = self.owned_state.setdefault(name, {})
                 held["shrunk"] = held.get("shrunk", torch.zeros((), dtype=torch.long)) + 1
         lr = float(group["lr"])
-        sizes, rates = relative_rates(flat, layout, kind=group["kind"], lr=lr, min_rms=self.min_rms)
+        floors = dict(zip(group["names"], self.floors(group), strict=True))
+        sizes, rates = relative_rates(flat, layout, kind=group["kind"], lr=lr, floors=floors)
         if group["kind"] == "vector":
             rates = {name: torch.full_like(rate, VECTOR_RATE * lr) for name, rate in rates.items()}
         move_shard_by_sign(
@@ -137,36 +144,42 @@ class Tiger(GroupedOptimizer):
             decay=float(group["weight_decay"]),
         )
 
-    def _move(self, group: dict[str, Any], params: list[Tensor], *, rows: bool) -> None:
+    def _move(self, group: dict[str, Any], params: list[Tensor], *, axes: tuple[int, ...] | None) -> None:
         gradients = [self._take_mask(p) for p in params] if self.folds else gradients_of(params)
-        for slab, rate in self._paired(group, params, gradients, self.buffers(group, params)):
+        momenta, floors = self.buffers(group, params)["momentum"], self.floors(group)
+        positions = {id(p): position for position, p in enumerate(group["params"])}
+        tensors = [
+            piece
+            for p, gradient, momentum in zip(params, gradients, momenta, strict=True)
+            for piece in _experts(p, gradient, momentum, floors[positions[id(p)]])
+        ]
+        for slab, rates, bounds in self._paired(group, tensors):
             if not self.folds:
                 foreach.lerp_(slab.state["momentum"], slab.gradients, 1 - self.beta)
 
-            def apply(slab: Slab = slab, rate: list[float] = rate) -> None:
-                move_by_sign(slab, rate, group, min_rms=self.min_rms)
+            def apply(slab: Slab = slab, rates: list[float] = rates, bounds: list[float] = bounds) -> None:
+                move_by_sign(slab, rates, group, floors=bounds)
 
-            if rows:
-                keep_idle_rows(slab, apply)
+            if axes is not None:
+                keep_idle_rows(slab, apply, axes)
             else:
                 apply()
 
     def _paired(
-        self, group: dict[str, Any], params: list[Tensor], gradients: list[Tensor], state: dict[str, list[Tensor]]
-    ) -> Any:
-        """Yield slabs with the rates of the tensors that they are cut from."""
-        if params[0].device.type != "cpu":
-            rates = self._rates(group, params)
-            yield from ((slab, rates) for slab in slabs(params, gradients, state))
-            return
-        for i, parameter in enumerate(
-            params
-        ):  # one at a time, so that the update finds the tensor in the cache after its norm was read
-            rates = self._rates(group, [parameter])
-            held = {name: buffers[i : i + 1] for name, buffers in state.items()}
-            yield from ((slab, rates) for slab in slabs([parameter], [gradients[i]], held))
+        self, group: dict[str, Any], tensors: list["RatedPiece"]
+    ) -> Iterator[tuple[Slab, list[float], list[float]]]:
+        """Yield slabs with the rates and lower bounds of the tensors that they are cut from.
 
-    def _rates(self, group: dict[str, Any], params: list[Tensor]) -> list[float]:
+        On a CPU this takes one tensor at a time, so that the update finds it in the cache after its norm was read.
+        """
+        on_cpu = tensors[0].param.device.type == "cpu"
+        for members in [[tensor] for tensor in tensors] if on_cpu else [tensors]:
+            params, floors = [tensor.param for tensor in members], [tensor.floor for tensor in members]
+            rates = self._rates(group, params, floors)
+            state = {"momentum": [tensor.momentum for tensor in members]}
+            yield from ((slab, rates, floors) for slab in slabs(params, [t.gradient for t in members], state))
+
+    def _rates(self, group: dict[str, Any], params: list[Tensor], floors: list[float]) -> list[float]:
         """Return η of each tensor; for an embedding, the factor that is multiplied by each row's RMS."""
         lr = float(group["lr"])
         if group["kind"] == "vector":
@@ -174,7 +187,13 @@ class Tiger(GroupedOptimizer):
         if group["kind"] == "embedding":
             return [lr] * len(params)
         norms = torch.stack(norms_of(params)).tolist()  # one synchronization with the device, not one per tensor
-        return [lr * max(norm / p.numel() ** 0.5, self.min_rms) for norm, p in zip(norms, params, strict=True)]
+        values = zip(norms, params, floors, strict=True)
+        return [lr * max(norm / max(1, p.numel()) ** 0.5, floor) for norm, p, floor in values]
+
+    def floors(self, group: dict[str, Any]) -> list[float]:
+        """Return the lower bound of each tensor's RMS: max(min_rms, min_rms_ratio · initial standard deviation)."""
+        stds = group.get("initial_stds", [0.0] * len(group["names"]))
+        return [max(self.min_rms, self.min_rms_ratio * std) for std in stds]
 
     def _shrink_if_broken(self, group: dict[str, Any], parameter: Tensor) -> bool:
         """Shrink the tensor if its gradient is not finite, and return whether it was shrunk."""
@@ -211,8 +230,9 @@ class Tiger(GroupedOptimizer):
                 momentum.mul_(self.beta)
             momentum.add_(gradient, alpha=1 - self.beta)
             state["folded"], state["last_broken"] = state.get("folded", 0) + 1, 0
-            if self.skip_idle_rows and has_rows(parameter, group["kind"]):
-                used = active_rows(gradient).float()
+            axes = row_axes(parameter, group["kind"])
+            if self.skip_idle_rows and axes is not None:
+                used = active_rows(gradient, axes).float()
                 state["used"] = torch.maximum(used, state["used"]) if "used" in state else used
         parameter.grad = None
 
@@ -234,6 +254,24 @@ class Tiger(GroupedOptimizer):
         return mask.expand(parameter.shape)
 
 
+class RatedPiece(NamedTuple):
+    """A tensor, or one expert of a stack, with its gradient, its momentum and the lower bound of its RMS."""
+
+    param: Tensor
+    gradient: Tensor
+    momentum: Tensor
+    floor: float
+
+
+def _experts(param: Tensor, gradient: Tensor, momentum: Tensor, floor: float) -> Iterator[RatedPiece]:
+    """Yield each expert of a stack as a stack of one, so that each has a rate of its own; other tensors whole."""
+    if param.ndim < 3:
+        yield RatedPiece(param, gradient, momentum, floor)
+        return
+    for one, its_gradient, its_momentum in zip(param.split(1), gradient.split(1), momentum.split(1), strict=True):
+        yield RatedPiece(one, its_gradient, its_momentum, floor)
+
+
 def norms_of(params: list[Tensor]) -> list[Tensor]:
     """Return ‖θ‖ of each tensor. On a CPU reduce rows first: torch takes a whole tensor's norm with one thread."""
     if params[0].device.type != "cpu":
@@ -241,7 +279,7 @@ def norms_of(params: list[Tensor]) -> list[Tensor]:
     return [torch.linalg.vector_norm(torch.linalg.vector_norm(parameter, dim=-1)) for parameter in params]
 
 
-def move_by_sign(slab: Slab, rates: list[float], group: dict[str, Any], *, min_rms: float) -> None:
+def move_by_sign(slab: Slab, rates: list[float], group: dict[str, Any], *, floors: list[float]) -> None:
     """Apply θ ← θ − η·(sign(m) + λθ), where η is one number per tensor, or per row of an embedding."""
     momenta, decay = slab.state["momentum"], float(group["weight_decay"])
     if slab.scratch is None:
@@ -249,9 +287,9 @@ def move_by_sign(slab: Slab, rates: list[float], group: dict[str, Any], *, min_r
     else:
         signs = [torch.sign(m, out=room) for m, room in zip(momenta, slab.scratch, strict=True)]
     if group["kind"] == "embedding":
-        for parameter, sign, rate in zip(slab.params, signs, rates, strict=True):
+        for parameter, sign, rate, floor in zip(slab.params, signs, rates, floors, strict=True):
             rms = torch.linalg.vector_norm(parameter, dim=-1, keepdim=True).div_(parameter.shape[-1] ** 0.5)
-            eta = rms.clamp_(min=min_rms).mul_(rate)
+            eta = rms.clamp_(min=floor).mul_(rate)
             if decay:
                 parameter.mul_(1 - decay * eta)
             parameter.addcmul_(sign, eta, value=-1)

@@ -27,21 +27,22 @@ def shrink(flat: Tensor, layout: ShardLayout, broken: set[str], *, ratio: float,
 
 
 def relative_rates(
-    flat: Tensor, layout: ShardLayout, *, kind: str, lr: float, min_rms: float
+    flat: Tensor, layout: ShardLayout, *, kind: str, lr: float, floors: Mapping[str, float]
 ) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Return, by tensor, the number of elements per block and η of each block.
 
-    A block is a row of an embedding, and the whole tensor otherwise.
+    A block is a row of an embedding, an expert of a stack, and the whole tensor otherwise.
 
-    η = lr · max(RMS(block), min_rms)
+    η = lr · max(RMS(block), floor of the tensor)
     """
     sizes = {
-        name: shape[-1] if kind == "embedding" else max(1, torch.Size(shape).numel())
+        name: shape[-1] if kind == "embedding" else max(1, torch.Size(shape[1:] if len(shape) == 3 else shape).numel())
         for name, shape in layout.shapes.items()
     }
     sums = layout.block_measure(flat, sizes, square_sum, dist.ReduceOp.SUM)
     return sizes, {
-        name: (total / sizes[name]).sqrt().clamp_min(min_rms).mul(lr).to(flat.dtype) for name, total in sums.items()
+        name: (total / sizes[name]).sqrt().clamp_min(floors[name]).mul(lr).to(flat.dtype)
+        for name, total in sums.items()
     }
 
 

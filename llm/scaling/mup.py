@@ -1,12 +1,12 @@
 """Learning rates that stay optimal when the width changes: maximal update parametrization."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from llm.scaling.rates import FINAL_NORM, Rate, Rates, Tensor, Update, check_base_width, check_knows
+from llm.scaling.rates import FINAL_NORM, Rate, RatedTensor, Rates, Update, check_base_width, check_knows, initialized
 
 
 class MuP(Rates):
@@ -22,7 +22,9 @@ class MuP(Rates):
     constant. At the base width all rates equal those of `plain`.
 
     Args:
-        base_d_model: width at which lr was tuned, at least 1. Head size and depth are taken to be the same there.
+        base_d_model: width at which lr was tuned, at least 1. The base has the same head size and depth.
+        lr_scales: see `Rates`.
+        decay_kinds: see `Rates`.
 
     Raises:
         ConfigError: if the base width is below 1, or the steps of the optimizer are as large as the gradient.
@@ -33,7 +35,14 @@ class MuP(Rates):
     Differs: attention scores keep 1/√head_dim, because the head size does not change with the width.
     """
 
-    def __init__(self, *, base_d_model: int) -> None:
+    def __init__(
+        self,
+        *,
+        base_d_model: int,
+        lr_scales: Mapping[str, float] | None = None,
+        decay_kinds: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(lr_scales=lr_scales, decay_kinds=decay_kinds)
         check_base_width("mup", base_d_model)
         self.base_d_model = base_d_model
 
@@ -43,9 +52,9 @@ class MuP(Rates):
 
     def prepare(self, model: nn.Module) -> None:
         """Let the final norm scale down by the width."""
-        scale_final_norm(model, self.base_d_model / getattr(model, "d_model"))  # noqa: B009
+        scale_final_norm(model, self.base_d_model / initialized(model).d_model)
 
-    def rate(self, tensor: Tensor, *, lr: float, weight_decay: float, d_model: int, update: Update) -> Rate:
+    def own_rate(self, tensor: RatedTensor, *, lr: float, weight_decay: float, d_model: int, update: Update) -> Rate:
         """Divide by how much wider the model is, as the kind of step asks for."""
         m = d_model / self.base_d_model
         factor = 1.0
@@ -54,7 +63,7 @@ class MuP(Rates):
             factor = update.spectral_norm(at_base) / update.spectral_norm(tensor)
         elif tensor.name.startswith(FINAL_NORM):
             factor = 1 / m
-        return Rate(lr * factor, weight_decay / factor if tensor.kind == "matrix" else 0.0)
+        return Rate(lr * factor, weight_decay / factor if tensor.kind == "matrix" else weight_decay)
 
 
 @torch.no_grad()

@@ -1,13 +1,13 @@
 """Learning rates and initial sizes from the shape of each matrix: the spectral condition."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from llm.scaling.mup import scale_final_norm
-from llm.scaling.rates import FINAL_NORM, Rate, Rates, Tensor, Update, check_base_width, check_knows
+from llm.scaling.rates import FINAL_NORM, Rate, RatedTensor, Rates, Update, check_base_width, check_knows, initialized
 
 
 class Spectral(Rates):
@@ -21,6 +21,8 @@ class Spectral(Rates):
 
     Args:
         base_d_model: width at which lr was tuned, at least 1.
+        lr_scales: see `Rates`.
+        decay_kinds: see `Rates`.
 
     Raises:
         ConfigError: if the base width is below 1, or the steps of the optimizer are as large as the gradient.
@@ -30,7 +32,14 @@ class Spectral(Rates):
     Differs: the initial depth factor of residual outputs is kept.
     """
 
-    def __init__(self, *, base_d_model: int) -> None:
+    def __init__(
+        self,
+        *,
+        base_d_model: int,
+        lr_scales: Mapping[str, float] | None = None,
+        decay_kinds: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(lr_scales=lr_scales, decay_kinds=decay_kinds)
         check_base_width("spectral", base_d_model)
         self.base_d_model = base_d_model
 
@@ -41,15 +50,15 @@ class Spectral(Rates):
     @torch.no_grad()
     def prepare(self, model: nn.Module) -> None:
         """Make matrices that narrow smaller, and the final norm with the width."""
-        stds: dict[str, float] = getattr(model, "initial_stds")  # noqa: B009
+        stds = initialized(model).initial_stds
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and "token_embedding" not in name and "lm_head" not in name:
                 factor = min(1.0, parameter.shape[-2] / parameter.shape[-1]) ** 0.5
                 parameter.mul_(factor)
                 stds[name] *= factor
-        scale_final_norm(model, self.base_d_model / getattr(model, "d_model"))  # noqa: B009
+        scale_final_norm(model, self.base_d_model / initialized(model).d_model)
 
-    def rate(self, tensor: Tensor, *, lr: float, weight_decay: float, d_model: int, update: Update) -> Rate:
+    def own_rate(self, tensor: RatedTensor, *, lr: float, weight_decay: float, d_model: int, update: Update) -> Rate:
         """Compare the tensor's shape with a square of the base width."""
         factor = 1.0
         if tensor.kind == "matrix":
@@ -61,4 +70,4 @@ class Spectral(Rates):
             factor = wanted * update.spectral_norm(square) / update.spectral_norm(tensor)
         elif tensor.name.startswith(FINAL_NORM):
             factor = self.base_d_model / d_model
-        return Rate(lr * factor, weight_decay / factor if tensor.kind == "matrix" else 0.0)
+        return Rate(lr * factor, weight_decay / factor if tensor.kind == "matrix" else weight_decay)

@@ -9,8 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from llm.contracts import ParamGroup
 from llm.model.transformer import Transformer
 from llm.optim.param_groups import build_param_groups, parameter_kinds
-from llm.scaling import rates as tensor_rates
-from llm.scaling.rates import Rates
+from llm.scaling.rates import RatedTensor, Rates, update_of
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +21,10 @@ def rated_groups(
     model: Transformer, rates: Rates, *, optimizer: Callable[..., Any], lr: float, weight_decay: float
 ) -> list[ParamGroup]:
     """Return the model's tagged groups, each tensor with the rate that follows from its kind and shape."""
-    named, update, pairs = dict(model.named_parameters()), tensor_rates.update_of(optimizer), {}
+    named, update, pairs = dict(model.named_parameters()), update_of(optimizer), {}
     for name, kind in parameter_kinds(model).items():
         rows, columns = (1, *named[name].shape)[-2:]
-        tensor = tensor_rates.Tensor(name, kind, rows, columns, model.initial_stds.get(name, 0.0))
+        tensor = RatedTensor(name, kind, rows, columns, model.initial_stds.get(name, 0.0))
         pair = rates.rate(tensor, lr=lr, weight_decay=weight_decay, d_model=model.d_model, update=update)
         pairs[name] = tuple(pair)
     return build_param_groups(model, lr=lr, weight_decay=weight_decay, rates=pairs)

@@ -19,8 +19,8 @@ FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 LOSSES = json.loads((FIXTURES / "run_of_version_0.1_losses.json").read_text())
 """Losses that version 0.1 printed, by step.
 
-Steps 1 to 4 are the run's own, in bf16. Steps 5 to 8 and `evaluated` are that version's resume=<run> max_steps=8 and
-eval.py on the same folder in fp32, which every processor multiplies alike.
+Steps 1 to 4 are the run's own, in bf16. `resumed` has steps 3 and 4 of a resume from step 2 by that version, and
+`evaluated` its `eval=[loss]`, both with trainer.precision=32-true, which every processor computes alike.
 """
 
 FORMER_TARGETS = """
@@ -75,11 +75,14 @@ def test_every_former_target_names_an_allowed_piece(target):
 
 
 def test_it_resumes_to_the_losses_of_the_version_that_wrote_it(former):
-    train(load(former / "config.yaml") | {"resume": str(former), "max_steps": 8}, former)
+    for name in ("last", "best"):  # as if it had been killed before its last checkpoint
+        (former / "checkpoints" / name).unlink()
+    shutil.rmtree(former / "checkpoints" / "step-00000004")
+    train(load(former / "config.yaml") | {"resume": str(former)}, former)
     lines = [json.loads(line) for line in (former / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 9))
-    for line in lines:
-        for name, expected in LOSSES[str(line["step"])].items():
+    assert [line["step"] for line in lines] == list(range(1, 5))
+    for line in lines[2:]:
+        for name, expected in LOSSES["resumed"][str(line["step"])].items():
             assert line[name] == pytest.approx(expected, abs=1e-5), f"{name} at step {line['step']}"
 
 

@@ -21,8 +21,8 @@ MUON = {
     "skip_idle_rows": True,
 }  # fmt: skip
 TIGER = {
-    "lr": 0.01, "weight_decay": 0.1, "beta": 0.9, "min_rms": 0.01, "shrink_ratio": None, "accumulate": "buffer",
-    "skip_idle_rows": True,
+    "lr": 0.01, "weight_decay": 0.1, "beta": 0.9, "min_rms": 0.0, "min_rms_ratio": 0.5, "shrink_ratio": None,
+    "accumulate": "buffer", "skip_idle_rows": True,
 }  # fmt: skip
 RULES = {
     "lion": lambda groups: Lion(groups, lr=0.01, weight_decay=0.1, betas=[0.9, 0.99], skip_idle_rows=True),

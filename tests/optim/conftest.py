@@ -1,4 +1,4 @@
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -55,10 +55,11 @@ def zoo():
 
 @pytest.fixture
 def groups_of():
-    """Tagged groups of a module, with optional extra keys."""
+    """Tagged groups of a module, of which `decayed_kinds` decay."""
 
-    def build(module: nn.Module, *, lr: float = 0.1, weight_decay: float = 0.0, **options: Any):
-        return build_param_groups(module, lr=lr, weight_decay=weight_decay, **options)
+    def build(module: nn.Module, *, lr: float = 0.1, weight_decay: float = 0.0, decayed_kinds=("matrix",)):
+        groups = build_param_groups(module, lr=lr, weight_decay=weight_decay)
+        return [group | {"weight_decay": weight_decay * (group["kind"] in decayed_kinds)} for group in groups]
 
     return build
 

@@ -66,6 +66,7 @@ def test_with_equal_betas_it_is_the_core_of_tiger_bit_for_bit(groups_of, set_gra
         weight_decay=0.1,
         beta=0.965,
         min_rms=0.0,
+        min_rms_ratio=0.0,
         shrink_ratio=None,
         accumulate="buffer",
         skip_idle_rows=True,

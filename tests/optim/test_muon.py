@@ -146,7 +146,32 @@ def test_an_expert_without_a_token_stays_although_its_momentum_is_not_zero(zoo, 
     assert moved.tolist() == [True, False, True]
     assert torch.equal(after["square.weight"], before["square.weight"])
     moved = (after["embedding.weight"] != before["embedding.weight"]).any(1)
-    assert moved.tolist() == [row != 4 for row in range(13)]
+    assert moved.all()  # a dense Adam step, as AdamW's own
+
+
+def test_an_embedding_without_a_token_stays_under_the_sign_of_lion(zoo, groups_of, set_gradients):
+    optimizer = muon(groups_of(zoo, lr=0.1), aux="lion", aux_eps=None)
+    set_gradients(zoo, 0)
+    optimizer.step()
+    before = zoo.embedding.weight.detach().clone()
+    set_gradients(zoo, 1)
+    zoo.embedding.weight.grad[4] = 0
+    optimizer.step()
+    assert (zoo.embedding.weight != before).any(1).tolist() == [row != 4 for row in range(13)]
+
+
+def test_the_rates_of_other_kinds_follow_from_the_update_scale(zoo, groups_of):
+    for scale, aux, factor in (("match_adamw", "adamw", 1), ("spectral", "adamw", 0.2), ("spectral", "lion", 0.04)):
+        eps = 1e-8 if aux == "adamw" else None
+        optimizer = muon(groups_of(zoo, lr=0.02), update_scale=scale, aux=aux, aux_eps=eps, aux_lr_scale="auto")
+        rates = {group["kind"]: group["lr"] for group in optimizer.param_groups}
+        assert rates["matrix"] == 0.02
+        assert [rates[kind] for kind in ("embedding", "head", "vector")] == [pytest.approx(0.02 * factor)] * 3
+
+
+def test_by_head_is_refused_where_no_projection_has_several_heads(zoo, groups_of):
+    with pytest.raises(ConfigError, match=r"optimizer\.by_head=true: no projection .*by_head=false"):
+        muon(groups_of(zoo, lr=0.1), by_head=True)
 
 
 def test_tiny_gradients_still_count_as_used(zoo, groups_of, set_gradients):

@@ -56,14 +56,14 @@ def test_frozen_parameters_are_in_no_group():
 
 def test_groups_partition_the_trainable_parameters_and_decay_matrices_only():
     model = Model()
-    groups = build_param_groups(model, lr=0.1, weight_decay=0.2, lr_multipliers={"embedding": 0.5})
+    groups = build_param_groups(model, lr=0.1, weight_decay=0.2)
     grouped = [name for group in groups for name in group["names"]]
     assert sorted(grouped) == sorted(name for name, _ in model.named_parameters())
     named = dict(model.named_parameters())
     for group in groups:
         assert [id(p) for p in group["params"]] == [id(named[name]) for name in group["names"]]
         assert group["weight_decay"] == (0.2 if group["kind"] == "matrix" else 0.0)
-        assert group["lr"] == (0.05 if group["kind"] == "embedding" else 0.1)
+        assert group["lr"] == 0.1
 
 
 def test_gains_rest_at_one_and_all_else_at_zero():
@@ -105,11 +105,6 @@ def test_a_shared_tensor_with_contradictory_claims_is_an_error():
 def test_a_model_without_trainable_parameters_is_an_error():
     with pytest.raises(ConfigError, match="no trainable parameter"):
         build_param_groups(Model().requires_grad_(False), lr=0.1, weight_decay=0.0)
-
-
-def test_an_unknown_decayed_kind_is_an_error():
-    with pytest.raises(ConfigError, match="did you mean matrix"):
-        build_param_groups(Model(), lr=0.1, weight_decay=0.0, decayed_kinds=["matrx"])
 
 
 def test_missing_repeated_and_foreign_parameters_break_the_partition():

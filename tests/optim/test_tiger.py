@@ -14,6 +14,7 @@ def tiger(groups, **options):
         "weight_decay": 0.01,
         "beta": 0.9,
         "min_rms": 0.0,
+        "min_rms_ratio": 0.0,
         "shrink_ratio": None,
         "accumulate": "buffer",
         "skip_idle_rows": True,
@@ -37,11 +38,31 @@ def test_the_first_step_follows_the_rate_of_each_kind(zoo, groups_of, set_gradie
             expected = old - 0.05 * sign
         elif name == "embedding.weight":
             expected = old - 0.1 * old.square().mean(1, keepdim=True).sqrt() * sign
+        elif name == "experts.weight":
+            expected = old - 0.1 * old.square().mean((1, 2), keepdim=True).sqrt() * (sign + 0.5 * old)
         elif name == "head.weight":
             expected = old - 0.1 * rms(old) * sign
         else:
             expected = old - 0.1 * rms(old) * (sign + 0.5 * old)
         torch.testing.assert_close(parameter.detach(), expected, msg=name)
+
+
+def test_the_floor_is_a_share_of_the_initial_standard_deviation(zoo, groups_of, set_gradients):
+    groups = groups_of(zoo, lr=0.1)
+    for group in groups:
+        group["initial_stds"] = [2.0 for _ in group["names"]]
+    optimizer = tiger(groups, min_rms_ratio=0.5)
+    with torch.no_grad():
+        zoo.experts.weight[1] = 0.01
+        zoo.embedding.weight[3] = 0.01
+    set_gradients(zoo, 0)
+    before = {name: p.detach().clone() for name, p in zoo.named_parameters()}
+    optimizer.step()
+    expert = (zoo.experts.weight - before["experts.weight"])[1].abs()
+    row = (zoo.embedding.weight - before["embedding.weight"])[3].abs()
+    torch.testing.assert_close(expert, torch.full_like(expert, 0.1 * 0.5 * 2.0))
+    torch.testing.assert_close(row, torch.full_like(row, 0.1 * 0.5 * 2.0))
+    assert optimizer.floors({"names": ["a"], "initial_stds": [0.0045]}) == [pytest.approx(0.00225)]
 
 
 def test_the_second_step_uses_the_decayed_momentum(groups_of):
