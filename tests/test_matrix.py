@@ -3,8 +3,12 @@
 import json
 
 import pytest
+import torch
 from catalogue import options
 
+from llm.config.build import build_model, module_factories
+from llm.config.sizes import batch_ramp
+from llm.training.learning_rate import rated_groups
 from llm.training.train import train
 
 NEEDS = {
@@ -54,3 +58,40 @@ def test_every_option_trains(composed, tiny, tmp_path, choice):
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_every_optimizer_trains_every_model(composed, tiny, tmp_path, pair):
     trains(composed, tiny, tmp_path, *pair)
+
+
+PIECES = [
+    *(f"model/position={name}" for name in options("model/position") if name != "inv_leaky"),
+    *(f"model/attention={name}" for name in options("model/attention") if name != "vq"),
+    *(f"model/attention=vq model/position=none model.attention.codebook.estimator={name}"
+      for name in ("ema", "straight_through", "rotation", "simvq")),
+    *(f"model/norm={name}" for name in options("model/norm")),
+    *(f"model/ffn={name}" for name in options("model/ffn")),
+    *(f"model=moe model/ffn/router={name}" for name in options("model/ffn/router") if name != "threshold"),
+    "model=moe model/ffn/router=threshold model/ffn/balance=budget",
+    *(f"model=moe model/ffn/balance={name}" for name in options("model/ffn/balance") if name != "budget"),
+    "model.tie_embeddings=false",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", options("optimizer"))
+def test_every_optimizer_updates_every_parameter_of_every_piece(composed, tiny, optimizer):
+    rule = composed(*tiny, f"optimizer={optimizer}")["optimizer"]
+    ids = torch.randint(60, (4, 32), generator=torch.Generator().manual_seed(0))
+    places = {"positions": torch.arange(32).expand(4, -1), "document_ids": torch.zeros_like(ids)}
+    for choice in PIECES:
+        torch.manual_seed(0)
+        cfg = composed(*tiny, *choice.split()) | {"optimizer": rule}
+        model, factories = build_model(cfg, vocab_size=64), module_factories(cfg, batch_ramp(cfg))
+        rating = {key: factories[key] for key in ("rates", "optimizer", "lr", "weight_decay")}
+        stepper = factories["optimizer"](rated_groups(model, **rating))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for _ in range(2):
+            out = model(ids, **places)
+            (model.loss(out.hidden, ids.roll(-1, 1)) + sum(out.losses.values())).backward()
+            reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+            stepper.step()
+            stepper.zero_grad()
+        for name, parameter in model.named_parameters():
+            assert torch.isfinite(parameter).all(), (choice, name)
+            assert name not in reached or not torch.equal(parameter, before[name]), (choice, name)

@@ -12,7 +12,7 @@ from llm.config.pieces import instantiate
 from llm.config.sizes import batch_ramp
 from llm.errors import ConfigError
 from llm.ops.loss import linear_cross_entropy
-from llm.scaling.rates import RatedTensor, update_of
+from llm.scaling.rates import RatedTensor, Rates, update_of
 from llm.training.learning_rate import rated_groups
 from llm.training.train import train
 
@@ -215,3 +215,41 @@ def test_the_receipt_shows_the_rate_of_every_tensor(composed, tiny, tmp_path):
     assert " 0.002 " in lines["layers.0.attention.q_proj.weight"]
     assert " 0.004 " in lines["token_embedding.weight"]
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("optimizer", options("optimizer"))
+def test_rates_and_decay_can_be_set_per_kind_for_every_optimizer(composed, optimizer):
+    given = ("rates.lr_scales.embedding=0.5", "rates.decay_kinds=[matrix,vector]")
+    _, factory, groups, cfg = setting(composed, optimizer, "plain", 64, *given)
+    lr, decay = cfg["optimizer"]["lr"], cfg["optimizer"]["weight_decay"]
+    expected = {"matrix": (lr, decay), "embedding": (0.5 * lr, 0.0), "vector": (lr, decay)}
+    assert {g["kind"]: (g["lr"], g["weight_decay"]) for g in groups} == expected
+    assert len(factory(groups).param_groups) == 3
+
+
+@pytest.mark.parametrize("rates", options("rates"))
+def test_scales_and_kinds_act_on_every_rule_for_rates(composed, rates):
+    before = setting(composed, "adamw", rates, 128)[2]
+    given = ("rates.lr_scales={matrix: 1, embedding: 3, head: 1, vector: 1}", "rates.decay_kinds=[]")
+    after = setting(composed, "adamw", rates, 128, *given)[2]
+    name = "token_embedding.weight"
+    assert rate_of(after, name)[0] == pytest.approx(3 * rate_of(before, name)[0])
+    assert {group["weight_decay"] for group in after} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"lr_scales": {"embeding": 1}}, "did you mean embedding"), ({"decay_kinds": ["gains"]}, "no such kind"),
+     ({"lr_scales": {"head": -1}}, "must be at least 0")],
+)  # fmt: skip
+def test_an_unknown_kind_or_a_negative_scale_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Rates(**settings)
+
+
+@pytest.mark.parametrize("decay", ["true", "false"])
+def test_amos_rates_a_tensor_that_starts_at_zero_by_its_width(composed, decay):
+    given = ("model.init.embedding_std=0", f"rates.decay={decay}")
+    _, _, groups, cfg = setting(composed, "lion", "amos", 64, *given)
+    lr = cfg["optimizer"]["lr"]
+    assert rate_of(groups, "token_embedding.weight")[0] == pytest.approx(lr * 64**-0.5)
