@@ -1,4 +1,4 @@
-"""Corpora small enough to build in milliseconds, and the data module over them."""
+"""Makes corpora that are built in milliseconds, and data modules for them."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from data.tokenizer import ByteTokenizer
 
 @pytest.fixture
 def make_text():
-    """Return TextFiles with the settings of conf/data/text.yaml unless told otherwise."""
+    """Return a function that makes TextFiles, by default with the settings of conf/data/text.yaml."""
 
     def make(files, **settings) -> TextFiles:
         files = str(files) if isinstance(files, Path) else files
@@ -24,7 +24,7 @@ def make_text():
 
 @pytest.fixture
 def make_module(tmp_path):
-    """Return a TokenDataModule with a cache of its own unless told otherwise."""
+    """Return a function that makes a TokenDataModule, by default with a cache of its own."""
 
     def make(source, **settings) -> TokenDataModule:
         defaults = {

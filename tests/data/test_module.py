@@ -53,7 +53,7 @@ def module(make_module, make_text, write_lines, texts) -> TokenDataModule:
     return make_module(make_text(write_lines(texts)))
 
 
-def test_what_others_need_is_known_before_a_trainer_exists(module, texts):
+def test_sizes_and_fingerprint_are_known_before_a_trainer_exists(module, texts):
     module.prepare_data()
     module.setup("fit")
     total = sum(len(text.encode()) + 1 for text in texts)
@@ -145,7 +145,7 @@ def test_an_empty_validation_split_is_refused(make_module, make_text, tmp_path):
         module.prepare_data()
 
 
-def test_a_corpus_of_which_nothing_is_left_says_why(make_module, make_text, tmp_path):
+def test_a_corpus_that_is_discarded_whole_names_the_largest_cause(make_module, make_text, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 " * 99)
     with pytest.raises(DataError, match=r"0 documents; discarded: .* 1 invalid_utf8, .*convert the files to UTF-8"):
         make_module(make_text(tmp_path / "a.txt")).prepare_data()

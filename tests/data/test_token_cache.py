@@ -95,7 +95,7 @@ def test_copies_stay_when_asked_for(make_text, write_lines, texts, tmp_path):
     assert len(documents_of(cache.train, ByteTokenizer()) + documents_of(cache.val, ByteTokenizer())) == 2 * len(texts)
 
 
-def test_what_the_cleaning_leaves_out_is_reported(make_text, tmp_path):
+def test_discarded_documents_are_counted_in_the_report(make_text, tmp_path):
     contents = {"ok": b"fine\n", "empty": b"  \n", "latin": b"caf\xe9\n", "long": b"x" * 99 + b"\n", "copy": b"fine\n"}
     for name, content in contents.items():
         (tmp_path / f"{name}.txt").write_bytes(content)
@@ -203,7 +203,7 @@ def test_a_broken_document_stops_the_build_and_leaves_nothing_behind(
     assert folders(tmp_path / "cache") == []
 
 
-def test_what_a_killed_build_left_is_never_read_and_is_cleaned(make_text, write_lines, texts, tmp_path):
+def test_the_folder_of_a_killed_build_is_never_read_and_is_removed(make_text, write_lines, texts, tmp_path):
     source = make_text(write_lines(texts))
     key = open_or_build(source, ByteTokenizer(), options(tmp_path / "cache")).fingerprint
     final = tmp_path / "cache" / "tokens" / key
