@@ -1,4 +1,4 @@
-"""Updates that were refused, written down with what they were made of: bad_steps.jsonl."""
+"""Records refused updates and their windows in bad_steps.jsonl."""
 
 import json
 import logging
@@ -18,11 +18,11 @@ FILE = "bad_steps.jsonl"
 
 
 class BadSteps(Callback):
-    """Notes each update that was not applied: its micro-batches with their losses, windows and documents.
+    """Records each update that was not applied, with the losses, windows and documents of its micro-batches.
 
-    One line an update: step, why, loss, grad_norm, and for each micro-batch of each rank its loss, the numbers of its
+    One line per update: step, why, loss, grad_norm, and for each micro-batch of each rank its loss, the numbers of its
     windows, and the first and last document of the corpus in each of them. `python -m llm.replay` computes its losses
-    again, window by window. Where the run has gone back from some, each step's metrics have their number, `rollbacks`.
+    again, window by window. After a rollback, the metrics of each step have the number of rollbacks, `rollbacks`.
 
     Args:
         run_folder: where the file goes.
@@ -32,19 +32,19 @@ class BadSteps(Callback):
         self.run_folder, self._rollbacks = run_folder, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Count how often the run has gone back."""
+        """Count the rollbacks of the run."""
         self._rollbacks = len(read_rollbacks(self.run_folder))
 
     def step_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
-        """Return that count, where there is one."""
+        """Return the number of rollbacks, if there were any."""
         return {"rollbacks": float(self._rollbacks)} if self._rollbacks else {}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """Note an update that was left out."""
+        """Record an update that was skipped."""
         self._note(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Note the update that stopped the run."""
+        """Record the update that stopped the run."""
         self._note(trainer, pl_module)
 
     def _note(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -65,7 +65,7 @@ class BadSteps(Callback):
 
 
 def _micro_batches(losses: list[list[float]], windows: list[int], documents_in: Any) -> list[dict[str, Any]]:
-    """Return what each rank had in each micro-step, as the sampler dealt it out."""
+    """Return loss, windows and documents of each rank in each micro-step, in the order of the sampler."""
     ranks, steps = len(losses), len(losses[0])
     rows = len(windows) // (ranks * steps)
     documents = dict(zip(windows, documents_in(windows), strict=True))
@@ -80,5 +80,5 @@ def _micro_batches(losses: list[list[float]], windows: list[int], documents_in: 
 
 
 def _number(value: Any) -> Any:
-    """Return a number that JSON has no word for as a text."""
+    """Return a number that JSON cannot represent as text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""The run as four curves: loss, learning rate, gradient norm, throughput."""
+"""Draws loss, learning rate, gradient norm and throughput of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
     """Draw the lines of a metrics.jsonl; a panel whose metric was never recorded says so.
 
     Args:
-        lines: one mapping of metric to value a step.
+        lines: one mapping of metric to value per step.
         path: the picture to write.
     """
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -43,12 +43,12 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
     names = sorted({name for line in lines for name in line})
     rates = [name for name in names if name.startswith("lr/")]
     loss, rate, norm, speed = panels.ravel()
-    _panel(loss, lines, ["train/loss", "val/loss"], "loss (nats a token)")
+    _panel(loss, lines, ["train/loss", "val/loss"], "loss (nats per token)")
     _panel(rate, lines, rates, "learning rate")
     _panel(norm, lines, ["grad_norm"], "gradient norm")
-    _panel(speed, lines, ["tokens_per_second"], "throughput (tokens a second)")
+    _panel(speed, lines, ["tokens_per_second"], "throughput (tokens per second)")
     for axes in (norm, speed):
-        axes.set_ylim(bottom=0)  # else noise fills the panel
+        axes.set_ylim(bottom=0)  # otherwise noise fills the panel
     speed.yaxis.set_major_formatter(EngFormatter())
     figure.savefig(path, dpi=110)
 

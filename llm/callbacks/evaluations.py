@@ -1,4 +1,4 @@
-"""Evaluations along a training run, by the very code of eval.py."""
+"""Runs evaluations during training, with the code of eval.py."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -91,5 +91,5 @@ class Evaluations(Callback):
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on counting."""
+        """Restore the number of validations."""
         self._validations = state_dict["validations"]

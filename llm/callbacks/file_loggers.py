@@ -1,4 +1,4 @@
-"""Lightning's own loggers that write files, put inside the run folder."""
+"""Places Lightning's file loggers inside the run folder."""
 
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -7,14 +7,14 @@ from llm.run_folder.folder import RunFolder
 
 
 class RunCsvLogger(CSVLogger):
-    """Lightning's CSV logger, for which a full disk is no reason to end a run."""
+    """Lightning's CSV logger, which continues on a full disk."""
 
     def __init__(self, *, run_folder: RunFolder, flush_every: int) -> None:
         super().__init__(save_dir=run_folder.path, name="csv", flush_logs_every_n_steps=flush_every)
         self.run_folder = run_folder
 
     def save(self) -> None:
-        """Write what there is room for."""
+        """Write the file, unless the disk is full."""
         with self.run_folder.unless_full("csv"):
             super().save()
 

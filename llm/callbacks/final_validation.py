@@ -1,4 +1,4 @@
-"""A run ends with a validation, whatever its number of updates."""
+"""Validates at the end of a run, whatever its number of updates."""
 
 from typing import Any
 
@@ -10,6 +10,6 @@ class FinalValidation(Callback):
     """Validates after the last update also where `max_steps` is no multiple of `val_every`."""
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Ask the trainer to stop at its last update: it validates before it does, as it would not at `max_steps`."""
+        """Ask the trainer to stop at its last update: it then validates first, which it does not do at `max_steps`."""
         if trainer.global_step == trainer.max_steps:
             trainer.should_stop = True

@@ -1,4 +1,4 @@
-"""optimizer.txt: what every tensor got."""
+"""Writes optimizer.txt: the rule, rate and state of each tensor."""
 
 import logging
 from typing import Any
@@ -15,9 +15,8 @@ log = logging.getLogger(__name__)
 class OptimizerReceipt(Callback):
     """Writes each tensor's kind, rule, lr, weight decay and state bytes to optimizer.txt, and their totals to the log.
 
-    Above them stands how the learning rate follows from the batch.
-
-    The receipt is read off the optimizer that the trainer really steps, after a strategy has wrapped it.
+    The first lines say how the learning rate follows from the batch. The receipt describes the optimizer that the
+    trainer steps, after a strategy has wrapped it.
 
     Args:
         run_folder: where optimizer.txt goes.

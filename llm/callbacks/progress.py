@@ -1,4 +1,4 @@
-"""How far the run is: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Shows progress: a live bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import logging
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class ProgressLine(ProgressBar):
-    """Shows step, loss, tokens a second and the time left; validation's results stay on lines of their own.
+    """Shows step, loss, tokens per second and the time left; validation's results stay on lines of their own.
 
     Args:
         every: optimizer updates between plain lines where there is no terminal, at least 1.

@@ -1,4 +1,4 @@
-"""The random states that a resumed run needs to draw the very numbers an uninterrupted one would."""
+"""Saves and restores random states, so that a resumed run draws the numbers of an uninterrupted one."""
 
 import logging
 import random
@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 class RngState(Callback):
     """Saves and restores the random states of Python, NumPy, torch and the GPU, each rank its own.
 
-    Validation and sampling leave no trace in them either: how often they happen does not change what is trained; nor
-    does what loggers and loaders draw before the first batch.
+    Validation and sampling do not change them, so their frequency does not affect training. Numbers that loggers and
+    loaders draw before the first batch do not change them either.
     """
 
     def __init__(self) -> None:
@@ -26,18 +26,18 @@ class RngState(Callback):
         self._step = -1
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Restore at the first batch, when every logger and data loader stands: making them draws numbers too."""
+        """Restore at the first batch, after all loggers and loaders were built: building them draws numbers."""
         if self._at_start is not None:
             set_rng_state(self._at_start)
             self._at_start = None
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Note the states after each update: validation may come next."""
+        """Save the states after each update, before a validation may follow."""
         if trainer.global_step != self._step:
             self._step, self._before = trainer.global_step, get_rng_state()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on as if validation had not been."""
+        """Restore the states from before the validation."""
         if self._before is not None and not trainer.sanity_checking:
             set_rng_state(self._before)
 

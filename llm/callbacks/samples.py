@@ -1,4 +1,4 @@
-"""Text that the model writes along the way: the plainest sign of what it has learned."""
+"""Generates text during training."""
 
 import logging
 from typing import Any
@@ -20,7 +20,7 @@ class Samples(Callback):
     Args:
         run_folder: its samples.txt grows.
         every_validations: validations between samples, at least 1.
-        prompts: texts to go on from; an empty one starts a document.
+        prompts: texts to continue; an empty one starts a document.
         max_new_tokens: tokens drawn for each prompt.
         temperature: 0 takes the likeliest token.
         top_k: draw among the k likeliest, or None.
@@ -64,7 +64,7 @@ class Samples(Callback):
             self._sample(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Show a last sample; a run that was told to stop has no time for it."""
+        """Show a last sample, unless a signal stopped the run."""
         if trainer.global_step == trainer.max_steps:
             text = self._sample(trainer, pl_module)
             if trainer.is_global_zero:
@@ -75,7 +75,7 @@ class Samples(Callback):
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on counting."""
+        """Restore the number of validations."""
         self._validations = state_dict["validations"]
 
     def _sample(self, trainer: L.Trainer, pl_module: Any) -> str:

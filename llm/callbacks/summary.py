@@ -1,4 +1,4 @@
-"""summary.json: what the run is doing now, and in the end what came out."""
+"""Keeps summary.json: the state of a run, and its final figures."""
 
 import time
 from typing import Any
@@ -17,7 +17,7 @@ _FINAL = {"val/loss": "val/loss", "val/bits_per_byte": "bits_per_byte", "val/per
 
 
 class Summary(Callback):
-    """Keeps summary.json true at any moment: running, finished, `stopped: SIGTERM`, or `failed: why`.
+    """Keeps summary.json up to date: running, finished, `stopped: SIGTERM`, or `failed: why`.
 
     Figures come from the module, the trainer, and each callback that has `final_figures(trainer, pl_module) -> dict`.
 
@@ -31,7 +31,7 @@ class Summary(Callback):
         self._seconds_before = 0.0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Say that the run is running, and what it consists of."""
+        """Record that the run is running, with its parameters and versions."""
         self._began = time.monotonic()
         total, active = count_parameters(pl_module)
         figures = {"status": "running", "parameters": total, "active_parameters": active}
@@ -39,21 +39,21 @@ class Summary(Callback):
         self.run_folder.update(figures | {"git_commit": git_commit(), "versions": versions()})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Note validation's results, so that they outlive a kill."""
+        """Record the results of validation, so that they survive a kill."""
         if not trainer.sanity_checking:
             self.run_folder.update(self._figures(trainer, pl_module))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Note the final figures while the optimizer still stands."""
+        """Record the final figures while the optimizer still exists."""
         self.run_folder.update(self._figures(trainer, pl_module) | _closing_figures(trainer, pl_module))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Say how the run ended, as the last thing."""
+        """Record how the run ended."""
         signal = _stop_signal(trainer)
         self.run_folder.update({"status": "finished" if signal is None else f"stopped: {signal.name}"})
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Say why the run failed."""
+        """Record why the run failed."""
         if isinstance(exception, KeyboardInterrupt):
             signal = _stop_signal(trainer)
             status = f"stopped: {'SIGINT' if signal is None else signal.name} (at once)"
@@ -66,7 +66,7 @@ class Summary(Callback):
         return {"seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Go on from a checkpoint's seconds."""
+        """Restore the seconds of a checkpoint."""
         self._seconds_before = state_dict["seconds"]
 
     def _seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""How many tokens a second training takes in, and what share of the device's peak that is."""
+"""Measures tokens per second, and their share of the peak of the device."""
 
 import time
 from collections import deque

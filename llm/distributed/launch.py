@@ -1,4 +1,4 @@
-"""Who started this process, and starting one process a device where nobody has."""
+"""Finds the launcher of this process, and starts one process per device where there is none."""
 
 import contextlib
 import json

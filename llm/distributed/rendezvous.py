@@ -1,4 +1,4 @@
-"""What ranks agree on before there is a process group: a run folder with the time in its name, a rank's finding."""
+"""Lets ranks agree on a value before the process group exists."""
 
 import os
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient norm jumps: told from the ordinary ones, and left out or gone back from."""
+"""Detects updates whose loss or gradient norm jumps, which are skipped or rolled back."""
 
 import math
 from collections import deque
