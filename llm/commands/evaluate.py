@@ -63,7 +63,7 @@ def evaluate(config: EvalConfig | Mapping[str, Any], path: Path) -> float | None
         out = path if len(runs) == 1 else folder / "eval"
         results[str(folder)] = judge(subject, evaluations, out)
     if len(runs) > 1:
-        compare({name: _headlines(found) for name, found in results.items()}, path)
+        write_comparison({name: _headlines(found) for name, found in results.items()}, path)
     first = next(iter(results.values()))
     return first["loss"].figures["val/loss"] if "loss" in first else None
 
@@ -155,7 +155,7 @@ def _headlines(results: Mapping[str, Result]) -> dict[str, float]:
     return {name: value for result in results.values() for name, value in result.headline.items()}
 
 
-def compare(headlines: Mapping[str, Mapping[str, float]], out: Path) -> None:
+def write_comparison(headlines: Mapping[str, Mapping[str, float]], out: Path) -> None:
     """Show and keep one table of several runs."""
     columns = list(dict.fromkeys(name for headline in headlines.values() for name in headline))
     rows = [

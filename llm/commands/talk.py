@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,6 +23,10 @@ from llm.training.rebuild import TrainedModel, rebuild_model
 @dataclass(frozen=True, kw_only=True)
 class TalkConfig:
     """The keys of conf/generate.yaml."""
+
+    SAMPLING: ClassVar = (
+        "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop", "seed", "use_cache"
+    )  # fmt: skip
 
     run_dir: str
     checkpoint: str
@@ -42,8 +46,7 @@ class TalkConfig:
     @property
     def sampling(self) -> dict[str, Any]:
         """What `llm.generate` takes."""
-        keys = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop", "seed", "use_cache")
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in self.SAMPLING}
 
 
 def check_talk(cfg: Mapping[str, Any]) -> TalkConfig:

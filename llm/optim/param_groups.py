@@ -85,9 +85,9 @@ def _shared_kind(uses: list[tuple[str, ParameterKind]]) -> ParameterKind:
     raise ConfigError(f"parameter_kinds: one tensor is claimed twice, {claims}; let the modules agree on its kind")
 
 
-def _resting_value(name: str, kind: ParameterKind) -> float:
+def _resting_value(name: str, kind: ParameterKind, parameter: nn.Parameter) -> float:
     """Return 1 for a gain and 0 otherwise."""
-    return 1.0 if kind == "vector" and name.rpartition(".")[2] == "weight" else 0.0
+    return 1.0 if kind == "vector" and parameter.ndim <= 1 and name.rpartition(".")[2] == "weight" else 0.0
 
 
 def _heads(model: nn.Module) -> dict[str, int]:
@@ -101,7 +101,12 @@ def _heads(model: nn.Module) -> dict[str, int]:
 
 
 def build_param_groups(
-    model: nn.Module, *, lr: float, weight_decay: float, rates: Mapping[str, tuple[float, float]] | None = None
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    rates: Mapping[str, tuple[float, float]] | None = None,
+    kinds: Mapping[str, ParameterKind] | None = None,
 ) -> list[ParamGroup]:
     """Sort the trainable parameters of `model` into one tagged group per kind and pair of rates.
 
@@ -111,11 +116,12 @@ def build_param_groups(
         lr: peak learning rate, > 0.
         weight_decay: decoupled decay of matrices, >= 0; the other kinds get 0.
         rates: (lr, weight decay) of each parameter by name, in place of both; see `llm.scaling.rates`.
+        kinds: kind of each trainable parameter by name; None for those that the modules state.
 
     Raises:
         ConfigError: an unclaimed or contradictory parameter, or nothing to train.
     """
-    kinds = parameter_kinds(model)
+    kinds = parameter_kinds(model) if kinds is None else kinds
     if not kinds:
         raise ConfigError(f"model={type(model).__name__}: has no trainable parameter; unfreeze some")
     parameters, heads = dict(model.named_parameters()), _heads(model)
@@ -134,7 +140,7 @@ def build_param_groups(
                     kind=kind,
                     lr=its_lr,
                     weight_decay=its_decay,
-                    resting_values=[_resting_value(name, kind) for name in names],
+                    resting_values=[_resting_value(name, kind, parameters[name]) for name in names],
                     heads=[heads.get(name, 1) for name in names],
                     initial_stds=[stds.get(name) or _usual_std(parameters[name]) for name in names],
                 )

@@ -52,7 +52,7 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     replace_text(out / "leaderboard.csv", to_csv(findings.rows))
     replace_text(out / "index.html", to_html(report_data(findings, made=made), refresh_seconds))
-    return Report(_text(findings), out / "index.html", findings.is_open)
+    return Report(report_text(findings), out / "index.html", findings.is_open)
 
 
 def _refuse_other_files(out: Path) -> None:
@@ -62,7 +62,8 @@ def _refuse_other_files(out: Path) -> None:
             raise ConfigError(f"{out / name}: not written by a report; choose another folder with --out")
 
 
-def _text(findings: Findings) -> str:
+def report_text(findings: Findings) -> str:
+    """Return the findings as text for a terminal."""
     states = findings.states
     counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     parts = [

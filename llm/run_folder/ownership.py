@@ -105,7 +105,7 @@ def discard_empty(folder: Path) -> None:
 
 def _close_logs(folder: Path) -> None:
     """Close the log files in a folder. An open log handler would create its file again."""
-    logging.shutdown()
     for handler in [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]:
         if Path(handler.baseFilename).is_relative_to(folder):
             logging.getLogger().removeHandler(handler)
+            handler.close()
