@@ -105,6 +105,10 @@ class GroupedOptimizer(ShardSteps, torch.optim.Optimizer):
                 self.update(group, members)
         return loss
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs: torch's part, and the settings of the rule. Layouts of shards stay behind."""
+        return super().__getstate__() | {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved state and keep its buffers in fp32. torch would cast them to the dtype of the parameters.
 
@@ -129,7 +133,7 @@ class GroupedOptimizer(ShardSteps, torch.optim.Optimizer):
 
     def is_due(self, parameter: Tensor) -> bool:
         """Return whether this step updates `parameter`."""
-        return parameter.grad is not None
+        return parameter.grad is not None and parameter.numel() > 0
 
     @abstractmethod
     def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -201,7 +205,12 @@ def slabs(params: list[Tensor], gradients: list[Tensor], state: dict[str, list[T
         pieces = {n: t.split(rows) if t.shape == whole[0].shape else repeat(t) for n, t in held.items()}
         for piece, gradient, *parts in zip(*(t.split(rows) for t in whole), *pieces.values()):  # noqa: B905
             scratch = room[: piece.numel()].view(piece.shape)
-            yield Slab([piece], [gradient], {n: [part] for n, part in zip(pieces, parts, strict=True)}, [scratch])
+            changed = [t.contiguous() for t in (piece, *parts)]  # fused kernels pair elements by their place in memory
+            held_parts = {n: [part] for n, part in zip(pieces, changed[1:], strict=True)}
+            yield Slab([changed[0]], [gradient.contiguous()], held_parts, [scratch])
+            for original, copied in zip((piece, *parts), changed, strict=True):
+                if copied is not original:
+                    original.copy_(copied)
 
 
 def between(start: list[Tensor], end: list[Tensor], weight: float, *, out: list[Tensor] | None) -> list[Tensor]:

@@ -19,11 +19,20 @@ from llm.optim.rules import apply_rule, apply_rule_to_shard, make_rule
 from llm.optim.shard import ShardLayout, rows_to_watch
 from llm.optim.threads import side_by_side
 
+
+def _match_adamw(rows: float, columns: float) -> float:
+    return 0.2 * max(rows, columns) ** 0.5
+
+
+def _spectral(rows: float, columns: float) -> float:
+    return max(1.0, rows / columns) ** 0.5
+
+
 UPDATE_SCALES: dict[str, Callable[[float, float], float]] = {
     # Liu et al., "Muon is Scalable for LLM Training", arXiv:2502.16982, eq. 4: AdamW's lr and weight decay apply
-    "match_adamw": lambda rows, columns: 0.2 * max(rows, columns) ** 0.5,
+    "match_adamw": _match_adamw,
     # Jordan et al. 2024, "Muon": the best lr does not change with the width
-    "spectral": lambda rows, columns: max(1.0, rows / columns) ** 0.5,
+    "spectral": _spectral,
 }
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -74,7 +74,7 @@ class Tiger(GroupedOptimizer):
         weight_decay: float,
         beta: float,
         min_rms: float,
-        min_rms_ratio: float,
+        min_rms_ratio: float = 0.0,
         shrink_ratio: float | None,
         accumulate: str,
         skip_idle_rows: bool,
@@ -92,6 +92,12 @@ class Tiger(GroupedOptimizer):
         if self.folds:
             self._register_folding()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied optimizer; the copies of parameters need hooks of their own."""
+        super().__setstate__(state)
+        if state.get("folds"):  # torch's load_state_dict comes here too, with the state alone
+            self._register_folding()
+
     @property
     def folds_gradients(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the backward pass adds gradients to the momentum."""
@@ -103,7 +109,7 @@ class Tiger(GroupedOptimizer):
 
     def is_due(self, parameter: Tensor) -> bool:
         """Return whether `parameter` has a gradient, or has added one to its momentum since the last step."""
-        return parameter.grad is not None or self.state.get(parameter, {}).get("folded", 0) > 0
+        return super().is_due(parameter) or self.state.get(parameter, {}).get("folded", 0) > 0
 
     def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Update the momenta by the gradients, then move the parameters by the signs of the momenta."""

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -180,3 +181,46 @@ def test_bfloat16_parameters_keep_fp32_state_also_through_a_checkpoint(name, zoo
 @pytest.mark.parametrize("name", OURS)
 def test_it_is_one_of_the_projects_optimizers(name, zoo, groups_of):
     assert isinstance(build(name, groups_of(zoo)), GroupedOptimizer)
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def test_a_copied_optimizer_steps_as_its_original(name, copied, zoo, groups_of, set_gradients):
+    optimizer = build(name, groups_of(zoo, lr=0.01, weight_decay=0.1))
+    set_gradients(zoo, 0)
+    optimizer.step()
+    other = copied(optimizer)
+    for step in (1, 2):
+        set_gradients(zoo, step)
+        for left, right in zip(optimizer.param_groups, other.param_groups, strict=True):
+            for own, its in zip(left["params"], right["params"], strict=True):
+                its.grad = own.grad.clone()
+        optimizer.step()
+        other.step()
+    for left, right in zip(optimizer.param_groups, other.param_groups, strict=True):
+        assert all(torch.equal(own, its) for own, its in zip(left["params"], right["params"], strict=True))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_layout_of_a_parameter_in_memory_does_not_change_its_update(name, groups_of):
+    start, gradients = torch.randn(24, 8), [torch.randn(24, 8) for _ in range(3)]
+    updated = []
+    for weight in (start.clone(), start.t().contiguous().t()):
+        module = nn.Linear(8, 24, bias=False)
+        module.weight = nn.Parameter(weight)
+        optimizer = build(name, groups_of(module, lr=0.01, weight_decay=0.1))
+        for gradient in gradients:
+            module.weight.grad = gradient.clone()
+            optimizer.step()
+        updated.append(module.weight.detach().clone().contiguous())
+    torch.testing.assert_close(*updated, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_an_empty_parameter_is_left_as_it_is(name, groups_of):
+    module = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 0, bias=False), nn.Linear(0, 4, bias=False)])
+    optimizer = build(name, groups_of(module, lr=0.01, weight_decay=0.1))
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert torch.isfinite(module[0].weight).all()
