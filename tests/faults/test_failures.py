@@ -41,7 +41,7 @@ def test_a_token_outside_the_vocabulary_is_named_with_its_file_and_place(run, tm
     (shard,) = (tmp_path / "cache").rglob("train*.bin")
     sound = shard.read_bytes()
     shard.write_bytes(sound[:HEADER_BYTES] + b"\xff\x01" * ((len(sound) - HEADER_BYTES) // 2))
-    with pytest.raises(DataError, match=rf"{shard.name}: token 511 at byte \d+, and the vocabulary has 257"):
+    with pytest.raises(DataError, match=rf"{shard.name}: token 511 at byte \d+ is outside the vocabulary of 257"):
         run("broken", cache)
     assert status(tmp_path / "broken").startswith("failed: loader.cache_dir=")
     shutil.rmtree(tmp_path / "cache")
