@@ -27,7 +27,9 @@ class OptimizerReceipt(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write the receipt before the first update."""
-        text = "\n".join([*pl_module.lr_derivation, "", receipt(trainer.optimizers[0])])
+        text = "\n".join(
+            [*pl_module.lr_derivation, "", receipt(trainer.optimizers[0], lr_scale=pl_module.peak_lr_scale)]
+        )
         self.run_folder.save_text("optimizer.txt", text + "\n")
         if self.run_folder.is_writer:
             totals = text.rsplit("\n\n", 1)[-1]

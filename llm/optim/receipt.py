@@ -98,31 +98,32 @@ def _names(group: dict[str, Any]) -> Sequence[str]:
     return group.get("names") or [f"parameter {i}" for i in range(len(group["params"]))]
 
 
-def receipt(optimizer: Any, *, across_layers: bool = False) -> str:
+def receipt(optimizer: Any, *, lr_scale: float = 1.0, across_layers: bool = False) -> str:
     """Return a table with the name, shape, kind, rule, peak lr, weight decay and state bytes of each tensor.
 
     Works for any torch optimizer built from tagged groups, also inside Lightning's wrapper.
 
     Args:
         optimizer: the optimizer.
+        lr_scale: factor of the batch rule on every rate; where the batch grows, the largest one.
         across_layers: combine tensors that differ only in their layer into one row, with their count and total state.
     """
     items = lines(optimizer)
     listed = _across_layers(items) if across_layers else items
-    header = ("name", "shape", "kind", "rule", "lr", "weight decay", "state bytes")
+    header = ("name", "shape", "kind", "rule", "peak lr", "weight decay", "state bytes")
     rows = [
         (
             item.name,
             " x ".join(map(str, item.shape)) or "scalar",
             item.kind,
             item.rule,
-            f"{item.lr:.3g}",
+            f"{item.lr * lr_scale:.3g}",
             f"{item.weight_decay:.3g}",
             f"{item.state_bytes:,}",
         )
         for item in listed
     ]
-    total_header = ("kind", "rule", "tensors", "parameters", "state bytes", "bytes a parameter")
+    total_header = ("kind", "rule", "tensors", "parameters", "state bytes", "bytes per parameter")
     return f"{_table([header, *rows])}\n\n{_table([total_header, *_totals(items)])}\n"
 
 

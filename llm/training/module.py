@@ -121,6 +121,11 @@ class LanguageModule(L.LightningModule):
         note = f"; {self.half_life_note}" if self.half_life_note else ""
         return [derivation(self.scaling, lr=self.lr, batch_tokens=size) + note * (len(sizes) == 1) for size in sizes]
 
+    @property
+    def peak_lr_scale(self) -> float:
+        """The largest factor of the batch rule over the run."""
+        return max(self.scaling(batch_tokens) for _, _, batch_tokens in self.ramp.stages)
+
     def batch_tokens_at(self, step: int) -> int:
         """Return the tokens of the update that follows `step` updates."""
         return self.ramp.batch_tokens_at(step)

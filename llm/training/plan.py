@@ -44,13 +44,15 @@ def describe_plan(checked: CheckedConfig) -> str:
     flops = FORWARD_AND_BACKWARD * model.flops_per_token(checked.run.context_length)
     passing = activation_bytes(checked, vocab_size)
     memory = memory_table(model, sizes, state=state, activations=passing[0], logits=passing[1])
+    unmeasured = sizes.needs_probe
+    scale = 1.0 if unmeasured else max(factories["scaling"](batch_tokens) for _, _, batch_tokens in sizes.ramp.stages)
     sections = [
         f"Parameters (vocabulary {vocab_size:_})\n{_parameters(model)}",
         f"Memory on one {sizes.accelerator} device, {sizes.precision}\n{memory}",
         _memory_by_stage(model, sizes, state, sum(passing)),
         f"Work\n{_work(sizes, flops)}",
         "\n".join(["Learning rate", *_rates(sizes, factories)]),
-        f"Optimizer receipt\n{receipt(factories['optimizer'](groups), across_layers=True)}",
+        f"Optimizer receipt\n{receipt(factories['optimizer'](groups), lr_scale=scale, across_layers=True)}",
     ]
     return "\n\n".join(sections)
 
@@ -122,7 +124,7 @@ def _work(sizes: Sizes, flops: float) -> str:
     peak = peak_flops(torch.device(sizes.accelerator), bf16="16" in sizes.precision)
     rows = [
         ["updates", f"{steps:_}"],
-        ["tokens an update", f"{plan.batch_tokens:_}"],
+        ["tokens per update", f"{plan.batch_tokens:_}"],
         [
             "windows an update",
             f"{plan.windows} = accumulation {plan.accumulation} x devices {plan.world_size} "

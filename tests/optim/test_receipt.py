@@ -53,3 +53,10 @@ def test_tensors_that_differ_in_their_layer_alone_may_share_a_row():
     assert rows["3 x layers.*.weight"] == str(3 * 8 * 16)
     assert rows["head.weight"] == str(8 * 8)
     assert whole.splitlines()[-4:] == folded.splitlines()[-4:]  # the totals
+
+
+def test_the_peak_rate_is_that_of_the_batch_rule():
+    text = receipt(adamw(nn.Linear(2, 2, bias=False)), lr_scale=0.125)
+    (row,) = [line for line in text.splitlines() if line.startswith("weight")]
+    rate = float(row.split()[-3])
+    assert rate == pytest.approx(0.125 * float(receipt(adamw(nn.Linear(2, 2, bias=False))).splitlines()[1].split()[-3]))
