@@ -73,7 +73,7 @@ class Muon(GroupedOptimizer):
         weight_decay: decoupled weight decay, multiplied by lr but not by `update_scale`; >= 0.
         momentum: decay rate μ of the momentum, in [0, 1).
         nesterov: orthogonalise (1−μ)·G + μ·M if True, and M itself if False.
-        iteration: Newton-Schulz coefficients, "quintic" or "polar_express".
+        iteration: Newton-Schulz coefficients, "quintic", "polar_express" or "polar_express_paper".
         update_scale: "match_adamw", 0.2·√max(d_out, d_in), or "spectral", √max(1, d_out/d_in).
         matmul_dtype: dtype of the products: "float32", "bfloat16", or "auto", bfloat16 where that is native.
         by_head: orthogonalise each attention head separately, where a module declares its projection's heads.

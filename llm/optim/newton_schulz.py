@@ -24,6 +24,19 @@ class Iteration(NamedTuple):
     values that fall as 1/i. Two steps of Polar Express have up to 6 times the error."""
 
 
+PAPER_POLYNOMIALS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+"""Best odd polynomials of degree 5 for singular values in [1e-3, 1], one after the other; each maps its interval to
+[1 - e, 1 + e] with the least e."""
+
+PAPER_SAFETY = 1.01
+"""Algorithm 1 evaluates each polynomial at x/1.01, so that rounding errors cannot leave the interval."""
+
 ITERATIONS = {
     # Jordan et al., "Muon: An optimizer for hidden layers in neural networks", kellerjordan.github.io/posts/muon, 2024
     "quintic": Iteration(((3.4445, -4.7750, 2.0315),) * 5, margin=1.0, gram_steps=3),
@@ -37,6 +50,12 @@ ITERATIONS = {
             (3.28575, -2.36813, 0.46449),
             (2.34655, -1.70978, 0.42324),
         ),
+        margin=1.01,
+        gram_steps=1,
+    ),
+    # The same paper's Algorithm 1, five steps: its first triple is (8.20516, -22.90193, 16.46072)
+    "polar_express_paper": Iteration(
+        tuple((a / PAPER_SAFETY, b / PAPER_SAFETY**3, c / PAPER_SAFETY**5) for a, b, c in PAPER_POLYNOMIALS),
         margin=1.01,
         gram_steps=1,
     ),

@@ -4,6 +4,7 @@ import torch
 from llm.errors import ConfigError
 from llm.optim.newton_schulz import (
     ITERATIONS,
+    PAPER_POLYNOMIALS,
     fast_dtype,
     iterate,
     newton_schulz_reference,
@@ -57,6 +58,27 @@ def test_the_scalar_map_of_polar_express_has_its_bounds():
         y = a * y + b * y**3 + c * y**5
     assert y[x >= 0.01].min() >= 0.858
     assert y.max() <= 1.1412
+
+
+def test_each_polynomial_of_the_paper_has_the_least_error_on_its_interval():
+    low, high = 1e-3, 1.0
+    for a, b, c in PAPER_POLYNOMIALS:
+        x = torch.linspace(low, high, 200_001, dtype=torch.float64)
+        y = a * x + b * x**3 + c * x**5
+        low, high = y.min().item(), y.max().item()
+        assert low + high == pytest.approx(2.0, abs=1e-5)  # errors of equal size above and below 1: the optimum
+    first = ITERATIONS["polar_express_paper"].coefficients[0]
+    assert first == pytest.approx((8.20516, -22.90193, 16.46072), abs=1e-5)
+
+
+def test_the_iteration_of_the_paper_maps_singular_values_near_one():
+    x = torch.diag(torch.logspace(-2.5, 0, 64))
+    x = x / torch.linalg.matrix_norm(x)
+    values = torch.linalg.svdvals(orthogonalize(x, iteration="polar_express_paper", dtype=FP32))
+    slow = torch.linalg.svdvals(newton_schulz_reference(x.double(), iteration="polar_express_paper")).float()
+    torch.testing.assert_close(values, slow, rtol=1e-3, atol=1e-4)
+    assert values[:40].min() > 0.83
+    assert values.max() < 1.13
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
