@@ -157,7 +157,7 @@ def test_an_interrupt_before_the_run_has_begun_leaves_no_folder(session, monkeyp
     def prepare_data(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data.module.TokenDataModule.prepare_data", prepare_data)
+    monkeypatch.setattr("data.data_module.TokenDataModule.prepare_data", prepare_data)
     Path("runs").mkdir()
     with pytest.raises(KeyboardInterrupt):
         llm.train(llm.compose(*session))
