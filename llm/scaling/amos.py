@@ -60,7 +60,7 @@ class Amos(Rates):
             )
 
     def own_rate(self, tensor: RatedTensor, *, lr: float, weight_decay: float, d_model: int, update: Update) -> Rate:
-        """Relate the tensor's initial size to the size of a step."""
+        """Return the rate and decay from the tensor's initial size and the size of a step."""
         std = VECTOR_DISTANCE if tensor.kind == "vector" else tensor.std or tensor.columns**-0.5
         rms = update.rms(tensor._replace(std=std))
         return Rate(lr * std / rms, lr * rms / (2 * std) if self.decay else weight_decay)

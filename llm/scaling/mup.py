@@ -51,7 +51,7 @@ class MuP(Rates):
         check_knows("mup", optimizer)
 
     def prepare(self, model: nn.Module) -> None:
-        """Let the final norm scale down by the width."""
+        """Divide the gain of the final norm by the relative width m."""
         scale_final_norm(model, self.base_d_model / initialized(model).d_model)
 
     def own_rate(self, tensor: RatedTensor, *, lr: float, weight_decay: float, d_model: int, update: Update) -> Rate:

@@ -49,7 +49,7 @@ class Spectral(Rates):
 
     @torch.no_grad()
     def prepare(self, model: nn.Module) -> None:
-        """Make matrices that narrow smaller, and the final norm with the width."""
+        """Scale matrices with fewer rows than columns by √(d_out/d_in); divide the final norm by the relative width."""
         stds = initialized(model).initial_stds
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and "token_embedding" not in name and "lm_head" not in name:
