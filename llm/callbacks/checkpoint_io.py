@@ -42,7 +42,7 @@ class FolderCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Copy Lightning's dictionary, and have it written as a checkpoint folder at `path`."""
+        """Copy Lightning's dictionary; a thread writes it as a checkpoint folder at `path`."""
         if storage_options is not None:
             raise CheckpointError(f"storage_options={storage_options}: a checkpoint folder has none; leave them out")
         state = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
@@ -56,7 +56,7 @@ class FolderCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Return Lightning's dictionary; always as plain data, whatever `weights_only` says, and on the CPU."""
+        """Return Lightning's dictionary on the CPU, always as plain data regardless of `weights_only`."""
         self.writer.wait()
         folder = Path(path)
         training = load_training(folder)
@@ -69,12 +69,12 @@ class FolderCheckpointIO(CheckpointIO):
         remove_checkpoint(Path(path))
 
     def teardown(self) -> None:
-        """Wait for what is still being written."""
+        """Wait until every checkpoint is written."""
         self.writer.wait()
 
 
 def _write_finite(folder: Path, contents: Contents, *, manifest: Mapping[str, Any]) -> None:
-    """Write a checkpoint of a run, whose weights must be numbers: it would replace one that can be gone on from."""
+    """Write a checkpoint whose weights are finite. Others would replace a checkpoint that can be resumed."""
     if bad := names_not_finite(contents.tensors):
         raise CheckpointError(
             f"checkpoint={folder}: {bad} holds values that are not finite, so it was not saved; go on from the one "

@@ -1,4 +1,4 @@
-"""When a checkpoint is made, which ones are kept, and what `last` and `best` point to."""
+"""Decides when checkpoints are saved, which ones are kept, and where `last` and `best` point."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints(Checkpoint):
-    """Saves every so many optimizer updates, at the last one whatever its number, and at the best validation loss.
+    """Saves checkpoints at regular updates, at the last update, and at the best validation loss.
 
     A checkpoint is made between two updates, never inside one. Where validation follows the same update, it is made
     after it, so that a run resumed from it repeats nothing; a run that is being stopped saves first. A thread writes
@@ -45,7 +45,7 @@ class Checkpoints(Checkpoint):
         self._is_deferred = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take up the best loss so far, unless the run now goes on from before it was reached."""
+        """Restore the best loss so far, unless the run resumes from an earlier update."""
         self._step = trainer.global_step
         self._saved_step = trainer.global_step or -1
         self._is_deferred = False
@@ -54,7 +54,7 @@ class Checkpoints(Checkpoint):
             self.best_loss = summary["best_val_loss"]
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Save when an update has just been done and is due."""
+        """Save a checkpoint after an update for which one is due."""
         if trainer.global_step == self._step:
             return
         _writer(trainer).check()
@@ -66,7 +66,7 @@ class Checkpoints(Checkpoint):
                 self._save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what waited for validation, or what is the best so far."""
+        """Save the checkpoint that was due before validation, or the best one so far."""
         if trainer.sanity_checking or not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
             return
         loss = float(trainer.callback_metrics.get("val/loss", math.inf))
@@ -80,13 +80,13 @@ class Checkpoints(Checkpoint):
             self.run_folder.update({"best_val_loss": loss, "best_step": trainer.global_step})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last update where the data ended before the run did, and see that it is written."""
+        """Save the last update where the data ended early, and wait until the checkpoint is written."""
         if trainer.global_step:
             self._save(trainer)
         _writer(trainer).wait()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Have the checkpoint that is being written finished, unless the user wants to leave at once."""
+        """Wait for the checkpoint that is being written, unless the user stops the run at once."""
         if isinstance(exception, KeyboardInterrupt):
             _writer(trainer).abandon()
             return
@@ -105,7 +105,7 @@ class Checkpoints(Checkpoint):
         self._point(trainer, "last")
 
     def _point(self, trainer: L.Trainer, name: str) -> None:
-        """When this update's checkpoint is there, point to it, and delete what is old."""
+        """Point `last` and `best` to this update's checkpoint once it exists, and delete old ones."""
         if trainer.is_global_zero:
             _writer(trainer).submit(partial(self._point_and_prune, name, trainer.global_step))
 

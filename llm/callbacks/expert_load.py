@@ -1,4 +1,4 @@
-"""How experts are used: figures of the whole update, an alarm for idle ones, and a picture."""
+"""Reports the load of experts per update, warns of idle experts, and draws the load over the run."""
 
 import logging
 from collections.abc import Iterator
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 LOAD = "expert_load_global"
 MOST_TIMES = 200
-"""Columns of the picture; longer runs are averaged down to it."""
+"""Columns of the plot; the updates of longer runs are averaged."""
 MOST_ROWS_TIMES = 50
-"""Steps in the table that loggers are given."""
+"""Steps in the table that loggers receive."""
 
 
 class ExpertLoad(Callback):
@@ -50,12 +50,12 @@ class ExpertLoad(Callback):
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Count from the update that the run goes on from."""
+        """Start counting at the update from which the run starts or resumes."""
         self._step = trainer.global_step
         self._idle = {index: torch.zeros_like(counts) for index, counts in expert_layers(pl_module)}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """Count the updates that each expert has been without a token."""
+        """Count the consecutive updates in which each expert received no token."""
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -86,7 +86,7 @@ class ExpertLoad(Callback):
         return metrics
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Draw, once every line is written."""
+        """Draw the plot after every line is written."""
         if self._idle and trainer.is_global_zero:
             lines = self.run_folder.read_metrics()
             with self.run_folder.unless_full("expert_load.png"):
@@ -115,7 +115,7 @@ def expert_layers(pl_module: Any) -> Iterator[tuple[int, Tensor]]:
 
 
 def draw_expert_load(lines: list[dict[str, Any]], path: Path) -> None:
-    """Draw a panel a layer: experts upwards, time to the right, each one's load in colour, 1 being an even share.
+    """Draw one panel per layer with experts over time; colour is the load, where 1 is an even share.
 
     Args:
         lines: one mapping of metric to value a step, as in metrics.jsonl.

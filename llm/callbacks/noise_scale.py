@@ -1,4 +1,4 @@
-"""The gradient noise scale while a model trains, from gradients that are there anyway."""
+"""Measures the gradient noise scale during training, from the gradients of micro-batches and ranks."""
 
 import logging
 from functools import partial
@@ -58,7 +58,7 @@ class NoiseScale(Callback):
         self._hooks: list[Any] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Listen to every parameter's gradient."""
+        """Register a hook on every parameter's gradient."""
         named = dict(pl_module.model.named_parameters())
         for name, kind in parameter_kinds(pl_module.model).items():
             self._kinds.setdefault(kind, []).append(named[name])
@@ -71,12 +71,12 @@ class NoiseScale(Callback):
         self._is_due = (trainer.global_step + 1) % self.every == 0
 
     def _take(self, kind: str, gradient: Tensor) -> None:
-        """Note one gradient's norm; called by the backward pass."""
+        """Add one gradient's squared norm. The backward pass calls this."""
         if self._is_due:
             self._small[kind].append(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
-        """Measure, when all of the update's gradients are in."""
+        """Measure when all gradients of the update exist."""
         if not self._is_due:
             return
         big = {kind: self._squares_of_update(trainer, kind) for kind in self._kinds}
@@ -108,12 +108,12 @@ class NoiseScale(Callback):
         return torch.nn.utils.get_total_norm(gradients).float().square()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """Be ready for the next update."""
+        """Reset the sums for the next update."""
         if trainer.global_step != self._step:
             self._prepare(trainer)
 
     def step_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
-        """Return the noise scales after a measured update, those that stand by now."""
+        """Return the noise scales after a measured update."""
         if self._latest != trainer.global_step:
             return {}
         named = {
@@ -122,7 +122,7 @@ class NoiseScale(Callback):
         return {name: value for name, value in named.items() if value is not None}
 
     def final_figures(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float | None]:
-        """Return the last noise scale, and what the batch costs beside the fewest updates and the fewest tokens."""
+        """Return the last noise scale, and the cost of the batch in updates and in tokens relative to the fewest."""
         scale = self.smoothed.value(ALL)
         if scale is None:
             return {"noise_scale": None}
@@ -134,11 +134,11 @@ class NoiseScale(Callback):
         }
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Stop listening."""
+        """Remove the hooks."""
         self._unhook()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Stop listening."""
+        """Remove the hooks."""
         self._unhook()
 
     def _unhook(self) -> None:
@@ -147,9 +147,9 @@ class NoiseScale(Callback):
         self._hooks.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages, so that a resumed run goes on from them."""
+        """Return the averages, which a resumed run restores."""
         return {"averages": self.smoothed.averages}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint's averages."""
+        """Restore the averages of a checkpoint."""
         self.smoothed.averages = {name: list(pair) for name, pair in state_dict["averages"].items()}

@@ -1,4 +1,4 @@
-"""What the optimizer really did, by kind of parameter, so that a rule that did not act is visible."""
+"""Measures the updates of the optimizer per kind of parameter, so that a rule that does not act is visible."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ class OptimizerStats(Callback):
         self._norms: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Refuse what it could not measure: updates of tensors that no rank holds whole."""
+        """Refuse strategies under which no rank has whole tensors, because their updates cannot be measured."""
         if isinstance(trainer.strategy, ShardingStrategy) and trainer.strategy.layouts:
             raise ConfigError(
                 "callbacks.optimizer_stats: reads whole tensors, and this run holds them in parts; use trainer.stage=0 "
@@ -44,7 +44,7 @@ class OptimizerStats(Callback):
             )
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
-        """Copy the parameters and measure the gradients, before they are clipped, when the coming update is due."""
+        """Copy the parameters and measure the gradients before clipping, where the next update is measured."""
         step = trainer.global_step + 1
         if step % self.every:
             return
@@ -57,7 +57,7 @@ class OptimizerStats(Callback):
 
     @torch.no_grad()
     def step_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Tensor | float]:
-        """Return the figures of the update just made, if it was measured."""
+        """Return the figures of this update, if it was measured."""
         by_kind, self._moves = self._moves, {}
         if self._step != trainer.global_step or not by_kind:
             return {}

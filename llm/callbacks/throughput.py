@@ -35,22 +35,22 @@ class Throughput(Callback):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The running figure, None before the second update."""
+        """Tokens per second over the last updates; None before the second update."""
         seconds = sum(seconds for _, seconds in self._recent)
         return sum(tokens for tokens, _ in self._recent) / seconds if seconds else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Forget what another run of this object measured."""
+        """Reset the counters of an earlier run."""
         self._recent.clear()
         self._step, self._since, self._partial, self._is_first = trainer.global_step, None, 0.0, True
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Start the clock where it was stopped."""
+        """Start the clock if it is stopped."""
         if self._since is None:
             self._since = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """Take the time of this micro-step; at the end of an update, count its tokens."""
+        """Add the time of this micro-step; at the end of an update, add its tokens."""
         self._lap()
         self._since = time.perf_counter()
         if trainer.global_step == self._step:
@@ -66,11 +66,11 @@ class Throughput(Callback):
         self._partial = 0.0
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Stop the clock once the device is done with training."""
+        """Synchronize with the device and stop the clock."""
         self._pause(pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Stop the clock once the device is done with training."""
+        """Synchronize with the device and stop the clock."""
         self._pause(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Throughput(Callback):
         return {"tokens": self._tokens, "seconds": self._seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting from a checkpoint's total."""
+        """Continue the totals of a checkpoint."""
         self._tokens, self._seconds = state_dict["tokens"], state_dict["seconds"]
 
     def step_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:

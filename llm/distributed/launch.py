@@ -18,10 +18,10 @@ OWN_NAME = "train.py"
 """The name of a launch by `start_processes`."""
 
 FAILURES = "CRUCIBLE_FAILURES"
-"""Variable naming the folder in which ranks that fail leave a note."""
+"""Environment variable with the folder to which failing ranks write their reason."""
 
 AT_START = dict(os.environ)
-"""What a launcher left: Lightning removes parts of it when a trainer is done."""
+"""Environment variables of the launcher. Lightning removes some of them when a trainer ends."""
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """SIGUSR1 is what Slurm sends ahead of the end of a job's time (`--signal=USR1@120`)."""
@@ -29,11 +29,11 @@ SAME_SIGNAL_SECONDS = 0.3
 """Seconds within which a repeated signal counts once: a scheduler signals the group, and a launcher forwards it."""
 
 PATIENCE = 10.0
-"""Seconds that the other ranks have to fail by themselves after one has, and to note why."""
+"""Seconds after the failure of a rank in which other ranks may fail too and note the reason; then they are killed."""
 
 
 class Launch(NamedTuple):
-    """A launcher's account of the processes that it started."""
+    """The processes that a launcher started, from its environment variables."""
 
     name: str
     rank: int
@@ -53,10 +53,10 @@ class Launch(NamedTuple):
 
 
 def find_launch(environment: Mapping[str, str] | None = None) -> Launch | None:
-    """Return who started this process as one of several; None where nobody did.
+    """Return the launcher that started this process as one of several, None where there is none.
 
-    torchrun, the deepspeed launcher, srun, and `python train.py trainer.devices=N` are known by what they leave in the
-    environment.
+    torchrun, the deepspeed launcher, srun, and `python train.py trainer.devices=N` are recognized by their
+    environment variables.
     """
     env = AT_START if environment is None else environment
     if "LOCAL_WORLD_SIZE" in env and "RANK" in env:
@@ -72,13 +72,13 @@ def find_launch(environment: Mapping[str, str] | None = None) -> Launch | None:
 
 
 def adopt(launch: Launch) -> None:
-    """Put what Lightning reads into the environment, where the launcher calls it something else."""
+    """Set the environment variables that Lightning reads, where the launcher uses other names."""
     if launch.name == "deepspeed":
         os.environ.setdefault("NODE_RANK", str(launch.rank // launch.devices))
 
 
 def start_processes(command: Sequence[str], *, processes: int) -> int:
-    """Run `command` once for each device of this machine, as ranks of one group; return the exit status.
+    """Run `command` once per device of this machine, as ranks of one group; return the exit status.
 
     Signals go to every rank. When one fails, the others have PATIENCE seconds to notice, and then are ended; what
     failed first is printed last.
@@ -116,7 +116,7 @@ def _describe(cause: Mapping[str, Any] | None, rank: int, status: int) -> str:
 
 
 def _wait(ranks: list[Any]) -> int | None:
-    """Wait for all; return the first that failed, None where none did."""
+    """Wait for all ranks; return the index of the first that failed, None where none did."""
     first: int | None = None
     deadline = float("inf")
     while any(rank.poll() is None for rank in ranks):
@@ -136,7 +136,7 @@ def _wait(ranks: list[Any]) -> int | None:
 
 @contextlib.contextmanager
 def _forwarding(ranks: list[Any]) -> Iterator[None]:
-    """Hand signals on; a terminal's Ctrl-C reaches the ranks by itself."""
+    """Forward signals to the ranks, except Ctrl-C in a terminal, which sends it to them directly."""
 
     def hand_on(number: int, _: Any) -> None:
         for rank in ranks:
@@ -153,7 +153,7 @@ def _forwarding(ranks: list[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _port() -> Iterator[int]:
-    """Yield a port that was free just now."""
+    """Yield a port that is currently free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -161,7 +161,7 @@ def _port() -> Iterator[int]:
 
 
 def note_failure(error: BaseException) -> None:
-    """Leave a note of why this rank fails, for the process that started it."""
+    """Write the reason of this rank's failure to a file, for the process that started it."""
     folder = os.environ.get(FAILURES)
     if folder is None or not Path(folder).is_dir():
         return

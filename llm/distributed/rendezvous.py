@@ -11,7 +11,7 @@ from llm.distributed.launch import Launch
 PATIENCE = timedelta(minutes=5)
 KEY = "crucible/agreed"
 _kept: list[Any] = []
-"""The store lives as long as the process: the process group is made with the same address."""
+"""The store is kept for the whole process, because the process group uses the same address later."""
 
 
 def agree(text: str, launch: Launch, *, about: str = "run folder", patience: timedelta = PATIENCE) -> str:
@@ -33,7 +33,7 @@ def agree(text: str, launch: Launch, *, about: str = "run folder", patience: tim
 
 
 def smallest(number: int, launch: Launch, *, about: str) -> int:
-    """Return the smallest of the ranks' numbers on every rank; the arguments are those of `agree`."""
+    """Return the smallest number of all ranks on every rank; see `agree` for the arguments."""
     if launch.world_size == 1:
         return number
     store = _store(launch, PATIENCE)

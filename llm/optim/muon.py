@@ -1,6 +1,6 @@
 """Muon: it orthogonalises the momentum of hidden matrices, and updates other parameters by AdamW or Lion."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -9,54 +9,28 @@ from torch import Tensor
 from llm.contracts import OptimizerTraits, ParamGroup
 from llm.errors import ConfigError, did_you_mean
 from llm.optim import foreach
-from llm.optim.base import CHUNK, GroupedOptimizer, active_rows, between, gradients_of, in_range, row_axes, slabs
+from llm.optim.base import CHUNK, GroupedOptimizer, between, gradients_of, in_range, slabs
 from llm.optim.blocks import as_blocks
 from llm.optim.exchange import OwnerExchange
+from llm.optim.idle_rows import active_rows, row_axes
 from llm.optim.muon_shards import make_exchange, update_matrix_shard
 from llm.optim.newton_schulz import fast_dtype, find_iteration, orthogonalize
 from llm.optim.row_normalization import balance_rows
 from llm.optim.rules import apply_rule, apply_rule_to_shard, make_rule
 from llm.optim.shard import ShardLayout, rows_to_watch
 from llm.optim.threads import side_by_side
-
-
-def _match_adamw(rows: float, columns: float) -> float:
-    return 0.2 * max(rows, columns) ** 0.5
-
-
-def _spectral(rows: float, columns: float) -> float:
-    return max(1.0, rows / columns) ** 0.5
-
-
-UPDATE_SCALES: dict[str, Callable[[float, float], float]] = {
-    # Liu et al., "Muon is Scalable for LLM Training", arXiv:2502.16982, eq. 4: AdamW's lr and weight decay apply
-    "match_adamw": _match_adamw,
-    # Jordan et al. 2024, "Muon": the best lr does not change with the width
-    "spectral": _spectral,
-}
+from llm.optim.update_scales import AUX_LR_SCALES, UPDATE_SCALES, update_norm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 STACK_ELEMENTS = 2**26
 """Number of elements orthogonalised at once on a GPU: 128 MB in bfloat16 use it fully. A CPU processes one matrix."""
 
-AUX_LR_SCALES = {"match_adamw": 1.0, "spectral": 0.2, "adamw": 1.0, "lion": 0.2}
-"""Factors of `aux_lr_scale="auto"`, by update scale and by rule; both factors are multiplied.
-
-Matched updates take AdamW's own rates. The usual rate of spectral ones is 0.02, five times AdamW's at the sizes where
-it was tuned, 4e-3. Lion's rates are about a fifth of AdamW's, because its steps have unit size.
-"""
-
 
 def _have_heads(params: Sequence[Any]) -> bool:
     """Return whether a projection has several heads, or whether the groups do not say."""
     heads = [abs(count) for group in params if isinstance(group, dict) for count in group.get("heads", [])]
     return not heads or max(heads) > 1
-
-
-def _update_norm(settings: Mapping[str, Any], rows: float, columns: float) -> float:
-    """Return the spectral norm of a step at lr = 1, for a factory with these settings."""
-    return UPDATE_SCALES[settings["update_scale"]](rows, columns)
 
 
 class Muon(GroupedOptimizer):
@@ -96,7 +70,7 @@ class Muon(GroupedOptimizer):
         unused expert by full steps. The rule `aux` is part of the same optimizer object.
     """
 
-    traits: ClassVar = OptimizerTraits(update_family="orthogonal", orthogonalizes=True, update_norm=_update_norm)
+    traits: ClassVar = OptimizerTraits(update_family="orthogonal", orthogonalizes=True, update_norm=update_norm)
 
     def __init__(
         self,

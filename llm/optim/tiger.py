@@ -1,7 +1,7 @@
 """Tiger: Lion with one beta, relative learning rates, and gradient accumulation inside the momentum."""
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -9,18 +9,10 @@ from torch import Tensor
 from llm.contracts import OptimizerTraits, ParamGroup
 from llm.errors import ConfigError, did_you_mean
 from llm.optim import foreach
-from llm.optim.base import (
-    GroupedOptimizer,
-    Slab,
-    active_rows,
-    descend,
-    gradients_of,
-    in_range,
-    keep_idle_rows,
-    row_axes,
-    slabs,
-)
+from llm.optim.base import GroupedOptimizer, Slab, gradients_of, in_range, slabs
+from llm.optim.idle_rows import active_rows, keep_idle_rows, row_axes
 from llm.optim.shard import ShardLayout
+from llm.optim.signed_steps import RatedPiece, experts_of, move_by_sign, norms_of
 from llm.optim.tiger_shards import broken_tensors, move_shard_by_sign, relative_rates, shrink, watched
 
 VECTOR_RATE = 0.5
@@ -157,7 +149,7 @@ class Tiger(GroupedOptimizer):
         tensors = [
             piece
             for p, gradient, momentum in zip(params, gradients, momenta, strict=True)
-            for piece in _experts(p, gradient, momentum, floors[positions[id(p)]])
+            for piece in experts_of(p, gradient, momentum, floors[positions[id(p)]])
         ]
         for slab, rates, bounds in self._paired(group, tensors):
             if not self.folds:
@@ -172,7 +164,7 @@ class Tiger(GroupedOptimizer):
                 apply()
 
     def _paired(
-        self, group: dict[str, Any], tensors: list["RatedPiece"]
+        self, group: dict[str, Any], tensors: list[RatedPiece]
     ) -> Iterator[tuple[Slab, list[float], list[float]]]:
         """Yield slabs with the rates and lower bounds of the tensors that they are cut from.
 
@@ -258,51 +250,3 @@ class Tiger(GroupedOptimizer):
         used = self.state[parameter].pop("used", None)
         mask = torch.ones((), device=parameter.device) if used is None else used
         return mask.expand(parameter.shape)
-
-
-class RatedPiece(NamedTuple):
-    """A tensor, or one expert of a stack, with its gradient, its momentum and the lower bound of its RMS."""
-
-    param: Tensor
-    gradient: Tensor
-    momentum: Tensor
-    floor: float
-
-
-def _experts(param: Tensor, gradient: Tensor, momentum: Tensor, floor: float) -> Iterator[RatedPiece]:
-    """Yield each expert of a stack as a stack of one, so that each has a rate of its own; other tensors whole."""
-    if param.ndim < 3:
-        yield RatedPiece(param, gradient, momentum, floor)
-        return
-    for one, its_gradient, its_momentum in zip(param.split(1), gradient.split(1), momentum.split(1), strict=True):
-        yield RatedPiece(one, its_gradient, its_momentum, floor)
-
-
-def norms_of(params: list[Tensor]) -> list[Tensor]:
-    """Return ‖θ‖ of each tensor. On a CPU reduce rows first: torch takes a whole tensor's norm with one thread."""
-    if params[0].device.type != "cpu":
-        return list(foreach.norm(params))
-    return [torch.linalg.vector_norm(torch.linalg.vector_norm(parameter, dim=-1)) for parameter in params]
-
-
-def move_by_sign(slab: Slab, rates: list[float], group: dict[str, Any], *, floors: list[float]) -> None:
-    """Apply θ ← θ − η·(sign(m) + λθ), where η is one number per tensor, or per row of an embedding."""
-    momenta, decay = slab.state["momentum"], float(group["weight_decay"])
-    if slab.scratch is None:
-        signs = list(foreach.sign(momenta))
-    else:
-        signs = [torch.sign(m, out=room) for m, room in zip(momenta, slab.scratch, strict=True)]
-    if group["kind"] == "embedding":
-        for parameter, sign, rate, floor in zip(slab.params, signs, rates, floors, strict=True):
-            rms = torch.linalg.vector_norm(parameter, dim=-1, keepdim=True).div_(parameter.shape[-1] ** 0.5)
-            eta = rms.clamp_(min=floor).mul_(rate)
-            if decay:
-                parameter.mul_(1 - decay * eta)
-            parameter.addcmul_(sign, eta, value=-1)
-    elif len(set(rates)) == 1:
-        descend(slab.params, signs, lr=rates[0], weight_decay=decay)
-    else:
-        if decay:
-            foreach.mul_(slab.params, [1 - rate * decay for rate in rates])
-        foreach.mul_(signs, rates)
-        foreach.sub_(slab.params, signs)

@@ -1,4 +1,4 @@
-"""`micro_batch_size=auto`: the largest micro-batch that fits, found by trying."""
+"""Finds the largest micro-batch that fits, for `micro_batch_size=auto`, by trial steps."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -9,9 +9,9 @@ import torch
 from llm.errors import ConfigError
 
 CPU_MEMORY_SHARE = 0.5
-"""Of the free memory, what a micro-batch may take on a CPU, where running out kills the process."""
+"""Share of the free memory that a micro-batch may use on a CPU, where exhausted memory kills the process."""
 CPU_MICRO_BATCH_TOKENS = 8192
-"""Tokens past which a larger micro-batch gained nothing on a CPU (see docs/performance.md)."""
+"""Tokens per micro-batch above which a CPU was not faster (see docs/performance.md)."""
 
 log = logging.getLogger(__name__)
 

@@ -18,13 +18,13 @@ from llm.scaling.noise_scale import PROBE_REMEDY, SmoothedNoiseScale, two_batch_
 from llm.training.update_loss import share_of_loss
 
 PROBE_UPDATES = 32
-"""Updates of the probe. The noise scale of a model that has learnt nothing is small, and grows fast at first."""
+"""Updates of the probe. The noise scale is small at initialization and grows quickly at first."""
 SKIPPED_UPDATES = 8
-"""Its first updates, which are not measured."""
+"""First updates of the probe, which are not measured."""
 PROBE_PATIENCE = timedelta(hours=1)
-"""That the other ranks have with the one that measures."""
+"""Seconds that other ranks wait for the rank that measures."""
 DECAY = 0.9
-"""Of the averages, so that the end of the probe counts most: the noise scale goes on growing."""
+"""Decay of the averages, so that the end of the probe counts most: the noise scale still grows."""
 
 
 def measure_noise_scale(
@@ -99,7 +99,7 @@ def _parts(windows: list[int], size: int) -> Iterator[list[int]]:
 def _gradients(
     model: Transformer, parts: Iterable[Batch], count: int, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> tuple[float, float]:
-    """Leave the mean gradient of the parts in the model; return the mean |G_part|² and |G|²."""
+    """Set the model's gradients to the mean over the parts; return the mean |G_part|² and |G|²."""
     total: list[Tensor | None] = [None for _ in model.parameters()]
     small = 0.0
     parts = list(parts)

@@ -1,4 +1,4 @@
-"""A trained run rebuilt from its folder: the decoder and its tokenizer, and with its data all that training had."""
+"""Rebuilds a trained run from its folder: the decoder and its tokenizer, and optionally its data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a run folder says of itself, and where and in which precision it is to be computed here."""
+    """The configuration of a run folder, and the device and precision to use for it here."""
 
     folder: Path
     config: CheckedConfig
@@ -43,7 +43,7 @@ class TrainedModel(Trained):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun(Trained):
-    """A run with its data beside the decoder: what is needed to measure losses."""
+    """A run with its decoder and its data, as needed to measure losses."""
 
     data: Any
     module: LanguageModule
@@ -111,7 +111,7 @@ def _own(folder: Path, checked: CheckedConfig, device: str | None) -> dict[str, 
 def read_config(
     folder: Path, *, position: Mapping[str, Any] | None = None, context_length: int | None = None
 ) -> CheckedConfig:
-    """Return a run's checked configuration, without the callbacks that watched it train.
+    """Return a run's checked configuration without its callbacks.
 
     Args:
         folder: the run folder.
@@ -131,7 +131,7 @@ def read_config(
 
 
 def _set_context_length(cfg: dict[str, Any], context_length: int) -> None:
-    """Read windows of another length, as many tokens at a time as before; what follows from the batch is no matter."""
+    """Set another window length and keep the number of tokens per micro-batch."""
     if context_length < 1:
         raise ConfigError(f"context_length={context_length}: must be at least 1; try {4 * cfg['context_length']}")
     windows = max(1, batch_plan(cfg).micro_batch_size * cfg["context_length"] // context_length)
@@ -142,7 +142,7 @@ def _set_context_length(cfg: dict[str, Any], context_length: int) -> None:
 
 
 def trained_state(folder: Path, weights: Path, average: int) -> dict[str, torch.Tensor]:
-    """Return the decoder's own weights: those of a checkpoint, or the mean of several."""
+    """Return the decoder's weights from one checkpoint, or the mean over several."""
     state = mean_state(last_checkpoints(folder, weights, average))
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
@@ -155,7 +155,7 @@ def _model_with(cfg: Mapping[str, Any], vocab_size: int, state: dict[str, torch.
 
 
 def saved_tokenizer(folder: Path, cfg: Mapping[str, Any]) -> Any:
-    """Return the tokenizer that the run saved beside its weights."""
+    """Return the tokenizer that the run saved."""
     file = folder / TOKENIZER
     if not file.is_file():
         raise CheckpointError(f"{file}: missing, and without it tokens have no text; restore it from a copy")
@@ -176,7 +176,7 @@ def check_vocabulary(state: Mapping[str, torch.Tensor], vocab_size: int, source:
 
 
 def checkpoint_folder(folder: Path, checkpoint: str) -> Path:
-    """Return the folder of a named checkpoint; raise CheckpointError with what there is instead."""
+    """Return the folder of a named checkpoint; raise CheckpointError with the existing names otherwise."""
     path = folder / "checkpoints" / checkpoint
     if path.is_dir():
         return path.resolve()
