@@ -1,4 +1,4 @@
-"""One line of metrics a step, in metrics.jsonl and in every logger, without making a GPU wait."""
+"""Writes one line of metrics per update to metrics.jsonl and to each logger, without synchronizing with the GPU."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ class Recorder(Callback):
         self._last: tuple[int, dict[str, float]] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Start counting from the update that the run goes on from."""
+        """Start counting at the update from which the run starts or resumes."""
         self._step, self._first, self._pending, self._last = trainer.global_step, True, None, None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
@@ -49,7 +49,7 @@ class Recorder(Callback):
             self._pending = (self._step, self._collect(trainer, pl_module))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Join validation's metrics to the line of its update."""
+        """Add validation's metrics to the line of its update."""
         if trainer.sanity_checking:
             return
         if self._pending is None:
@@ -61,7 +61,7 @@ class Recorder(Callback):
                 self._pending[1].update(callback.validation_metrics(trainer))
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Write the line first: a run resumed from this checkpoint will not write it again."""
+        """Write the line before the checkpoint, because a run resumed from it does not write it again."""
         self._flush(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -95,7 +95,7 @@ class Recorder(Callback):
             _log(trainer, step, scalars)
 
     def _log_last(self, trainer: L.Trainer) -> None:
-        """Hand the metrics of the last update to the loggers, once."""
+        """Log the metrics of the last update once."""
         last, self._last = self._last, None
         if last is not None:
             _log(trainer, *last)
@@ -107,7 +107,7 @@ def _log(trainer: L.Trainer, step: int, scalars: dict[str, float]) -> None:
 
 
 def _number(value: Any) -> Any:
-    """Bring a tensor to the host: one number, or a list (the load of each expert, say)."""
+    """Return a tensor as a number, or as a list where it has several."""
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else value.detach().to(torch.float32).tolist()
     return value

@@ -1,4 +1,4 @@
-"""Weights & Biases that neither stops nor stalls a run: without a key or a network it records offline."""
+"""Logs to Weights & Biases without stopping or delaying a run; without a key or a network it records offline."""
 
 import logging
 import netrc
@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 
 MODES = ("auto", "online", "offline", "disabled")
 AXIS = "tokens_seen"
-"""What everything is drawn against."""
+"""The metric of the horizontal axis."""
 FILES = ("plan.txt", "optimizer.txt", "samples.txt", "curves.png", "expert_load.png")
-"""What a run folder gives to W&B at the end, where it is there."""
+"""Files of a run folder that are uploaded at the end, where they exist."""
 _ID_FILE = "wandb_run_id.txt"
 TABLES_AGAIN_AFTER = 600.0
 """Seconds without tables once one could not be sent: W&B asks its server about each, and waits for its answer."""
@@ -83,7 +83,7 @@ class WandbRunLogger(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The W&B run, begun at the first use, on the first rank only."""
+        """The W&B run, which starts at the first use, on the first rank only."""
         if self._experiment is None:
             self._experiment = self._begin()
             self._experiment.define_metric(AXIS)
@@ -116,7 +116,7 @@ class WandbRunLogger(WandbLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """End the run, waiting for uploads no longer than `finish_timeout`; say how to upload what stayed here."""
+        """End the run and wait up to `finish_timeout` for uploads; log how to upload the rest."""
         if self._experiment is None:
             return
         run, self._experiment = self._experiment, None
@@ -133,7 +133,7 @@ class WandbRunLogger(WandbLogger):
         run.finish(exit_code=exit_code)
 
     def _try(self, send: Callable[[], Any]) -> bool:
-        """Do what fails without a network, or once W&B's own process is gone; return whether it went well."""
+        """Call a function that may fail without a network or after W&B's process ended; return whether it succeeded."""
         try:
             send()
         except Exception as error:  # of many kinds: none of them is worth a training run
@@ -174,7 +174,7 @@ class WandbRunLogger(WandbLogger):
         return wandb.init(**self._wandb_init | {"id": run_id, "mode": mode, "resume": resume, "settings": settings})
 
     def _resolved_mode(self) -> str:
-        """Decide between online and offline without ever asking a question."""
+        """Return online or offline without prompting the user."""
         asked = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
         if asked not in ("auto", "online"):
             return "offline" if asked == "dryrun" else asked
@@ -194,7 +194,7 @@ class WandbRunLogger(WandbLogger):
 
 
 def has_key(host: str) -> bool:
-    """Tell whether W&B would find a key without asking: in the environment or in netrc."""
+    """Return whether W&B finds a key without prompting: in the environment or in netrc."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     given = os.environ.get("NETRC")
@@ -207,7 +207,7 @@ def has_key(host: str) -> bool:
 
 
 def is_reachable(host: str, *, timeout: float) -> bool:
-    """Tell whether a server answers at all, through a proxy where one is set, within `timeout` seconds."""
+    """Return whether a server answers within `timeout` seconds, through a proxy where one is set."""
     answered = threading.Event()
 
     def ask() -> None:

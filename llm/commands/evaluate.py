@@ -1,4 +1,4 @@
-"""Judges finished runs from their folders alone: what eval.py does."""
+"""Evaluates trained runs from their folders, for eval.py."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ class EvalConfig:
 
 
 def evaluate(config: EvalConfig | Mapping[str, Any], path: Path) -> float | None:
-    """Judge each run by each evaluation, show tables, and keep `<name>.json` and `<name>.png`.
+    """Evaluate each run, print tables, and write `<name>.json` and `<name>.png`.
 
     Results of one run are written to `path`; those of several into `eval/` in each run folder, and what compares them
     to `path`.
@@ -103,7 +103,7 @@ def run_folders(config: EvalConfig) -> list[tuple[Path, str]]:
 
 
 def load_subject(config: EvalConfig, folder: Path, checkpoint: str) -> Subject:
-    """Rebuild a run for judgement."""
+    """Rebuild a run for its evaluation."""
     run = rebuild(
         folder,
         checkpoint,
@@ -117,7 +117,7 @@ def load_subject(config: EvalConfig, folder: Path, checkpoint: str) -> Subject:
 
 
 def subject_of(run: TrainedRun) -> Subject:
-    """Return what evaluations are given of a rebuilt run."""
+    """Return the subject of evaluations for a rebuilt run."""
     model = run.module.model.to(run.device).eval()
     if run.precision in DTYPES:
         model = model.to(DTYPES[run.precision])
@@ -133,7 +133,7 @@ def subject_of(run: TrainedRun) -> Subject:
 
 
 def judge(subject: Subject, evaluations: Mapping[str, Evaluation], out: Path) -> dict[str, Result]:
-    """Run evaluations one after another; show and keep each result as soon as it is there."""
+    """Run evaluations one after another; print and write each result at once."""
     out.mkdir(parents=True, exist_ok=True)
     results = {}
     for name, evaluation in evaluations.items():
@@ -156,7 +156,7 @@ def _headlines(results: Mapping[str, Result]) -> dict[str, float]:
 
 
 def write_comparison(headlines: Mapping[str, Mapping[str, float]], out: Path) -> None:
-    """Show and keep one table of several runs."""
+    """Print and write one table of several runs."""
     columns = list(dict.fromkeys(name for headline in headlines.values() for name in headline))
     rows = [
         [name, *(f"{headline[column]:.4f}" if column in headline else "-" for column in columns)]

@@ -37,7 +37,7 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> Path:
-    """Write a run's weights, configuration and tokenizer as a folder that `transformers` loads, and prove it equal.
+    """Write a run's weights, configuration and tokenizer as a folder that `transformers` loads, and compare its logits.
 
     The folder gets its final name only after its logits have been compared with the run's.
 
@@ -76,7 +76,7 @@ def export(config: ExportConfig) -> Path:
 
 
 def require_transformers() -> None:
-    """Raise ConfigError where `transformers`, which proves an export equal, is not installed."""
+    """Raise ConfigError where `transformers`, with which an export is compared, is not installed."""
     if not has_transformers():
         raise ConfigError("transformers: not installed, and an export is proved with it; pip install '.[eval]'")
 

@@ -1,4 +1,4 @@
-"""The page that `--help` prints: every group, every option with its line, and examples."""
+"""Builds the page that `--help` prints: each group, each option with one line, and examples."""
 
 from pathlib import Path
 

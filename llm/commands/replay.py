@@ -1,4 +1,4 @@
-"""What was in the windows of a step: their losses, gradients and first bad layer again, one window at a time."""
+"""Computes the losses, gradients and first non-finite layer of a step's windows again, one window at a time."""
 
 import contextlib
 import json
@@ -36,12 +36,12 @@ class ReplayConfig:
 
 @dataclass(frozen=True)
 class Replayed:
-    """One window again.
+    """The figures of one window.
 
     Args:
         window: its number in the corpus.
         documents: first and last document in it.
-        loss: nats a token, with what the sublayers add.
+        loss: nats per token, with the losses of sublayers.
         grad_norm: of this window alone.
         bad: the first module whose output is not finite, `""` for none.
     """
@@ -84,7 +84,7 @@ def replay(config: ReplayConfig) -> list[Replayed]:
 
 
 def _refused(folder: Path, step: int) -> list[int]:
-    """Return the windows that were refused last at a step, none where none were."""
+    """Return the windows of the last refused update at a step, empty where none was refused."""
     path = folder / FILE
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     parts = next((line["micro_batches"] for line in reversed(lines) if line["step"] == step), [])
@@ -149,5 +149,5 @@ def check_replay(cfg: dict[str, Any]) -> ReplayConfig:
 
 
 def main() -> None:
-    """Replay what the command line names."""
+    """Run the replay that the command line describes."""
     run_plain_command(lambda cfg: replay(check_replay(cfg)), config_name="replay")

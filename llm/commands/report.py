@@ -1,4 +1,4 @@
-"""`python -m llm.report FOLDER …`: which setting is best, by how much, and whether that is more than noise."""
+"""`python -m llm.report FOLDER …`: the best setting, its margin, and whether the margin exceeds noise."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from llm.report.runs import RunReader
 
 
 def main() -> None:
-    """Write the report once, or again and again while runs go on."""
+    """Write the report once, or repeatedly while runs continue."""
     parser = argparse.ArgumentParser(
         prog="python -m llm.report",
         description="Read run folders, finished or not, and write report/leaderboard.csv and report/index.html.",

@@ -45,7 +45,7 @@ class TalkConfig:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """What `llm.generate` takes."""
+        """The settings that `llm.generate` takes."""
         return {key: getattr(self, key) for key in self.SAMPLING}
 
 
@@ -58,7 +58,7 @@ def check_talk(cfg: Mapping[str, Any]) -> TalkConfig:
 
 
 def talk(cfg: dict[str, Any]) -> None:
-    """Continue the prompts, or hold a dialogue where there is none."""
+    """Continue the prompts, or start a dialogue where there is none."""
     config = check_talk(cfg)
     position = (config.model or {}).get("position")
     trained = rebuild_model(
@@ -76,7 +76,7 @@ def talk(cfg: dict[str, Any]) -> None:
 
 
 def check_lengths(trained: TrainedModel, prompts: list[str], max_new_tokens: int) -> None:
-    """Raise ConfigError for a text that would grow beyond what the position can read.
+    """Raise ConfigError for a text that would become longer than the position supports.
 
     Raises:
         ConfigError: the prompt, or prompt and continuation together, are too long.
@@ -103,7 +103,7 @@ def half_precision(trained: TrainedModel) -> AbstractContextManager[Any]:
 
 
 def speak(trained: TrainedModel, prompts: list[str], config: TalkConfig) -> None:
-    """Continue prompts side by side and show the texts, a single one while it grows; then say what they cost."""
+    """Continue prompts together and print the texts, a single one as it grows; then print speed and memory."""
     continuation = Continuation(trained.model, prompts, tokenizer=trained.tokenizer, **config.sampling)
     is_shown = config.stream and len(prompts) == 1
     sys.stdout.write(prompts[0] if is_shown else "")
@@ -141,5 +141,5 @@ def converse(trained: TrainedModel, config: TalkConfig) -> None:
 
 
 def main() -> None:
-    """Talk as the command line says."""
+    """Run the generation that the command line describes."""
     run_plain_command(talk, config_name="generate", raw=frozenset({"prompt"}))

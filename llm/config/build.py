@@ -24,14 +24,14 @@ GROUPS = (
     "callbacks", "loader", "eval", "averaging", "spikes",
 )  # fmt: skip
 CHECK_VOCABULARY = 64
-"""Vocabulary of the throw-away model that `check` builds without storage."""
+"""Vocabulary size of the model that `check` builds without storage."""
 
 
 OmegaConf.register_new_resolver("suited_rule", suited_rule, replace=True)
 
 
 def build_meta_model(cfg: Mapping[str, Any], vocab_size: int = CHECK_VOCABULARY) -> Transformer:
-    """Build the model without storage: its shapes and its rules, at no cost."""
+    """Build the model without storage, to check its shapes and rules."""
     with torch.device("meta"):
         model = instantiate(cfg["model"])(vocab_size=vocab_size)
         build_rates(cfg).prepare(model)
@@ -39,7 +39,7 @@ def build_meta_model(cfg: Mapping[str, Any], vocab_size: int = CHECK_VOCABULARY)
 
 
 def build_rates(cfg: Mapping[str, Any]) -> Rates:
-    """Build what gives each tensor its rate."""
+    """Build the rule for the rate of each tensor."""
     return instantiate(cfg["rates"]) if cfg.get("rates") else Rates()
 
 

@@ -86,16 +86,16 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @property
     def handles_gradient_accumulation(self) -> bool:
-        """No: the trainer counts micro-batches, and the engine is told which is an update's last."""
+        """False: the trainer counts micro-batches, and the engine is told which one is the last of an update."""
         return False
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Yes: checkpoints are those of a single process."""
+        """True: checkpoints are those of a single process."""
         return True
 
     def setup_environment(self) -> None:
-        """Join the other ranks; a CPU gets gloo, and nothing is compiled for it."""
+        """Join the other ranks. A CPU uses gloo, for which nothing is compiled."""
         if self.accelerator is None or self.accelerator.get_parallel_devices(1)[0].type != "cpu":
             super().setup_environment()
             return
@@ -106,7 +106,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup(self, trainer: L.Trainer) -> None:
-        """Put the engine around the module; weights stay fp32 until the engine casts what it keeps in bf16."""
+        """Wrap the module in the engine. Weights stay fp32 until the engine casts those that it keeps in bf16."""
         self._init_config_if_needed()
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
@@ -145,7 +145,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @staticmethod
     def _lend_parameters(model: Any) -> None:
-        """Have stage 3 gather a parameter also for modules whose `borrowed_parameters` name it."""
+        """Register parameters with stage 3 for the modules that name them in `borrowed_parameters`."""
         import deepspeed
 
         for module in model.modules():
@@ -169,7 +169,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @property
     def forwards_together(self) -> bool:
-        """Whether a forward pass needs all ranks, since each holds a part of every weight."""
+        """Whether a forward pass needs all ranks, because each rank has a part of every weight."""
         return self.stage == 3
 
     def squared_gradients(self, parameters: list[Any]) -> Tensor:
@@ -179,21 +179,21 @@ class ZeroStrategy(DeepSpeedStrategy):
         return self._sharded_gradients.squares_of({self._names[id(parameter)] for parameter in parameters})
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Run the backward pass; the trainer has divided the loss by the accumulation, the engine is not to."""
+        """Run the backward pass. The trainer has divided the loss by the accumulation, so the engine must not."""
         assert self.lightning_module is not None
         is_last = is_last_micro_batch(self.lightning_module.trainer)
         self.deepspeed_engine.set_gradient_accumulation_boundary(is_last)
         super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Run the micro-batch, clip, and have the engine update."""
+        """Run the micro-batch, clip, and let the engine update."""
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self._sharded_gradients is not None:
             self._sharded_gradients.after_step()
         return result
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return weights and buffers, whole and in fp32, on the first rank; elsewhere nothing."""
+        """Return whole weights and buffers in fp32 on the first rank, and an empty result on others."""
         assert self.lightning_module is not None
         whole: dict[str, Tensor] = {}
         for layout in self.layouts:
@@ -205,7 +205,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         return {name: held.detach() for name, held in named.items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return what a single process would save, on the first rank; elsewhere nothing."""
+        """Return the state that a single process would save on the first rank, and an empty result on others."""
         inner = unwrap(optimizer)
         if not self.layouts:
             return inner.state_dict() if self.is_global_zero else {}
@@ -218,11 +218,11 @@ class ZeroStrategy(DeepSpeedStrategy):
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint folder, whatever wrote it."""
+        """Read a checkpoint folder that any strategy wrote."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Put whole weights into the module and into the engine's shards."""
+        """Copy whole weights into the module and into the engine's shards."""
         assert self.lightning_module is not None
         module, state = self.lightning_module, checkpoint["state_dict"]
         if not self.layouts:
@@ -285,7 +285,7 @@ def deepspeed_trainer(
 
 
 def _signature() -> inspect.Signature:
-    """Own arguments, and the trainer's: a typing error in either is found before anything is built."""
+    """Return the arguments of the strategy and the trainer, so that a misspelt one is found early."""
     own = [p for p in inspect.signature(deepspeed_trainer).parameters.values() if p.kind is p.KEYWORD_ONLY]
     names = {p.name for p in own} | {"self", "strategy"}
     lightning = [p for p in inspect.signature(L.Trainer).parameters.values() if p.name not in names]

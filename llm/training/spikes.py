@@ -38,7 +38,7 @@ class SpikeGuard:
         self.in_a_row = 0
 
     def judge(self, loss: float, norm: float) -> str:
-        """Return why an update is a spike, `""` where it is none, and remember it where it is accepted."""
+        """Return the reason why an update is a spike, or `""` and record it if it is none."""
         reason = self._reason(loss, norm)
         if reason and self.in_a_row < self.max_in_a_row:
             self.in_a_row += 1
@@ -62,11 +62,11 @@ class SpikeGuard:
         return ""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to judge as an uninterrupted one."""
+        """Return the state with which a resumed run decides as an uninterrupted one."""
         return {"accepted": [list(pair) for pair in self.accepted], "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's."""
+        """Restore the state of a checkpoint."""
         self.accepted = deque(((loss, norm) for loss, norm in state["accepted"]), maxlen=self.window)
         self.in_a_row = state["in_a_row"]
 
@@ -102,7 +102,7 @@ class RollbackGuard(SpikeGuard):
         self.past, self.max_rollbacks = past, max_rollbacks
 
     def judge(self, loss: float, norm: float) -> str:
-        """Return why an update is a spike, `""` where it is none, and remember it then."""
+        """Return the reason why an update is a spike, or `""` and record it if it is none."""
         reason = self._reason(loss, norm)
         if not reason:
             self.accepted.append((loss, norm))

@@ -1,1 +1,1 @@
-"""What ZeRO's engine holds, read and written under the names of parameters; nothing here imports DeepSpeed."""
+"""Reads and writes the state of ZeRO's engine under the names of parameters, without importing DeepSpeed."""

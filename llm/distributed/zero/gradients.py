@@ -1,4 +1,4 @@
-"""The gradients that ZeRO holds in shards, between the backward pass and the update."""
+"""Measures and clips the sharded gradients of ZeRO between the backward pass and the update."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ class ShardedGradients:
 
     @property
     def exist(self) -> bool:
-        """Whether there are gradients."""
+        """Whether any gradient exists."""
         return True
 
     def norm(self) -> Tensor:
@@ -66,13 +66,13 @@ class ShardedGradients:
                 part.mul_(factor.to(part.device))
 
     def drop(self) -> None:
-        """Have the coming step throw the gradients away and update nothing."""
+        """Make the next step discard the gradients, so that it updates nothing."""
         self._is_dropped = True
         if hasattr(self.zero, "check_grad_overflow"):
             self.zero.check_grad_overflow = True
 
     def after_step(self) -> None:
-        """Forget what was decided about the step just made."""
+        """Reset the decisions about the last step."""
         self._is_dropped = False
         if hasattr(self.zero, "check_grad_overflow"):
             self.zero.check_grad_overflow = self._checks_overflow

@@ -1,10 +1,10 @@
-"""What a rank holds of a model, its gradients and its optimizer's state, by stage of ZeRO."""
+"""Computes the bytes per rank of weights, gradients and optimizer state, by stage of ZeRO."""
 
 from typing import NamedTuple
 
 
 class RankBytes(NamedTuple):
-    """Bytes that one rank holds from update to update; activations and passing buffers come on top."""
+    """Bytes that one rank keeps between updates, without activations and temporary buffers."""
 
     weights: float
     gradients: float
@@ -13,14 +13,14 @@ class RankBytes(NamedTuple):
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """The sum of all parts."""
         return sum(self)
 
 
 def bytes_a_rank(
     *, parameters: int, state_bytes: int, stage: int, ranks: int, precision: str, offload_optimizer: bool = False
 ) -> RankBytes:
-    """Return what one of `ranks` ranks holds on its device.
+    """Return the bytes that one of `ranks` ranks keeps on its device.
 
     Stage 0 splits nothing; 1 the state, 2 the gradients too, 3 the weights too. From stage 1 on the engine steps fp32
     masters of its own: a copy of the rank's part of the weights, except at stage 3 under autocast, where they are one.

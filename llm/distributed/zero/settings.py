@@ -1,4 +1,4 @@
-"""What DeepSpeed's engine is told, and which settings cannot be honoured."""
+"""Translates settings for DeepSpeed's engine, and refuses unsupported ones."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ def engine_config(
 
 
 def precision_config(precision: str) -> dict[str, Any]:
-    """Return what the engine is told of the precision; mixed precision is autocast around fp32 weights."""
+    """Return the engine's settings of precision. Mixed precision is autocast around fp32 weights."""
     if precision == "bf16-mixed":  # gradients are reduced in fp32, as those of fp32 weights are elsewhere
         return {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}}
     if precision == "bf16-true":
@@ -73,7 +73,7 @@ def require_deepspeed() -> None:
 
 
 def check_settings(trainer: Mapping[str, Any], *, precision: str, compiled: bool) -> None:
-    """Refuse what ZeRO cannot do, before anything is built.
+    """Refuse settings that ZeRO does not support, before anything is built.
 
     Args:
         trainer: the trainer's node.

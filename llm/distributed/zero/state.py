@@ -1,4 +1,4 @@
-"""Weights and optimizer state of flat shards under parameter names: gathered whole to save, cut again to load.
+"""Gathers the weights and optimizer state of flat shards by parameter name to save, and scatters them to load.
 
 A checkpoint that ZeRO's shards wrote is therefore the very one that a single process would have written, and any
 stage, with any number of ranks, reads it.
@@ -21,7 +21,7 @@ GATHERED_AT_ONCE = 1 << 24
 
 
 def gather_flat(flat: Tensor, layout: ShardLayout) -> list[Tensor]:
-    """Return every rank's shard, on the CPU, on the group's first rank; elsewhere nothing."""
+    """Return every rank's shard on the CPU of the group's first rank, and nothing on other ranks."""
     if len(layout.table) == 1:
         return [flat.detach().cpu()]
     first, ranks = layout.rank == 0, range(len(layout.table))
@@ -38,7 +38,7 @@ def gather_flat(flat: Tensor, layout: ShardLayout) -> list[Tensor]:
 
 
 def gather_whole(flat: Tensor, layout: ShardLayout) -> dict[str, Tensor]:
-    """Return the whole tensors of one shard by name, on the CPU, on the group's first rank; elsewhere nothing."""
+    """Return the whole tensors of a shard by name on the CPU of the group's first rank, and nothing on others."""
     shards = gather_flat(flat, layout)
     if not shards:
         return {}
@@ -77,7 +77,7 @@ def gather_optimizer_state(
 
 
 def _gather_owned(optimizer: Any) -> dict[str, dict[str, Tensor]]:
-    """Join what ranks hold of whole tensors."""
+    """Join the ranks' state of whole tensors."""
     held_here = optimizer.owned_state if isinstance(optimizer, ShardedOptimizer) else {}
     own = {name: {key: value.cpu() for key, value in held.items()} for name, held in held_here.items()}
     ranks: list[Any] = [None] * dist.get_world_size()
@@ -124,7 +124,7 @@ def state_by_name(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, A
 def scatter_optimizer_state(
     optimizer: Any, layouts: Sequence[ShardLayout], state: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Cut a state by parameter name into this rank's shards."""
+    """Split a state by parameter name into this rank's shards."""
     owned: dict[str, dict[str, Tensor]] = {}
     for layout in layouts:
         held: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The parameters of a model under ZeRO: their true shapes, and how loaded weights reach them."""
+"""Reads the whole shapes of a model's parameters under ZeRO, and refreshes its parts after loading."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Return a parameter's shape, also where stage 3 holds it in parts."""
+    """Return a parameter's whole shape, also where stage 3 has split it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -17,13 +17,13 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def state_shapes(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's state dict with tensors of the true shapes and no storage, to be compared."""
+    """Return a module's state dict as tensors with whole shapes and no storage, for comparison."""
     return {name: torch.empty(whole_shape(t), device="meta") for name, t in module.state_dict(keep_vars=True).items()}
 
 
 @torch.no_grad()
 def refresh_parts(zero: Any) -> None:
-    """Have stage 3's parameters follow its fp32 shards, after something else than a step has written those."""
+    """Update stage 3's parameters from its fp32 shards after anything except a step has written them."""
     for index, flat in enumerate(zero.fp32_partitioned_groups_flat):
         zero.fp16_partitioned_groups_flat[index].data.copy_(flat.data)
         zero._unflatten_partitioned_parameters(index)
