@@ -11,14 +11,14 @@ Examples
   python train.py model/size=small data=text data.files='corpus/*.txt' max_steps=2000
   python train.py -m optimizer=adamw optimizer.lr=1e-3,3e-3 seed=1,2
 
-  python train.py plan=true model/size=124m              what it would cost, and train nothing
-  python train.py resume=runs/<folder>                   go on where a run stopped
+  python train.py plan=true model/size=124m              print parameters, memory and FLOPs
+  python train.py resume=runs/<folder>                   resume a run
 """,
     "eval": """\
 Examples
   python eval.py run_dir=runs/<folder>
   python eval.py run_dir=runs/<folder> 'eval=[loss,extrapolation]' model/position=rerope model.position.window=128
-  python eval.py 'run_dir=[runs/a,runs/b]' 'eval=[loss,attention]'                     one table of both
+  python eval.py 'run_dir=[runs/a,runs/b]' 'eval=[loss,attention]'                     compare two runs in one table
   python eval.py run_dir=runs/<folder> 'eval=[lm_eval]' 'eval.lm_eval.tasks=[lambada_openai]'
 """,
 }
@@ -34,7 +34,7 @@ def help_page(config_dir: Path, config_name: str) -> str:
     ]
     lines += ["Run-level keys", *_run_keys(config_dir / f"{config_name}.yaml"), ""]
     if config_name == "train":
-        lines += ["Of a sweep, with -m", *_sweep_keys(config_dir / "sweep.yaml"), ""]
+        lines += ["Settings of a sweep, with -m", *_sweep_keys(config_dir / "sweep.yaml"), ""]
     lines += [
         "Groups: choose with <group>=<option>, change a value inside with <group>.<key>=<value>; * is the default"
     ]
