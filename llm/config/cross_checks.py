@@ -18,7 +18,7 @@ from llm.config.sizes import (
     needs_probe,
     world_size,
 )
-from llm.contracts import GradientFolder, NonFiniteShrinker, TrainerChecker, WeightAverager
+from llm.contracts import GradientFolder, HasTraits, NonFiniteShrinker, TrainerChecker, WeightAverager
 from llm.errors import ConfigError, CrucibleError
 from llm.ops.precision import resolve_precision
 from llm.optim.param_groups import build_param_groups
@@ -155,8 +155,9 @@ def _check_optimizer(cfg: Mapping[str, Any]) -> None:
     if rates:
         raise ConfigError("\n".join(rates))
     groups = build_param_groups(build_meta_model(cfg), lr=node["lr"], weight_decay=node["weight_decay"])
-    for group in groups:  # tensors with shapes and without storage, also for optimizers that refuse meta tensors
-        group["params"] = [torch.nn.Parameter(torch.zeros(()).expand(p.shape)) for p in group["params"]]
+    if not isinstance(locate(node["_target_"]), HasTraits):  # torch's fused optimizers refuse meta tensors
+        for group in groups:
+            group["params"] = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in group["params"]]
     try:
         optimizer = instantiate(node)(groups)
     except ValueError as error:
