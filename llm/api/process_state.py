@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llm.callbacks.rng_state import get_rng_state, set_rng_state
-from llm.callbacks.stop_signals import STOPPING
+from llm.distributed.launch import STOPPING
 
 
 class _State(NamedTuple):

@@ -1,5 +1,6 @@
 """Checks the rules of a configuration that span several groups, such as batch arithmetic and learning rates."""
 
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -37,17 +38,19 @@ def check_across_groups(cfg: Mapping[str, Any], *, invalid: Collection[str]) -> 
         invalid: groups and run-level keys that are known to be wrong. Checks that read one of them are skipped.
     """
     run_keys = {"max_steps", "max_tokens", "batch_tokens", "context_length", "micro_batch_size"}
+    model = functools.cache(lambda: build_meta_model(cfg))
     probes: list[tuple[set[str], Callable[[], Any]]] = [
         (run_keys | {"batch_schedule"}, lambda: batch_ramp(cfg)),
         (run_keys | {"batch_schedule", "trainer"}, lambda: check_ramp(plan=batch_plan(cfg), ramp=batch_ramp(cfg))),
         (run_keys | {"callbacks", "trainer"}, lambda: _check_micro_batches(cfg)),
-        ({"optimizer", "on_nonfinite", "trainer", "model", "rates", "spikes"}, lambda: _check_optimizer(cfg)),
+        ({"optimizer", "on_nonfinite", "trainer", "spikes"}, lambda: _check_optimizer(cfg)),
         (run_keys | {"scaling", "batch_schedule", "optimizer"}, lambda: _check_scaling(cfg)),
         (run_keys | {"batch_schedule", "keep_half_life"}, lambda: _check_half_life(cfg)),
         (run_keys | {"schedule"}, lambda: _check_schedule(cfg)),
         ({"trainer"}, lambda: resolve_precision(cfg["trainer"]["precision"], accelerator=accelerator(cfg["trainer"]))),
         ({"trainer", "compile"}, lambda: _check_trainer(cfg)),
-        ({"model", "rates"}, lambda: build_meta_model(cfg)),
+        ({"model", "rates"}, model),
+        ({"model", "rates", "optimizer"}, lambda: _check_tensors(cfg["optimizer"], model())),
         ({"optimizer", "rates"}, lambda: build_rates(cfg).check(instantiate(cfg["optimizer"]))),
         ({"data"}, lambda: instantiate(cfg["data"])),
         ({"tokenizer"}, lambda: build_tokenizer(cfg)),
@@ -154,12 +157,10 @@ def _check_optimizer(cfg: Mapping[str, Any]) -> None:
         rates.append(f"optimizer.weight_decay={node['weight_decay']}: must be at least 0; 0.1 is usual")
     if rates:
         raise ConfigError("\n".join(rates))
-    groups = build_param_groups(build_meta_model(cfg), lr=node["lr"], weight_decay=node["weight_decay"])
-    if not isinstance(locate(node["_target_"]), HasTraits):  # torch's fused optimizers refuse meta tensors
-        for group in groups:
-            group["params"] = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in group["params"]]
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    group = {"params": [parameter], "names": ["probe"], "kind": "matrix", "lr": node["lr"], "weight_decay": 0.0}
     try:
-        optimizer = instantiate(node)(groups)
+        optimizer = instantiate(node)([group])
     except ValueError as error:
         raise ConfigError(f"optimizer: {error}; see the docstring of {node['_target_']}") from error
     shrinks = isinstance(optimizer, NonFiniteShrinker) and optimizer.shrink_ratio is not None
@@ -182,6 +183,12 @@ def _check_optimizer(cfg: Mapping[str, Any]) -> None:
                 f"{key}: optimizer.accumulate=momentum leaves no gradient to act on; set "
                 "trainer.gradient_clip_val=null and on_nonfinite=raise or tiger, or optimizer.accumulate=buffer"
             )
+
+
+def _check_tensors(node: Mapping[str, Any], model: torch.nn.Module) -> None:
+    """Refuse an optimizer of the project that cannot update the tensors of a model, which have no storage."""
+    if isinstance(locate(node["_target_"]), HasTraits):  # torch's fused optimizers refuse tensors without storage
+        instantiate(node)(build_param_groups(model, lr=1.0, weight_decay=0.0), lr=1.0, weight_decay=0.0)
 
 
 def _check_trainer(cfg: Mapping[str, Any]) -> None:

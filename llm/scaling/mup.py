@@ -1,15 +1,14 @@
 """Learning rates that stay optimal when the width changes: maximal update parametrization."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from llm.scaling.rates import FINAL_NORM, Rate, RatedTensor, Rates, Update, check_base_width, check_knows, initialized
+from llm.scaling.rates import FINAL_NORM, Rate, RatedTensor, Update, WidthRates, initialized
 
 
-class MuP(Rates):
+class MuP(WidthRates):
     """Rates for a model m times as wide as the base, with which activations change per step as they do at the base.
 
         hidden matrices: lr · |ΔW at the base shape| / |ΔW at this shape|, spectral norms of a step at lr = 1;
@@ -21,13 +20,7 @@ class MuP(Rates):
     width. Weight decay is divided by the same factor that multiplies lr, so lr · λ, the share that decays per step, is
     constant. At the base width all rates equal those of `plain`.
 
-    Args:
-        base_d_model: width at which lr was tuned, at least 1. The base has the same head size and depth.
-        lr_scales: see `Rates`.
-        decay_kinds: see `Rates`.
-
-    Raises:
-        ConfigError: if the base width is below 1, or the steps of the optimizer are as large as the gradient.
+    Its arguments and errors are those of `WidthRates`.
 
     Source: Yang et al., "Tensor Programs V", arXiv:2203.03466, table 8 (Adam; its output multiplier is
         part of the final norm's gain here, which also works with tied embeddings); Yang, Simon & Bernstein, "A Spectral
@@ -35,20 +28,7 @@ class MuP(Rates):
     Differs: attention scores keep 1/√head_dim, because the head size does not change with the width.
     """
 
-    def __init__(
-        self,
-        *,
-        base_d_model: int,
-        lr_scales: Mapping[str, float] | None = None,
-        decay_kinds: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(lr_scales=lr_scales, decay_kinds=decay_kinds)
-        check_base_width("mup", base_d_model)
-        self.base_d_model = base_d_model
-
-    def check(self, optimizer: Callable[..., Any]) -> None:
-        """Raise ConfigError for SGD."""
-        check_knows("mup", optimizer)
+    option: ClassVar = "mup"
 
     def prepare(self, model: nn.Module) -> None:
         """Divide the gain of the final norm by the relative width m."""

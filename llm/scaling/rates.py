@@ -1,7 +1,7 @@
 """How the learning rate and weight decay of each tensor follow from its kind and shape: the base, and plain rates."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
 from torch import nn
 
@@ -137,10 +137,36 @@ def check_knows(rates: str, optimizer: Callable[..., Any]) -> None:
         )
 
 
-def check_base_width(rates: str, base_d_model: object) -> None:
-    """Raise ConfigError unless the base width is a positive whole number."""
-    if not isinstance(base_d_model, int) or base_d_model < 1:
-        raise ConfigError(
-            f"rates.base_d_model={base_d_model}: must be at least 1; set the model.d_model at which optimizer.lr was "
-            f"tuned, or rates=plain instead of {rates}"
-        )
+class WidthRates(Rates):
+    """The base of rates that depend on the width relative to a base width, at which lr was tuned.
+
+    Args:
+        base_d_model: width at which lr was tuned, at least 1. The base has the same head size and depth.
+        lr_scales: see `Rates`.
+        decay_kinds: see `Rates`.
+
+    Raises:
+        ConfigError: if the base width is below 1, or the steps of the optimizer are as large as the gradient.
+    """
+
+    option: ClassVar[str]
+    """Name of the option in conf/rates, for error messages."""
+
+    def __init__(
+        self,
+        *,
+        base_d_model: int,
+        lr_scales: Mapping[str, float] | None = None,
+        decay_kinds: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(lr_scales=lr_scales, decay_kinds=decay_kinds)
+        if not isinstance(base_d_model, int) or base_d_model < 1:
+            raise ConfigError(
+                f"rates.base_d_model={base_d_model}: must be at least 1; set the model.d_model at which optimizer.lr "
+                f"was tuned, or rates=plain instead of {self.option}"
+            )
+        self.base_d_model = base_d_model
+
+    def check(self, optimizer: Callable[..., Any]) -> None:
+        """Raise ConfigError for SGD."""
+        check_knows(self.option, optimizer)

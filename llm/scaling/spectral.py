@@ -1,16 +1,15 @@
 """Learning rates and initial sizes from the shape of each matrix: the spectral condition."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from llm.scaling.mup import scale_final_norm
-from llm.scaling.rates import FINAL_NORM, Rate, RatedTensor, Rates, Update, check_base_width, check_knows, initialized
+from llm.scaling.rates import FINAL_NORM, Rate, RatedTensor, Update, WidthRates, initialized
 
 
-class Spectral(Rates):
+class Spectral(WidthRates):
     """Rates with which weights and steps have spectral norm √(d_out / d_in), relative to a square matrix of the base.
 
         std = √(min(1, d_out/d_in) / d_in)
@@ -19,33 +18,14 @@ class Spectral(Rates):
     Between widths the rates change as in `mup`. Within one model they also differ between tall and wide matrices.
     Embedding, head and norms have the rates of `mup`. The product lr · λ is the same for all matrices.
 
-    Args:
-        base_d_model: width at which lr was tuned, at least 1.
-        lr_scales: see `Rates`.
-        decay_kinds: see `Rates`.
-
-    Raises:
-        ConfigError: if the base width is below 1, or the steps of the optimizer are as large as the gradient.
+    Its arguments and errors are those of `WidthRates`.
 
     Source: Yang, Simon & Bernstein, "A Spectral Condition for Feature Learning", arXiv:2310.17813, condition 1 and
         section 5; Su, kexue.fm/archives/10795.
     Differs: the initial depth factor of residual outputs is kept.
     """
 
-    def __init__(
-        self,
-        *,
-        base_d_model: int,
-        lr_scales: Mapping[str, float] | None = None,
-        decay_kinds: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(lr_scales=lr_scales, decay_kinds=decay_kinds)
-        check_base_width("spectral", base_d_model)
-        self.base_d_model = base_d_model
-
-    def check(self, optimizer: Callable[..., Any]) -> None:
-        """Raise ConfigError for SGD."""
-        check_knows("spectral", optimizer)
+    option: ClassVar = "spectral"
 
     @torch.no_grad()
     def prepare(self, model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from llm.config.quoting import quote
+from llm.distributed.launch import STOPPING
 from llm.sweep.follow import PARENT
 from llm.sweep.manifest import SweepJob
 from llm.sweep.plan import SweepPlan
@@ -20,8 +21,6 @@ from llm.sweep.prune import Behind, Pruner
 
 CONSOLE = "console.log"
 """File of a job's folder with everything that the job printed."""
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Signals that the job receives when the sweep receives them."""
 LOOK_EVERY = 0.25
 """Seconds between checks of a job that may be pruned."""
 
@@ -116,7 +115,7 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield forwarded
         return
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    previous = {number: signal.signal(number, forward) for number in STOPPING}
     try:
         yield forwarded
     finally:
