@@ -46,7 +46,7 @@ class Ahead:
     @property
     def is_basic(self) -> bool:
         """Whether the jobs are the product of the given values, known in advance."""
-        return str(self.hydra.sweeper._target_).endswith("BasicSweeper")
+        return self.hydra.runtime.choices["hydra/sweeper"] == "basic"
 
 
 def look_ahead(line: CommandLine) -> Ahead:
@@ -74,7 +74,7 @@ def look_ahead(line: CommandLine) -> Ahead:
     everything = [o for o in [*added, *given] if not o.is_hydra_override()]
     _check_names(everything)
     jobs: tuple[SweepJob, ...] = ()
-    if str(settings.sweeper._target_).endswith("BasicSweeper"):
+    if settings.runtime.choices["hydra/sweeper"] == "basic":
         (batch,) = BasicSweeper.split_arguments(everything, None)
         jobs = tuple(SweepJob(overrides=tuple(job)) for job in batch)
     return Ahead(
