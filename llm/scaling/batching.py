@@ -44,10 +44,10 @@ def plan_batch(*, batch_tokens: int, context_length: int, world_size: int, micro
         windows = batch_tokens // (context_length * world_size)
         is_whole = batch_tokens % (context_length * world_size) == 0
         smaller = [size for size in range(micro_batch_size - 1, 0, -1) if is_whole and windows % size == 0]
-        remedy = f"set micro_batch_size={smaller[0]}, or" if smaller else "try"
+        remedy = f"set micro_batch_size={smaller[0]}, or batch_tokens={near}" if smaller else f"try {near}"
         raise ConfigError(
             f"batch_tokens={batch_tokens}: must be a multiple of context_length {context_length} x devices "
-            f"{world_size} x micro_batch_size {micro_batch_size} = {unit}; {remedy} batch_tokens={near}"
+            f"{world_size} x micro_batch_size {micro_batch_size} = {unit}; {remedy}"
         )
     return BatchPlan(batch_tokens, context_length, world_size, micro_batch_size)
 

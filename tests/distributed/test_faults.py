@@ -8,6 +8,7 @@ import time
 import lightning as L
 import pytest
 from distributed_helpers import distance
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from llm.config.check import check
 from llm.config.sizes import topology
@@ -161,6 +162,7 @@ def test_one_slurm_task_with_two_devices_has_the_ranks_of_this_project(monkeypat
     for name, value in (SLURM | OWN_RANK).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("llm.distributed.launch.AT_START", SLURM | OWN_RANK)
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # Lightning sets it to 1 for the whole process; it is put back
     plugins = own_environment()
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", plugins=plugins, logger=False)
     assert (trainer.global_rank, trainer.world_size) == (1, 2)
