@@ -32,6 +32,14 @@ class WholeGradients:
         """Scale the gradients so that their norm is at most `max_norm`."""
         torch.nn.utils.clip_grads_with_norm_(self._parameters, max_norm, norm)
 
+    def clip_finite(self, max_norm: float) -> None:
+        """Scale the gradients of the tensors that are finite by the norm of these tensors together.
+
+        Other tensors keep their gradients. Tiger shrinks such tensors, and its momentum takes the finite gradients.
+        """
+        finite = WholeGradients(parameter for parameter in self._parameters if _is_finite(parameter.grad))
+        finite.clip(max_norm, finite.norm())
+
     def drop(self) -> None:
         """Discard the gradients, so that the next step updates nothing."""
         for parameter in self._parameters:
@@ -78,3 +86,7 @@ class FirstGradients:
                 "what one device leaves alone; have the model use it, freeze it with requires_grad_(False), or train "
                 "on one device"
             )
+
+
+def _is_finite(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(torch.isfinite(torch.linalg.vector_norm(gradient, ord=float("inf"))))

@@ -1,5 +1,7 @@
 """Estimates the gradient noise scale from the squared norms of gradients of two batch sizes."""
 
+import math
+
 from llm.errors import ConfigError
 
 
@@ -52,7 +54,9 @@ class SmoothedNoiseScale:
         self.averages: dict[str, list[float]] = {}
 
     def update(self, name: str, *, signal: float, trace: float) -> None:
-        """Add one measurement to the averages of `name`."""
+        """Add one measurement to the averages of `name`; discard one that is not finite, which would stay in them."""
+        if not math.isfinite(signal + trace):
+            return
         held = self.averages.setdefault(name, [0.0, 0.0])
         for i, value in enumerate((signal, trace)):  # both start at 0; the bias correction cancels in the ratio
             held[i] = self.decay * held[i] + (1 - self.decay) * value

@@ -22,7 +22,7 @@ from llm.scaling.derivation import derivation
 from llm.scaling.rates import Rates
 from llm.training.learning_rate import rated_groups, restart_schedule
 from llm.training.spikes import SpikeGuard
-from llm.training.step_guard import NonFinitePolicy, StepGuard
+from llm.training.step_guard import NonFinitePolicy, StepGuard, UpdateVerdict
 from llm.training.update_loss import UpdateLoss
 from llm.training.update_metrics import UpdateMetrics
 
@@ -89,7 +89,7 @@ class LanguageModule(L.LightningModule):
         self.step_metrics: dict[str, Tensor | float] = {}
         self._loss, self._update = UpdateLoss(), UpdateMetrics(self._reduced)
         self._refused: dict[str, Any] | None = None
-        self._dropped_step = -1
+        self._verdict = UpdateVerdict()
         self._first_gradients: FirstGradients | None = None
 
     def compile_model(self, **options: Any) -> None:
@@ -177,27 +177,29 @@ class LanguageModule(L.LightningModule):
         if len(self.ramp.stages) > 1:
             rates["batch_tokens"] = self.batch_tokens_at(self.global_step)
         self.step_metrics = {**means, **({"grad_norm": norm} if gradients.exist else {}), **rates}
-        verdict = self.guard.judge(self.global_step, loss=means["train/loss"], norm=norm)
+        verdict = self._verdict = self.guard.judge(self.global_step, loss=means["train/loss"], norm=norm)
         if verdict.reason:
             self._note_refused(verdict.reason, losses, means["train/loss"], norm)
             self.step_metrics |= verdict.counts or {}
             if verdict.error is not None:
                 raise verdict.error
             if verdict.is_dropped:
-                self._dropped_step = self.global_step
                 gradients.drop()
-        elif gradient_clip_val:
+        if gradient_clip_val and not verdict.reason:
             gradients.clip(gradient_clip_val, norm)
+        elif gradient_clip_val and not verdict.is_dropped:  # the optimizer updates the tensors with finite gradients
+            gradients.clip_finite(gradient_clip_val)
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Run the micro-batch and the update, then hand statistics to the layers that gathered them."""
-        step = self.global_step
         super().optimizer_step(*arguments, **options)
         statistics = self._update.take_statistics()
-        if self._dropped_step == step:  # nothing may change
+        if self._verdict.is_dropped:  # nothing may change
             return
         for index, layer in enumerate(self.model.blocks()):
             own = self._update.statistics_of_layer(index, statistics)
+            if self._verdict.reason and not all(bool(value.isfinite().all()) for value in own.values()):
+                continue  # averages of the layer would never be finite again
             for piece in layer.modules() if own else ():
                 if isinstance(piece, StatisticsReceiver):
                     piece.after_optimizer_step(own)

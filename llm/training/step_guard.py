@@ -20,7 +20,7 @@ COUNTERS = ("spiked_steps", "nonfinite_steps", "nonfinite_in_a_row", "nonfinite_
 
 
 @dataclass(frozen=True)
-class Verdict:
+class UpdateVerdict:
     """The decision about one update.
 
     Args:
@@ -50,7 +50,7 @@ class StepGuard:
         self.on_nonfinite, self.spikes = on_nonfinite, spikes
         self.spiked_steps, self.nonfinite_steps, self.nonfinite_in_a_row, self.nonfinite_step = 0, 0, 0, -1
 
-    def judge(self, step: int, *, loss: Tensor, norm: Tensor) -> Verdict:
+    def judge(self, step: int, *, loss: Tensor, norm: Tensor) -> UpdateVerdict:
         """Return the decision about the update that follows `step` updates.
 
         Args:
@@ -61,17 +61,17 @@ class StepGuard:
         if not bool(torch.isfinite(norm + loss)):
             return self._judge_nonfinite(step, float(loss), float(norm))
         if self.spikes is None or not (reason := self.spikes.judge(float(loss), float(norm))):
-            return Verdict()
+            return UpdateVerdict()
         if self.spikes.goes_back:
-            return Verdict(reason, error=SpikeError(step, reason))
+            return UpdateVerdict(reason, error=SpikeError(step, reason))
         self.spiked_steps += 1
-        return Verdict(reason, is_dropped=True, counts={"spiked_steps": float(self.spiked_steps)})
+        return UpdateVerdict(reason, is_dropped=True, counts={"spiked_steps": float(self.spiked_steps)})
 
-    def _judge_nonfinite(self, step: int, loss: float, norm: float) -> Verdict:
+    def _judge_nonfinite(self, step: int, loss: float, norm: float) -> UpdateVerdict:
         self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if self.nonfinite_step == step - 1 else 1
         self.nonfinite_step = step
         self.nonfinite_steps += 1
-        return Verdict(
+        return UpdateVerdict(
             "not finite",
             is_dropped=self.on_nonfinite == "skip",
             error=self._error_of_nonfinite(step, loss, norm),

@@ -1,12 +1,14 @@
 """Measures and clips the sharded gradients of ZeRO between the backward pass and the update."""
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm.optim.shard import ShardLayout
+from llm.optim.shard import ShardLayout, Slice
 
 OVERFLOW = -1.0
 """The norm by which DeepSpeed's engine knows gradients that are not finite: it then drops them and makes no update."""
@@ -49,12 +51,9 @@ class ShardedGradients:
     def squares_of(self, names: set[str]) -> Tensor:
         """Sum of squares of the gradients of some parameters, over all ranks."""
         total = torch.zeros((), dtype=torch.float64, device=self.layouts[0].comm_device)
-        for index, layout in enumerate(self.layouts):
-            held = zip(layout.slices, self._parts(index), strict=False)
-            if len(parts := self._parts(index)) == 1 and parts[0].numel() == layout.flat.numel():
-                held = ((piece, piece.of(parts[0].flatten())) for piece in layout.slices)
-            for piece, part in held:
-                if piece.name in names and piece.numel:
+        for index in range(len(self.layouts)):
+            for piece, part in self._pieces(index):
+                if piece.name in names:
                     total += torch.linalg.vector_norm(part.float()).double().square().to(total.device)
         return self.layouts[0].all_reduce(total, dist.ReduceOp.SUM).float()
 
@@ -64,6 +63,16 @@ class ShardedGradients:
         for index in range(len(self.layouts)):
             for part in self._parts(index):
                 part.mul_(factor.to(part.device))
+
+    def clip_finite(self, max_norm: float) -> None:
+        """Scale the gradients of the tensors that are finite on every rank by the norm of these tensors together."""
+        squares = [self._squares_by_tensor(index) for index in range(len(self.layouts))]
+        finite = [value for of_layout in squares for value in of_layout.values() if math.isfinite(value)]
+        factor = min(1.0, max_norm / (math.sqrt(sum(finite)) + 1e-6))
+        for index, of_layout in enumerate(squares):
+            for piece, part in self._pieces(index):
+                if math.isfinite(of_layout[piece.name]):
+                    part.mul_(factor)
 
     def drop(self) -> None:
         """Make the next step discard the gradients, so that it updates nothing."""
@@ -86,6 +95,22 @@ class ShardedGradients:
             gradient = self.layouts[index].flat.grad
             return [] if gradient is None else [gradient]
         return list(self.zero.averaged_gradients[index])
+
+    def _pieces(self, index: int) -> Iterator[tuple[Slice, Tensor]]:
+        """Yield the slices of one shard that this rank stores, each with its gradient."""
+        slices, parts = self.layouts[index].slices, self._parts(index)
+        if len(parts) == 1 and parts[0].numel() == self.layouts[index].flat.numel():
+            parts = [piece.of(parts[0].flatten()) for piece in slices]
+        yield from ((piece, part) for piece, part in zip(slices, parts, strict=False) if piece.numel)
+
+    def _squares_by_tensor(self, index: int) -> dict[str, float]:
+        """Return the sum of squares of each tensor of one shard over all ranks; it is finite where all elements are."""
+        layout = self.layouts[index]
+        places = {name: place for place, name in enumerate(layout.shapes)}
+        squares = torch.zeros(len(places), dtype=torch.float64, device=layout.comm_device)
+        for piece, part in self._pieces(index):
+            squares[places[piece.name]] += torch.linalg.vector_norm(part.double()).square().to(squares.device)
+        return dict(zip(places, layout.all_reduce(squares, dist.ReduceOp.SUM).tolist(), strict=True))
 
     def _engine_norm(self) -> Tensor:
         device = self.layouts[0].comm_device
