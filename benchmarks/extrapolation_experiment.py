@@ -21,10 +21,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from llm.commands.evaluate import subject_of
-from llm.evals.base import Subject
+from llm.evals.evaluation import Subject
 from llm.evals.extrapolation import Extrapolation, long_windows, loss_by_position
-from llm.model.position.base import Position
 from llm.model.position.ntk import NTKMixedRoPE, NTKRoPE
+from llm.model.position.position_module import Position
 from llm.model.position.rerope import LeakyReRoPE, ReRoPE
 from llm.model.position.rope import RoPE
 from llm.training.rebuild import rebuild

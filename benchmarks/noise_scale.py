@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 
 from llm.callbacks.noise_scale import NoiseScale
 from llm.tables import format_table
-from llm.training import build as training
+from llm.training import module_and_trainer
 from llm.training.train import train
 
 WARM_UP = 5
@@ -61,13 +61,13 @@ def measure(size: str, parts: int, updates: int, folder: Path, further: list[str
     quiet = ["callbacks.samples=null", "callbacks.curves=null"]
     cfg = composed([f"model/size={size}", "callbacks=noise_scale", *length, *quiet, *further])
     cfg["micro_batch_size"] = cfg["batch_tokens"] // cfg["context_length"] // parts
-    plain, methods = training.build_callbacks, {name: getattr(NoiseScale, name) for name in TIMED}
+    plain, methods = module_and_trainer.build_callbacks, {name: getattr(NoiseScale, name) for name in TIMED}
     watch = Watch()
-    training.build_callbacks = lambda *a, **k: [*plain(*a, **k), watch]
+    module_and_trainer.build_callbacks = lambda *a, **k: [*plain(*a, **k), watch]
     try:
         train(cfg, folder)
     finally:
-        training.build_callbacks = plain
+        module_and_trainer.build_callbacks = plain
         for name, method in methods.items():
             setattr(NoiseScale, name, method)
     kept = watch.updates[WARM_UP:-1]  # the last has the validation in it

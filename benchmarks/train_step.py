@@ -143,7 +143,7 @@ def train_ours(args: argparse.Namespace) -> None:
     from hydra import compose, initialize_config_dir
 
     from llm.config.files import to_plain
-    from llm.training import build as training
+    from llm.training import module_and_trainer
     from llm.training.train import train
 
     precision = "bf16-mixed" if args.precision == "bf16" else "32-true"
@@ -171,8 +171,8 @@ def train_ours(args: argparse.Namespace) -> None:
         def on_train_batch_start(self, *_: Any) -> None:
             turns.next_step()
 
-    build = training.build_callbacks
-    training.build_callbacks = lambda *a, **o: [Gate(), *build(*a, **o)]
+    build = module_and_trainer.build_callbacks
+    module_and_trainer.build_callbacks = lambda *a, **o: [Gate(), *build(*a, **o)]
     with tempfile.TemporaryDirectory(prefix="train-step-") as folder:
         train(cfg, Path(folder) / "run")
 

@@ -29,8 +29,8 @@ from llm.config.check import check
 from llm.config.files import to_plain
 from llm.config.sizes import accelerator, batch_plan
 from llm.distributed.launch import start_processes
-from llm.distributed.zero.gradients import ShardedGradients
-from llm.distributed.zero.memory import bytes_a_rank, bytes_sent_an_update
+from llm.distributed.zero.rank_memory import bytes_per_rank, bytes_sent_per_update
+from llm.distributed.zero.sharded_gradients import ShardedGradients
 from llm.ops.precision import resolve_precision
 from llm.optim.exchange import OwnerExchange
 from llm.optim.receipt import lines
@@ -119,12 +119,12 @@ class Meter(Callback):
 
 def measure(cfg: dict[str, Any], out: Path) -> None:
     """Train as one of the ranks and write what was metered."""
-    import llm.training.build
+    import llm.training.module_and_trainer
 
     meter = Meter()
     meter.watch()
-    build = llm.training.build.build_trainer
-    llm.training.build.build_trainer = lambda cfg, **arguments: build(
+    build = llm.training.module_and_trainer.build_trainer
+    llm.training.module_and_trainer.build_trainer = lambda cfg, **arguments: build(
         cfg, **{**arguments, "callbacks": [*arguments["callbacks"], meter]}
     )
     check(cfg)
@@ -158,8 +158,8 @@ def row(stage: int, cfg: dict[str, Any], ranks: int) -> str:
     plan, precision = cfg["batch_tokens"] // cfg["context_length"], cfg["trainer"]["precision"]
     accumulation = plan // (ranks * cfg["micro_batch_size"])
     parameters, whole = int(held["parameters"]), int(held["state_whole"])
-    told = bytes_a_rank(parameters=parameters, state_bytes=whole, stage=stage, ranks=ranks, precision=precision)
-    sending = bytes_sent_an_update(
+    told = bytes_per_rank(parameters=parameters, state_bytes=whole, stage=stage, ranks=ranks, precision=precision)
+    sending = bytes_sent_per_update(
         parameters=parameters, stage=stage, ranks=ranks, accumulation=accumulation, precision=precision
     )
     sent = max(one["sent"] for one in found)

@@ -18,28 +18,29 @@ if TYPE_CHECKING:
     from llm.api.run_comparison import compare
     from llm.api.run_view import Run, open_run
     from llm.api.standalone import build
-    from llm.api.train_in_process import train
+    from llm.api.train_in_process import train_in_process as train
     from llm.errors import ConfigError, CrucibleError
 
 __all__ = ["ConfigError", "CrucibleError", "Run", "build", "compare", "compose", "open_run", "train"]
 
 _PLACES = {
-    "ConfigError": "llm.errors",
-    "CrucibleError": "llm.errors",
-    "Run": "llm.api.run_view",
-    "build": "llm.api.standalone",
-    "compare": "llm.api.run_comparison",
-    "compose": "llm.api.configuration",
-    "open_run": "llm.api.run_view",
-    "train": "llm.api.train_in_process",
+    "ConfigError": ("llm.errors", "ConfigError"),
+    "CrucibleError": ("llm.errors", "CrucibleError"),
+    "Run": ("llm.api.run_view", "Run"),
+    "build": ("llm.api.standalone", "build"),
+    "compare": ("llm.api.run_comparison", "compare"),
+    "compose": ("llm.api.configuration", "compose"),
+    "open_run": ("llm.api.run_view", "open_run"),
+    "train": ("llm.api.train_in_process", "train_in_process"),
 }
-"""The module of each exported name."""
+"""The module of each exported name, and its name there."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'llm' has no attribute {name!r}")
-    globals()[name] = getattr(importlib.import_module(_PLACES[name]), name)
+    module, own_name = _PLACES[name]
+    globals()[name] = getattr(importlib.import_module(module), own_name)
     return globals()[name]
 
 

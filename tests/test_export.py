@@ -21,7 +21,7 @@ from llm.huggingface.families import find_family
 from llm.huggingface.load import load_hf_weights
 from llm.huggingface.logits import TOLERANCE, check_import, compare_logits, random_windows
 from llm.huggingface.names import to_theirs, weight_pairs
-from llm.model.ffn.balance.base import TRAINING_STATISTICS
+from llm.model.ffn.balance.balance_rule import TRAINING_STATISTICS
 from llm.training.rebuild import TrainedModel
 from llm.training.train import train
 

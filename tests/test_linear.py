@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llm.ops import products
-from llm.ops.linear import Linear, plain_linear
+from llm.ops.linear_layer import Linear, plain_linear
 from llm.ops.products import product_nn, product_nt, product_tn
 
 
@@ -57,7 +57,7 @@ def test_a_strided_gradient_gives_the_same_result(monkeypatch):
 COMPILED = """
 import torch
 from llm.ops import products
-from llm.ops.linear import Linear
+from llm.ops.linear_layer import Linear
 
 products.WORTHWHILE = 0
 layer, x = Linear(24, 40, bias=False), torch.randn(3, 63, 24, requires_grad=True)

@@ -6,7 +6,7 @@ import pytest
 
 from llm.commands.arguments import parse_command_line
 from llm.commands.compose import open_hydra
-from llm.commands.groups import keys_set_by
+from llm.commands.config_groups import keys_set_by
 from llm.commands.newest_run import folder_to_resume
 from llm.config.resume import merge_resumed, with_fitting_micro_batch
 from llm.errors import ConfigError

@@ -39,7 +39,7 @@ SHORT = ("max_steps=8", "val_every=4", "checkpoint_every=1", "callbacks.checkpoi
 
 @pytest.fixture
 def run(composed, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("llm.training.build.peak_flops", lambda *_, **__: 1e9)  # it is measured, which takes a while
+    monkeypatch.setattr("llm.training.module_and_trainer.peak_flops", lambda *_, **__: 1e9)  # a slow measurement
     replaced = {o.split("=")[0] for o in [*SHORT, "micro_batch_size=2"]}
     base = [*(o for o in tiny if o.split("=")[0] not in replaced), *SHORT]
 

@@ -141,9 +141,9 @@ class Run:
         Args:
             overrides: settings that a resumed run may change, such as "max_steps=400".
         """
-        from llm.api.train_in_process import train  # which returns a Run
+        from llm.api.train_in_process import train_in_process  # which returns a Run
 
-        return train(compose(f"resume={quote(str(self.folder))}", *overrides))
+        return train_in_process(compose(f"resume={quote(str(self.folder))}", *overrides))
 
     def plot(self) -> Picture:
         """Return the curves of loss, learning rate, gradient norm and throughput, which a notebook displays."""

@@ -13,7 +13,7 @@ from llm.config.pieces import instantiate, piece_at
 from llm.config.signatures import MISSING, check_node, keyword_parameters, suggest, target_nodes
 from llm.contracts import AttentionGeometry
 from llm.errors import ConfigError
-from llm.model.attention.base import Attention
+from llm.model.attention.attention_layer import Attention
 from llm.model.transformer import resolve_head_dim
 from llm.optim.foreign_kinds import groups_of_any_module
 

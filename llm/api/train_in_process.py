@@ -25,7 +25,7 @@ SIGNAL_STATUS = 128
 """Exit status of a process that signal n ended, less n."""
 
 
-def train(config: Configuration) -> Run:
+def train_in_process(config: Configuration) -> Run:
     """Train a run and return it. Log lines appear in the session, and a notebook shows the curves at the end.
 
     The state of the process is restored afterwards: seeds, environment variables, signal handlers, loggers, warning

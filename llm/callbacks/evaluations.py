@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from llm.callbacks.rng_state import get_rng_state, set_rng_state
 from llm.errors import ConfigError
-from llm.evals.base import Evaluation, Subject
+from llm.evals.evaluation import Evaluation, Subject
 from llm.run_folder.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Evaluations(Callback):
         every_validations: validations between evaluations, at least 1.
         evaluations: by name.
         precision: of the run.
-        open_source: see `llm.evals.base.Subject`.
+        open_source: see `llm.evals.evaluation.Subject`.
         source_files: likewise.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Tensor
 from llm.contracts import ShardingStrategy
 from llm.errors import ConfigError
 from llm.optim.param_groups import parameter_kinds
-from llm.scaling.noise_scale import SmoothedNoiseScale, two_batch_estimate
+from llm.scaling.noise_estimate import SmoothedNoiseScale, two_batch_estimate
 from llm.scaling.trade import tokens_over_minimum, updates_over_minimum
 
 log = logging.getLogger(__name__)

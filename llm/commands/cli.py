@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from llm.commands.arguments import CommandLine, parse_command_line
 from llm.commands.compose import COMPOSITION_ERRORS, Checked, compose_plain, plain_part
 from llm.commands.help import help_page
-from llm.commands.job import run_once
+from llm.commands.hydra_job import run_once
 from llm.commands.multirun import run_sweep
 from llm.commands.signals import CommandStoppedError
 from llm.config.conf import conf_folder

@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from llm.commands.arguments import CommandLine, parse_override
+from llm.commands.config_groups import unnamed_options
 from llm.commands.diagnosis import Diagnosis, diagnose
-from llm.commands.groups import unnamed_options
 from llm.config.conf import conf_folder
 from llm.config.files import to_plain
 from llm.errors import ConfigError

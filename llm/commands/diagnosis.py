@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llm.commands.arguments import CommandLine, parse_override, unreadable
-from llm.commands.groups import all_groups, group_options, is_group, options_with, unnamed_options
+from llm.commands.config_groups import all_groups, group_options, is_group, options_with, unnamed_options
 from llm.commands.suggestions import unknown_key
 from llm.config.files import to_plain
 from llm.errors import did_you_mean

@@ -15,7 +15,7 @@ from llm.config.safety import secrets_in
 from llm.config.settings import settings
 from llm.config.signatures import check_node, target_nodes
 from llm.errors import ConfigError
-from llm.evals.base import Evaluation, Result, Subject, save_plot
+from llm.evals.evaluation import Evaluation, Result, Subject, save_plot
 from llm.evals.other_text import open_source, source_patterns
 from llm.run_folder.checkpoint_files import MANIFEST
 from llm.tables import format_table

@@ -13,7 +13,7 @@ from torch import Tensor
 from llm.commands.cli import run_plain_command
 from llm.errors import CheckpointError, ConfigError
 from llm.huggingface.families import find_family
-from llm.huggingface.folder import discard, replace_folder, write_folder
+from llm.huggingface.hf_folder import discard, replace_folder, write_folder
 from llm.huggingface.logits import TOLERANCE, compare_logits, has_transformers, random_windows
 from llm.huggingface.names import to_theirs
 from llm.training.rebuild import TrainedModel, rebuild_model

@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from llm.commands.arguments import CommandLine, parse_command_line
 from llm.commands.compose import compose_checked, compose_with_hydra, open_hydra, plain_part
+from llm.commands.config_groups import group_options, keys_set_by, options_with
 from llm.commands.evaluate import EvalConfig, check_eval
-from llm.commands.groups import group_options, keys_set_by, options_with
-from llm.commands.job import compose_run
+from llm.commands.hydra_job import compose_run
 from llm.config.check import check
 from llm.config.checked import CheckedConfig
 from llm.errors import ConfigError

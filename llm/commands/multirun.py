@@ -23,8 +23,8 @@ from llm.errors import ConfigError
 from llm.report.report_folder import write_report
 from llm.sweep.manifest import MANIFEST, read_notes, read_sweep
 from llm.sweep.options import split_options
-from llm.sweep.plan import SweepPlan, plain_command
-from llm.sweep.sweep import exit_status, open_sweep, resolve_folder, resumed_command
+from llm.sweep.sweep_folder import exit_status, open_sweep, resolve_folder, resumed_command
+from llm.sweep.sweep_plan import SweepPlan, plain_command
 
 log = logging.getLogger(__name__)
 

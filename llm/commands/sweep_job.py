@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from llm.config.files import load, to_plain
 from llm.config.resume import merge_resumed
 from llm.sweep.job import run_job
-from llm.sweep.plan import SweepPlan
+from llm.sweep.sweep_plan import SweepPlan
 
 Task = Callable[[Any, Path], float | None]
 

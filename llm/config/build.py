@@ -114,14 +114,14 @@ def build_averaging(cfg: Mapping[str, Any]) -> list[Any]:
     """
     if not cfg.get("averaging"):
         return []
-    if is_sharded(cfg["trainer"]):
+    if uses_deepspeed(cfg["trainer"]):
         raise ConfigError(
             "averaging: sharded weights are not averaged; use trainer=ddp, or eval.py average=5 afterwards"
         )
     return [instantiate(cfg["averaging"])]
 
 
-def is_sharded(trainer: Mapping[str, Any]) -> bool:
+def uses_deepspeed(trainer: Mapping[str, Any]) -> bool:
     """Whether a trainer node runs DeepSpeed: through this project's factory, or through Lightning's own strategy."""
     strategy = trainer.get("strategy")
     name = strategy.get("_target_", "").rpartition(".")[2] if isinstance(strategy, Mapping) else str(strategy)

@@ -24,7 +24,7 @@ from llm.errors import ConfigError, CrucibleError
 from llm.ops.precision import resolve_precision
 from llm.optim.param_groups import build_param_groups
 from llm.scaling.batching import check_ramp
-from llm.scaling.noise_scale import PROBE_REMEDY
+from llm.scaling.noise_estimate import PROBE_REMEDY
 
 REMEDIES = {"base_batch_tokens": "the tokens per update at which optimizer.lr was tuned"}
 """Keys that a batch rule needs, with what to set."""

@@ -17,6 +17,17 @@ RENAMED = {
 }
 """Former prefix of a `_target_` -> present prefix; version 0.1 wrote the former ones."""
 
+RENAMED_PIECES = {
+    "llm.evals.attention.Attention": "llm.evals.attention_entropy.AttentionEntropy",
+    "llm.evals.codebook.Codebook": "llm.evals.codebook_usage.CodebookUsage",
+    "llm.evals.experts.Experts": "llm.evals.expert_usage.ExpertUsage",
+    "llm.evals.loss.Loss": "llm.evals.held_out_loss.HeldOutLoss",
+    "llm.evals.samples.Samples": "llm.evals.sampled_text.SampledText",
+    "llm.model.ffn.balance.base.Balance": "llm.model.ffn.balance.balance_rule.Balance",
+    "llm.scaling.batch_schedule.constant": "llm.scaling.batch_schedule.constant_batch",
+}
+"""Former `_target_` -> present one, after its prefix is renamed."""
+
 LOGGERS = {
     "llm.callbacks.file_loggers.csv_logger": "csv",
     "llm.callbacks.file_loggers.tensorboard_logger": "tensorboard",
@@ -33,8 +44,9 @@ def present_target(target: str) -> str:
     """Return the present name of a `_target_`."""
     for former, present in RENAMED.items():
         if target.startswith(former):
-            return present + target.removeprefix(former)
-    return target
+            target = present + target.removeprefix(former)
+            break
+    return RENAMED_PIECES.get(target, target)
 
 
 def with_named_loggers(cfg: Mapping[str, Any]) -> dict[str, Any]:

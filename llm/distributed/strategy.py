@@ -14,15 +14,15 @@ from torch import Tensor
 
 from llm.contracts import ParameterBorrower, ShardedOptimizer
 from llm.distributed.lightning_private import is_last_micro_batch
-from llm.distributed.zero.gradients import ShardedGradients
-from llm.distributed.zero.layouts import read_layouts
-from llm.distributed.zero.settings import (
+from llm.distributed.zero.engine_settings import (
     check_settings,
     check_trainable,
     engine_config,
     precision_config,
     require_deepspeed,
 )
+from llm.distributed.zero.layouts import read_layouts
+from llm.distributed.zero.sharded_gradients import ShardedGradients
 from llm.distributed.zero.state import (
     gather_optimizer_state,
     gather_whole,

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from llm.errors import ConfigError, DataError
-from llm.evals.base import Result, Subject, token_losses
+from llm.evals.evaluation import Result, Subject, token_losses
 
 TOKENS_AT_ONCE = 4096
 """Tokens per forward pass, where a window is shorter."""

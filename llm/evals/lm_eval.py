@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import ConfigError, did_you_mean
-from llm.evals.base import Result, Subject
+from llm.evals.evaluation import Result, Subject
 
 BOOTSTRAP_SAMPLES = 1000
 """Resamples behind the standard error of measures that have no closed form: about 2 % off, within seconds."""

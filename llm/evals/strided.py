@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from llm.contracts import IGNORED_LABEL
-from llm.evals.base import Subject, token_losses
+from llm.evals.evaluation import Subject, token_losses
 from llm.ops.loss import loss_and_byte_sums
 
 

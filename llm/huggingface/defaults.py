@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llm.huggingface.rope import rope_settings
+from llm.huggingface.rotary_settings import rope_settings
 
 ANY_DECODER = {
     "hidden_act": "silu",

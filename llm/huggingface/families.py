@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from llm.errors import ConfigError
-from llm.huggingface.rope import EXPORTED, rope_parameters
+from llm.huggingface.rotary_settings import EXPORTED, rope_parameters
 from llm.model.attention.softmax import SoftmaxAttention
 from llm.model.ffn.moe import MoE
 from llm.model.ffn.router import TopKRouter

@@ -9,10 +9,10 @@ from torch import Tensor
 from llm.errors import CheckpointError
 from llm.huggingface.defaults import DEFAULTS
 from llm.huggingface.families import NoFamilyError, find_family
-from llm.huggingface.folder import read_config, read_weights
+from llm.huggingface.hf_folder import read_hf_config, read_weights
 from llm.huggingface.names import to_ours
 from llm.huggingface.settings_match import setting_problems
-from llm.model.ffn.balance.base import without_statistics
+from llm.model.ffn.balance.balance_rule import without_statistics
 from llm.model.transformer import Transformer
 from llm.run_folder.checkpoint import compare_state
 
@@ -33,7 +33,7 @@ def load_hf_weights(folder: Path, model: Transformer, *, context_length: int, bo
     Raises:
         CheckpointError: the folder holds another architecture; the message lists the settings that differ.
     """
-    config = read_config(folder)
+    config = read_hf_config(folder)
     model_type = config.get("model_type")
     if model_type not in DEFAULTS:
         raise CheckpointError(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llm.errors import ConfigError
-from llm.model.ffn.balance.base import without_statistics
+from llm.model.ffn.balance.balance_rule import without_statistics
 
 WHOLE = {
     "token_embedding.weight": "model.embed_tokens.weight",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm.huggingface.defaults import DEFAULTS, complete
-from llm.huggingface.rope import POSITIONS, is_same
+from llm.huggingface.rotary_settings import POSITIONS, is_same
 
 OVERRIDES = {
     "hidden_size": "model.d_model",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llm.optim.base import Slab
+from llm.optim.grouped_optimizer import Slab
 
 
 def row_axes(parameter: Tensor, kind: str) -> tuple[int, ...] | None:

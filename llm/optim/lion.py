@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from llm.contracts import OptimizerTraits, ParamGroup
-from llm.optim.base import GroupedOptimizer, gradients_of
+from llm.optim.grouped_optimizer import GroupedOptimizer, gradients_of
 from llm.optim.idle_rows import row_axes
-from llm.optim.rules import LionRule, apply_rule, apply_rule_to_shard
 from llm.optim.shard import ShardLayout, rows_to_watch
+from llm.optim.update_rules import LionRule, apply_rule, apply_rule_to_shard
 
 
 class Lion(GroupedOptimizer):

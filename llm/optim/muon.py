@@ -9,16 +9,16 @@ from torch import Tensor
 from llm.contracts import OptimizerTraits, ParamGroup
 from llm.errors import ConfigError, did_you_mean
 from llm.optim import foreach
-from llm.optim.base import CHUNK, GroupedOptimizer, between, gradients_of, in_range, slabs
 from llm.optim.blocks import as_blocks
 from llm.optim.exchange import OwnerExchange
+from llm.optim.grouped_optimizer import CHUNK, GroupedOptimizer, between, gradients_of, in_range, slabs
 from llm.optim.idle_rows import active_rows, row_axes
 from llm.optim.muon_shards import make_exchange, update_matrix_shard
 from llm.optim.newton_schulz import fast_dtype, find_iteration, orthogonalize
 from llm.optim.row_normalization import balance_rows
-from llm.optim.rules import apply_rule, apply_rule_to_shard, make_rule
 from llm.optim.shard import ShardLayout, rows_to_watch
 from llm.optim.threads import side_by_side
+from llm.optim.update_rules import apply_rule, apply_rule_to_shard, make_rule
 from llm.optim.update_scales import AUX_LR_SCALES, UPDATE_SCALES, update_norm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

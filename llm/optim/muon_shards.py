@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm.optim.base import CHUNK
 from llm.optim.blocks import as_blocks, block_shape, from_blocks
 from llm.optim.exchange import OwnerExchange
+from llm.optim.grouped_optimizer import CHUNK
 from llm.optim.newton_schulz import orthogonalize
 from llm.optim.row_normalization import balance_rows
 from llm.optim.shard import ShardLayout, is_active

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llm.contracts import OptimizerTraits, ParamGroup
 from llm.optim import foreach
-from llm.optim.base import GroupedOptimizer, descend, gradients_of, in_range, slabs
+from llm.optim.grouped_optimizer import GroupedOptimizer, descend, gradients_of, in_range, slabs
 
 
 class SGD(GroupedOptimizer):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llm.optim import foreach
-from llm.optim.base import Slab, descend
+from llm.optim.grouped_optimizer import Slab, descend
 
 
 class RatedPiece(NamedTuple):

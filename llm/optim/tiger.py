@@ -9,7 +9,7 @@ from torch import Tensor
 from llm.contracts import OptimizerTraits, ParamGroup
 from llm.errors import ConfigError, did_you_mean
 from llm.optim import foreach
-from llm.optim.base import GroupedOptimizer, Slab, gradients_of, in_range, slabs
+from llm.optim.grouped_optimizer import GroupedOptimizer, Slab, gradients_of, in_range, slabs
 from llm.optim.idle_rows import active_rows, keep_idle_rows, row_axes
 from llm.optim.shard import ShardLayout
 from llm.optim.signed_steps import RatedPiece, experts_of, move_by_sign, norms_of

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm.optim.base import CHUNK
+from llm.optim.grouped_optimizer import CHUNK
 from llm.optim.shard import ShardLayout, Span, rows_to_watch, spans, square_sum
 from llm.optim.shard_steps import keep_inactive
 

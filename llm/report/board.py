@@ -42,7 +42,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GroupComparison:
     """The comparison of two groups at their best learning rates."""
 
     first: str
@@ -138,7 +138,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def verdicts(groups: Sequence[Group]) -> list[Verdict]:
+def verdicts(groups: Sequence[Group]) -> list[GroupComparison]:
     """Compare every two groups at their best learning rates by Welch's test, with Holm's correction."""
     ranked = [group for group in groups if group.best.losses]
     pairs = []
@@ -152,7 +152,9 @@ def verdicts(groups: Sequence[Group]) -> list[Verdict]:
             comparison = comparison._replace(low=math.nan, high=math.nan, p=math.nan)
         pairs.append((first.label, second.label, comparison, is_selected))
     corrected = holm([comparison.p for _, _, comparison, _ in pairs])
-    return [Verdict(a, b, comparison, p, sel) for (a, b, comparison, sel), p in zip(pairs, corrected, strict=True)]
+    return [
+        GroupComparison(a, b, comparison, p, sel) for (a, b, comparison, sel), p in zip(pairs, corrected, strict=True)
+    ]
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -164,7 +166,7 @@ def to_csv(rows: Sequence[Row]) -> str:
     return out.getvalue()
 
 
-def to_text(rows: Sequence[Row], pairs: Sequence[Verdict], target: float | None) -> str:
+def to_text(rows: Sequence[Row], pairs: Sequence[GroupComparison], target: float | None) -> str:
     """Return the leaderboard and the comparisons for a terminal."""
     goal = "" if target is None else f" to {target:.3f}"
     goals = [f"tokens{goal}", f"seconds{goal}"]
@@ -192,7 +194,7 @@ def _text(value: float | None, form: Callable[[float], str]) -> str:
     return "–" if value is None else form(value)
 
 
-def sentences(pairs: Sequence[Verdict], most: int = 6) -> list[str]:
+def sentences(pairs: Sequence[GroupComparison], most: int = 6) -> list[str]:
     """Return the comparisons as sentences, those of the best group first."""
     if pairs and all(min(verdict.comparison.counts) < 2 for verdict in pairs):
         return ["  one seed per group: no claim about any difference; add seed=1,2,3"]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm.report.board import Row, Verdict, default_target, leaderboard, verdicts
+from llm.report.board import GroupComparison, Row, default_target, leaderboard, verdicts
 from llm.report.fits import Fit, fit_all
 from llm.report.groups import LR, Group, group_runs, swept_keys
 from llm.report.runs import RunReader, RunRecord, find_runs
@@ -33,7 +33,7 @@ class Findings:
     runs: list[RunRecord]
     groups: list[Group]
     rows: list[Row]
-    pairs: list[Verdict]
+    pairs: list[GroupComparison]
     fits: list[Fit]
     useful: list[UsefulBatch]
     target: float | None

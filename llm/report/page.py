@@ -11,7 +11,7 @@ from typing import Any
 from llm.report.findings import Findings
 from llm.report.groups import Group, text_of
 from llm.report.runs import Point, RunRecord
-from llm.run_folder.files import json_value
+from llm.run_folder.atomic_files import json_value
 
 MOST_POINTS = 400
 """Points per curve. Longer curves are averaged down to this number, so that the page stays small."""

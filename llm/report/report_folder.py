@@ -12,7 +12,7 @@ from llm.report.fits import fits_text
 from llm.report.page import report_data, to_html
 from llm.report.runs import RunReader
 from llm.report.useful_batch import useful_text
-from llm.run_folder.files import replace_text
+from llm.run_folder.atomic_files import replace_text
 
 
 @dataclass(frozen=True)

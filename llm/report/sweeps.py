@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from llm.errors import ConfigError
 from llm.sweep.manifest import MANIFEST, Manifest, read_sweep
-from llm.sweep.sweep import is_held
+from llm.sweep.sweep_folder import is_held
 
 
 class PendingJobs(NamedTuple):

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llm.errors import CheckpointError
+from llm.run_folder.atomic_files import use_default_mode
 from llm.run_folder.checkpoint_files import MODEL, TRAINING, list_checkpoints, publish, read_manifest, verify
-from llm.run_folder.files import use_default_mode
 from llm.run_folder.plain import map_tensors, plain, tensors_in
 
 _MAX_LISTED = 8  # names per error message

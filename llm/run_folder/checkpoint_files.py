@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import CheckpointError
-from llm.run_folder.files import read_object, temporary_path
+from llm.run_folder.atomic_files import read_object, temporary_path
 from llm.run_folder.full_disk import FULL, REMEDY, refusal_cause
 
 log = logging.getLogger(__name__)

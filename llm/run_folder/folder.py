@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import ConfigError
-from llm.run_folder.files import TEMPORARY, json_value, read_object, replace_json, replace_text
+from llm.run_folder.atomic_files import TEMPORARY, json_value, read_object, replace_json, replace_text
 from llm.run_folder.full_disk import REMEDY, refusal_cause
 from llm.run_folder.metrics_file import MetricsFile
 from llm.run_folder.owner import OwnerFile

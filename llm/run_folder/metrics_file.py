@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llm.run_folder.files import parse_object
+from llm.run_folder.atomic_files import parse_object
 
 Record = dict[str, Any]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from llm.run_folder.files import TEMPORARY, read_object, replace_text
+from llm.run_folder.atomic_files import TEMPORARY, read_object, replace_text
 
 ABANDONED_AFTER = 900.0
 """Seconds without an update of the lock after which a run on another host counts as dead.

@@ -8,9 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch.distributed as dist
 
 from llm.errors import CheckpointError, SpikeError
+from llm.run_folder.atomic_files import replace_json
 from llm.run_folder.checkpoint import find_last
 from llm.run_folder.checkpoint_files import list_checkpoints
-from llm.run_folder.files import replace_json
 from llm.run_folder.folder import RunFolder
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from llm.errors import ConfigError
 
 
-def constant(*, batch_tokens: int) -> dict[int, int]:
+def constant_batch(*, batch_tokens: int) -> dict[int, int]:
     """Return one batch size for the whole run.
 
     Args:

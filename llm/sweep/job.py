@@ -13,7 +13,7 @@ from llm.sweep.job_folder import claim_folder, clear_folder
 from llm.sweep.job_outcome import outcome_of_call, outcome_of_process, signal_number
 from llm.sweep.job_process import run_process
 from llm.sweep.manifest import SweepJob
-from llm.sweep.plan import SweepPlan
+from llm.sweep.sweep_plan import SweepPlan
 
 InProcess = Callable[[Path, bool], float | None]
 """Runs a job in this process: `f(folder, is resumed)` returns the validation loss."""

@@ -16,8 +16,8 @@ from llm.config.quoting import quote
 from llm.distributed.launch import STOPPING
 from llm.sweep.follow import PARENT
 from llm.sweep.manifest import SweepJob
-from llm.sweep.plan import SweepPlan
 from llm.sweep.prune import Behind, Pruner
+from llm.sweep.sweep_plan import SweepPlan
 
 CONSOLE = "console.log"
 """File of a job's folder with everything that the job printed."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm.errors import ConfigError
-from llm.run_folder.files import replace_json
+from llm.run_folder.atomic_files import replace_json
 
 MANIFEST = "manifest.json"
 """File of a sweep's folder that lists its command and jobs."""

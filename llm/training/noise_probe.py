@@ -14,7 +14,7 @@ from llm.callbacks.rng_state import get_rng_state, set_rng_state
 from llm.contracts import IGNORED_LABEL, Batch
 from llm.errors import ConfigError
 from llm.model.transformer import Transformer
-from llm.scaling.noise_scale import PROBE_REMEDY, SmoothedNoiseScale, two_batch_estimate
+from llm.scaling.noise_estimate import PROBE_REMEDY, SmoothedNoiseScale, two_batch_estimate
 from llm.training.update_loss import share_of_loss
 
 PROBE_UPDATES = 32

@@ -11,8 +11,8 @@ from llm.config.build import build_meta_model, build_model, build_tokenizer, mod
 from llm.config.checked import CheckedConfig
 from llm.config.sizes import Sizes
 from llm.distributed.parameters import own_parameters
-from llm.distributed.zero.memory import bytes_a_rank
-from llm.distributed.zero.settings import STAGES
+from llm.distributed.zero.engine_settings import STAGES
+from llm.distributed.zero.rank_memory import bytes_per_rank
 from llm.ops.flops import FORWARD_AND_BACKWARD, peak_flops
 from llm.ops.loss import CHUNK_SCORES
 from llm.ops.memory import SavedBytes, optimizer_state_bytes
@@ -88,7 +88,7 @@ def _memory_by_stage(model: nn.Module, sizes: Sizes, state: int, passing: int) -
     parameters = sum(p.numel() for p in model.parameters())
     rows = []
     for stage in STAGES:
-        held = bytes_a_rank(parameters=parameters, state_bytes=state, stage=stage, ranks=ranks, precision=precision)
+        held = bytes_per_rank(parameters=parameters, state_bytes=state, stage=stage, ranks=ranks, precision=precision)
         needed = held.total + passing
         fits = next((f"{size} GB" for size in DEVICE_GIGABYTES if needed <= size * 1e9 * USABLE), "none of these")
         rows.append([f"stage {stage}", *(format_bytes(int(part)) for part in (*held, needed)), fits])

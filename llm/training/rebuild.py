@@ -17,8 +17,8 @@ from llm.model.transformer import Transformer
 from llm.ops.precision import resolve_precision
 from llm.run_folder.checkpoint import compare_state
 from llm.run_folder.checkpoint_mean import last_checkpoints, mean_state
-from llm.training.build import build_module
 from llm.training.module import LanguageModule
+from llm.training.module_and_trainer import build_module
 
 TOKENIZER = "tokenizer.json"
 

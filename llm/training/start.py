@@ -16,15 +16,15 @@ from llm.config.sizes import Sizes
 from llm.distributed.launch import find_launch
 from llm.distributed.rendezvous import agree, smallest
 from llm.errors import ConfigError
-from llm.huggingface.folder import is_hf_folder
+from llm.huggingface.hf_folder import is_hf_folder
 from llm.huggingface.load import load_hf_weights
 from llm.huggingface.logits import check_import
-from llm.model.ffn.balance.base import without_statistics
+from llm.model.ffn.balance.balance_rule import without_statistics
 from llm.model.transformer import Transformer
 from llm.ops.memory import SavedBytes
 from llm.run_folder.checkpoint import compare_state, find_last, load_model
 from llm.run_folder.folder import RunFolder
-from llm.scaling.noise_scale import PROBE_REMEDY
+from llm.scaling.noise_estimate import PROBE_REMEDY
 from llm.training.learning_rate import rated_groups
 from llm.training.micro_batch import find_micro_batch_size
 from llm.training.noise_probe import PROBE_PATIENCE, PROBE_UPDATES, measure_noise_scale

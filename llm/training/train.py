@@ -27,10 +27,10 @@ from llm.run_folder.checkpoint_files import list_checkpoints
 from llm.run_folder.folder import RunFolder
 from llm.run_folder.rollback import read_rollbacks, roll_back
 from llm.training.announce import announce, announce_result
-from llm.training.build import build_module, build_run_trainer
 from llm.training.forced_exit import ended_by_second_signal, kill_workers_at_exit
 from llm.training.limits import check_open_files, check_shared_memory, limit_error
 from llm.training.module import LanguageModule
+from llm.training.module_and_trainer import build_module, build_run_trainer
 from llm.training.plan import describe_plan
 from llm.training.spikes import RollbackGuard
 from llm.training.start import chosen_micro_batch_size, load_initial_weights, measured_scaling

@@ -10,8 +10,8 @@ from llm.config.files import load
 from llm.config.sizes import batch_plan
 from llm.errors import ConfigError
 from llm.optim.param_groups import parameter_kinds
-from llm.scaling.noise_scale import SmoothedNoiseScale, two_batch_estimate
-from llm.training import build as training
+from llm.scaling.noise_estimate import SmoothedNoiseScale, two_batch_estimate
+from llm.training import module_and_trainer
 from llm.training.train import train
 
 MEASURE = ("callbacks=noise_scale", "callbacks.samples=null", "callbacks.curves=null", "micro_batch_size=2")
@@ -49,7 +49,7 @@ class ByHand(Callback):
 
 def test_it_is_what_whole_gradients_give_by_kind_and_in_all(composed, tiny, tmp_path, monkeypatch):
     hand = ByHand()
-    monkeypatch.setattr(training, "build_callbacks", lambda *a, **k: [*build_callbacks(*a, **k), hand])
+    monkeypatch.setattr(module_and_trainer, "build_callbacks", lambda *a, **k: [*build_callbacks(*a, **k), hand])
     train(composed(*tiny, *MEASURE, "trainer.precision=32-true"), tmp_path)
     rows = rows_of(tmp_path)
     assert len(rows) == len(hand.found) == 8

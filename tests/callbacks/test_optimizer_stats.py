@@ -9,7 +9,7 @@ from llm.callbacks.optimizer_stats import OptimizerStats
 from llm.config.build import build_callbacks
 from llm.errors import ConfigError
 from llm.optim.param_groups import parameter_kinds
-from llm.training import build as training
+from llm.training import module_and_trainer
 from llm.training.train import train
 
 NODE = (
@@ -68,7 +68,7 @@ class ByHand(Callback):
 @pytest.mark.parametrize("rates", ["spectral", "mup"])
 def test_a_kind_whose_tensors_have_several_rates_is_counted_as_one(composed, tiny, tmp_path, monkeypatch, rates):
     hand = ByHand()
-    monkeypatch.setattr(training, "build_callbacks", lambda *a, **k: [*build_callbacks(*a, **k), hand])
+    monkeypatch.setattr(module_and_trainer, "build_callbacks", lambda *a, **k: [*build_callbacks(*a, **k), hand])
     rows = metrics_of(
         composed, tiny, tmp_path, f"rates={rates}", "rates.base_d_model=16", "micro_batch_size=8", "optimizer=muon"
     )

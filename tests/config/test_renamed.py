@@ -54,6 +54,11 @@ llm.strategy.deepspeed_trainer llm.transformer.Transformer torch.optim.AdamW
 """
 """Every `_target_` in the configuration files of version 0.1."""
 
+LATER_TARGETS = """
+llm.model.ffn.balance.base.Balance
+"""
+"""Names that a `_target_` had between version 0.1 and this one, where they differ from both."""
+
 
 @pytest.fixture
 def former(tmp_path, monkeypatch) -> Path:
@@ -67,7 +72,7 @@ def former(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("target", FORMER_TARGETS.split())
+@pytest.mark.parametrize("target", FORMER_TARGETS.split() + LATER_TARGETS.split())
 def test_every_former_target_names_an_allowed_piece(target):
     present = present_target(target)
     assert is_allowed(present)

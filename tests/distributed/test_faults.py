@@ -13,10 +13,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from llm.config.check import check
 from llm.config.sizes import topology
 from llm.distributed.launch import find_launch, start_processes
-from llm.distributed.zero import settings as zero_settings
+from llm.distributed.zero import engine_settings
 from llm.errors import ConfigError
 from llm.scaling.batching import plan_batch
-from llm.training.build import own_environment
+from llm.training.module_and_trainer import own_environment
 
 FP32 = "trainer.precision=32-true"
 
@@ -88,9 +88,9 @@ def test_settings_that_cannot_be_honoured_are_refused(composed, tiny, overrides,
 
 
 def test_without_deepspeed_the_remedy_is_told(monkeypatch):
-    monkeypatch.setattr(zero_settings.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(engine_settings.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install deepspeed==0\.19\.8"):
-        zero_settings.require_deepspeed()
+        engine_settings.require_deepspeed()
 
 
 def test_a_batch_that_does_not_divide_over_ranks_is_refused_with_the_nearest():

@@ -14,9 +14,9 @@ from llm.commands.help import help_page
 from llm.config.files import load
 from llm.config.resume import merge_resumed
 from llm.errors import CheckpointError, ConfigError
-from llm.evals.base import Subject
+from llm.evals.evaluation import Subject
 from llm.evals.extrapolation import Extrapolation
-from llm.evals.loss import Loss
+from llm.evals.held_out_loss import HeldOutLoss
 from llm.model.transformer import Head, Transformer, TransformerOutput
 from llm.run_folder.checkpoint_mean import mean_state
 from llm.training.rebuild import rebuild_model
@@ -246,7 +246,7 @@ def test_bits_per_byte_of_a_known_language_do_not_depend_on_the_tokenizer(tokens
     choices = torch.randint(8, (24,), generator=torch.Generator().manual_seed(0)).tolist()
     data = WordData(tokens, "".join(WORDS[i] for i in choices))
     subject = Subject("known", Words(tokens), data, "32-true", 32, lambda files, share: None)
-    figures = Loss(sources={}, share=None)(subject).figures
+    figures = HeldOutLoss(sources={}, share=None)(subject).figures
     # three bits a word of two bytes
     assert figures["val/bits_per_byte"] == pytest.approx(1.5, abs=1e-5)
     assert figures["val/loss"] == pytest.approx(3 * math.log(2) * len(tokens[0]) / 2, abs=1e-5)

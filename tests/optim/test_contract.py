@@ -11,7 +11,7 @@ from torch import nn
 
 from llm.contracts import DescribedOptimizer, ShardedOptimizer
 from llm.errors import CheckpointError, ConfigError, ShapeError
-from llm.optim.base import GroupedOptimizer
+from llm.optim.grouped_optimizer import GroupedOptimizer
 from llm.optim.receipt import lines
 
 CATALOGUE = options("optimizer")

@@ -141,7 +141,7 @@ def test_chunks_change_nothing(groups_of, set_gradients, monkeypatch):
     modules = [nn.Linear(33, 47), nn.Linear(33, 47)]
     modules[1].load_state_dict(modules[0].state_dict())
     for module, chunk in zip(modules, (64, 10**6), strict=True):
-        monkeypatch.setattr("llm.optim.base.CHUNK", chunk)
+        monkeypatch.setattr("llm.optim.grouped_optimizer.CHUNK", chunk)
         optimizer = lion(groups_of(module, weight_decay=0.1))
         for step in range(3):
             set_gradients(module, step)

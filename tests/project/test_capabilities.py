@@ -12,7 +12,7 @@ from llm import contracts
 from llm.config.build import build_data, build_loggers, build_model
 from llm.config.check import check
 from llm.run_folder.folder import RunFolder
-from llm.training.build import build_module, build_run_trainer
+from llm.training.module_and_trainer import build_module, build_run_trainer
 
 PROTOCOLS = {
     name: value
@@ -33,7 +33,7 @@ FOREIGN = {
     ("llm/config/signatures.py", "__name__"): "a type annotation",
     ("llm/report/runs.py", "CSafeLoader"): "PyYAML without its C extension",
     ("llm/sweep/job_progress.py", "CSafeLoader"): "PyYAML without its C extension",
-    ("llm/run_folder/files.py", "item"): "scalars of NumPy and torch, of which neither is imported there",
+    ("llm/run_folder/atomic_files.py", "item"): "scalars of NumPy and torch, of which neither is imported there",
     ("llm/callbacks/wandb_logger.py", "offline"): "a run object of W&B, whose versions differ",
     ("llm/callbacks/wandb_logger.py", "model_fields"): "the settings of W&B, whose versions differ",
     ("llm/callbacks/progress.py", "closed"): "a stream of somebody else's logging handler",
@@ -41,11 +41,11 @@ FOREIGN = {
     ("llm/distributed/zero/weights.py", "ds_shape"): "a parameter that DeepSpeed has sharded",
     ("llm/distributed/zero/layouts.py", "fp32_partitioned_groups_flat"): "DeepSpeed's optimizer of stage 3",
     ("llm/distributed/zero/layouts.py", "single_partition_of_fp32_groups"): "DeepSpeed's optimizer of stages 1 and 2",
-    ("llm/distributed/zero/gradients.py", "check_grad_overflow"): "DeepSpeed's optimizer of stages 1 and 2",
-    ("llm/distributed/zero/gradients.py", "scaled_global_norm"): "DeepSpeed's optimizer of stages 1 and 2",
-    ("llm/distributed/zero/gradients.py", "cpu_offload"): "DeepSpeed's optimizer of stages 1 and 2",
-    ("llm/distributed/zero/gradients.py", "offload_optimizer"): "DeepSpeed's optimizer of stage 3",
-    ("llm/distributed/zero/gradients.py", "_wait_for_offload_copies"): "DeepSpeed's optimizer of stage 3",
+    ("llm/distributed/zero/sharded_gradients.py", "check_grad_overflow"): "DeepSpeed's optimizer of stages 1 and 2",
+    ("llm/distributed/zero/sharded_gradients.py", "scaled_global_norm"): "DeepSpeed's optimizer of stages 1 and 2",
+    ("llm/distributed/zero/sharded_gradients.py", "cpu_offload"): "DeepSpeed's optimizer of stages 1 and 2",
+    ("llm/distributed/zero/sharded_gradients.py", "offload_optimizer"): "DeepSpeed's optimizer of stage 3",
+    ("llm/distributed/zero/sharded_gradients.py", "_wait_for_offload_copies"): "DeepSpeed's optimizer of stage 3",
     ("llm/scaling/derivation.py", "__name__"): "any callable that a configuration names",
     ("llm/commands/multirun.py", "sched_getaffinity"): "a function that macOS lacks",
 }

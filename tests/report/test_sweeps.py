@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from llm.report.report_folder import write_report
 from llm.sweep.manifest import Manifest, SweepJob
-from llm.sweep.sweep import LOCK
+from llm.sweep.sweep_folder import LOCK
 
 ROOT = Path(__file__).resolve().parents[2]
 

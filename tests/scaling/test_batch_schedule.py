@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from data.sampler import RunSampler
 from llm.errors import ConfigError
 from llm.run_folder.checkpoint import load_model
-from llm.scaling.batch_schedule import constant, doubling, stages
+from llm.scaling.batch_schedule import constant_batch, doubling, stages
 from llm.scaling.batching import BatchRamp, check_ramp, plan_batch, plan_ramp
 from llm.training.train import train
 
@@ -21,7 +21,7 @@ def rows_of(folder):
 
 
 def test_stages_are_shares_of_the_full_batch():
-    assert constant(batch_tokens=4096) == {0: 4096}
+    assert constant_batch(batch_tokens=4096) == {0: 4096}
     assert stages(batch_tokens=4096, starts=[0, 10_000], shares=[0.25, 1.0]) == {0: 1024, 10_000: 4096}
     assert doubling(batch_tokens=4096, start_share=0.25, every_tokens=5000) == {0: 1024, 5000: 2048, 10_000: 4096}
 

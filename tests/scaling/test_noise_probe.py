@@ -9,7 +9,7 @@ from llm.config.build import build_model
 from llm.config.check import check
 from llm.config.files import load
 from llm.errors import ConfigError
-from llm.scaling.noise_scale import PROBE_REMEDY
+from llm.scaling.noise_estimate import PROBE_REMEDY
 from llm.training import start as training
 from llm.training.noise_probe import measure_noise_scale
 from llm.training.train import train

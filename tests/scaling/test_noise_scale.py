@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llm.errors import ConfigError
-from llm.scaling.noise_scale import SmoothedNoiseScale, two_batch_estimate
+from llm.scaling.noise_estimate import SmoothedNoiseScale, two_batch_estimate
 
 SIGNAL, TRACE = 1.0, 500.0
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from llm.model.attention.base import Attention
+from llm.model.attention.attention_layer import Attention
 from llm.model.attention.kernels.reference import visible_keys
 
 

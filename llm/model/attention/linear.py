@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from llm.contracts import AttentionGeometry, LayerCache
 from llm.errors import ConfigError
-from llm.model.attention.base import QK_NORM_EPS
+from llm.model.attention.attention_layer import QK_NORM_EPS
 from llm.model.attention.kernels.reference import visible_keys
 from llm.model.attention.linear_chunks import chunked_linear
 from llm.model.attention.recurrent import RecurrentAttention
 from llm.model.attention.states import StateCache
 from llm.model.norm import RMSNorm
-from llm.model.position.base import Position
+from llm.model.position.position_module import Position
 
 FeatureMap = Literal["elu", "softmax", "relu", "identity"]
 POSITIVE_MAPS = ("elu", "softmax")

@@ -6,7 +6,7 @@ from torch import nn
 
 from llm.contracts import AttentionGeometry
 from llm.errors import ConfigError, did_you_mean
-from llm.model.position.base import Position
+from llm.model.position.position_module import Position
 
 
 def attention_of_layer(

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from llm.contracts import AttentionGeometry, LayerCache
 from llm.errors import ConfigError
-from llm.model.attention.base import QK_NORM_EPS
+from llm.model.attention.attention_layer import QK_NORM_EPS
 from llm.model.attention.kernels.reference import visible_keys
 from llm.model.attention.performer_chunks import EMPTY, chunked_performer
 from llm.model.attention.recurrent import RecurrentAttention
 from llm.model.attention.states import StateCache
-from llm.model.position.base import Position
+from llm.model.position.position_module import Position
 
 PAIR_ELEMENTS = 1 << 24
 """Sums of two log features that `pair_weights` holds at a time: 64 MiB in fp32. More would not run faster."""

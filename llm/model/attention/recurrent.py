@@ -8,9 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm.errors import ConfigError
-from llm.model.attention.base import Attention
+from llm.model.attention.attention_layer import Attention
 from llm.model.attention.states import StateCache
-from llm.model.position.base import Position
+from llm.model.position.position_module import Position
 
 
 class RecurrentAttention(Attention):

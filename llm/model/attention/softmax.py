@@ -7,10 +7,10 @@ from torch import Tensor
 
 from llm.contracts import AttentionGeometry
 from llm.errors import ConfigError
-from llm.model.attention.base import QK_NORM_EPS, Attention
+from llm.model.attention.attention_layer import QK_NORM_EPS, Attention
 from llm.model.attention.kernels.reference import visible_keys
 from llm.model.attention.views import attend_views, pair_scores, softmax_weights
-from llm.model.position.base import Position
+from llm.model.position.position_module import Position
 
 
 class SoftmaxAttention(Attention):

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from llm.contracts import AttentionGeometry, LayerCache
 from llm.errors import ConfigError
-from llm.model.attention.base import QK_NORM_EPS, Attention
+from llm.model.attention.attention_layer import QK_NORM_EPS, Attention
 from llm.model.attention.codebook import Codebook
 from llm.model.attention.kernels.reference import visible_keys
 from llm.model.attention.views import pair_scores, softmax_weights
 from llm.model.attention.vq_blocks import attend_blocks
 from llm.model.attention.vq_cache import VQCache
-from llm.model.position.base import Position
+from llm.model.position.position_module import Position
 
 
 class VQAttention(Attention):

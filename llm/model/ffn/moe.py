@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llm.contracts import SublayerOutput
 from llm.errors import ConfigError
-from llm.model.ffn.balance.base import Balance
+from llm.model.ffn.balance.balance_rule import Balance
 from llm.model.ffn.expert_counts import load_metrics
 from llm.model.ffn.experts import Experts
 from llm.model.ffn.routing import Router, Routing

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from llm.errors import ConfigError
 from llm.model.ffn.routing import Router, Routing
 from llm.model.ffn.scores import SCORE_FUNCTIONS, Scores, divided_by_sum, resolve_routed_scale
-from llm.ops.linear import linear
+from llm.ops.linear_layer import linear_product
 
 
 class TopKRouter(Router):
@@ -84,4 +84,4 @@ def router_logits(x: Float[Tensor, "tokens d_model"], proj: nn.Linear) -> Float[
     """Return W x in fp32, also under autocast, since a rounded logit changes which expert is chosen."""
     with torch.autocast(x.device.type, enabled=False):
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return linear(x.to(dtype), proj.weight.to(dtype))
+        return linear_product(x.to(dtype), proj.weight.to(dtype))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from llm.contracts import SublayerOutput
 from llm.errors import ConfigError
 from llm.ops.functional import swiglu
-from llm.ops.linear import Linear
+from llm.ops.linear_layer import Linear
 
 
 class SwiGLU(nn.Module):

@@ -5,8 +5,8 @@ import math
 from torch import Tensor
 
 from llm.contracts import PositionView
-from llm.model.position.base import Position
 from llm.model.position.log_n import LogNMode
+from llm.model.position.position_module import Position
 
 
 class NoPosition(Position):

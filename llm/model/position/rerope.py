@@ -6,8 +6,8 @@ from torch import Tensor
 
 from llm.contracts import PositionView
 from llm.errors import ConfigError
-from llm.model.position.base import Position
 from llm.model.position.log_n import LogNMode
+from llm.model.position.position_module import Position
 from llm.model.position.rotary import AngleMemo, cos_sin, inverse_frequencies
 from llm.ops.functional import rotate
 

@@ -4,8 +4,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm.contracts import PositionView
-from llm.model.position.base import Position
 from llm.model.position.log_n import LogNMode
+from llm.model.position.position_module import Position
 from llm.model.position.rotary import AngleMemo, inverse_frequencies
 from llm.ops.functional import rotate
 

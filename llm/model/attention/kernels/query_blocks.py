@@ -37,7 +37,7 @@ class RowPlan(NamedTuple):
     """Whether the documents of all rows start at the same tokens."""
 
 
-def plan_batch(
+def plan_rows(
     document_ids: Int[Tensor, "batch time_k"] | None,
     *,
     batch: int,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.model.attention.kernels.query_blocks import QueryBlock, plan_batch
+from llm.model.attention.kernels.query_blocks import QueryBlock, plan_rows
 
 QUERY_BLOCK = 128
 """Queries per block: shorter blocks waste fewer products above the diagonal, and longer ones multiply faster."""
@@ -66,7 +66,7 @@ def tiles(
     """Yield tiles of at most SCORE_ELEMENTS scores, or of one row and one key/value head."""
     (batch, time, heads, _), (time_k, kv_heads) = q.shape, k.shape[1:3]
     group = heads // kv_heads
-    plans = plan_batch(
+    plans = plan_rows(
         document_ids, batch=batch, time=time, time_k=time_k, window=window, block=max(1, QUERY_BLOCK // group)
     )
     for rows, blocks, is_uniform in plans:

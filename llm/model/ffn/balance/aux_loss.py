@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm.model.ffn.balance.base import Balance, check_rate
+from llm.model.ffn.balance.balance_rule import Balance, check_rate
 from llm.model.ffn.routing import Routing
 
 Scope = Literal["sequence", "micro_batch", "global_batch"]

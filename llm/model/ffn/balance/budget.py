@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llm.errors import ConfigError
-from llm.model.ffn.balance.base import BiasBalance, check_rate
+from llm.model.ffn.balance.balance_rule import BiasBalance, check_rate
 
 
 class Budget(BiasBalance):

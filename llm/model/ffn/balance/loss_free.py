@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llm.model.ffn.balance.base import BiasBalance, check_rate
+from llm.model.ffn.balance.balance_rule import BiasBalance, check_rate
 
 
 class LossFree(BiasBalance):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llm.errors import ConfigError
-from llm.model.ffn.balance.base import BiasBalance
+from llm.model.ffn.balance.balance_rule import BiasBalance
 from llm.model.ffn.routing import Routing
 
 

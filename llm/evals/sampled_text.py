@@ -3,11 +3,11 @@
 from typing import Any
 
 from llm.errors import ConfigError
-from llm.evals.base import Result, Subject
+from llm.evals.evaluation import Result, Subject
 from llm.generate import check_sampling, generate
 
 
-class Samples:
+class SampledText:
     """An evaluation that continues prompts in one batch.
 
     Args:

@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from llm.model.position.base import Position
 from llm.model.position.linear_scaling import LinearScalingRoPE
 from llm.model.position.llama3 import Llama3RoPE
 from llm.model.position.ntk import NTKRoPE
+from llm.model.position.position_module import Position
 from llm.model.position.rope import RoPE
 from llm.model.position.yarn import YaRNRoPE, yarn_amplitude
 

@@ -7,12 +7,11 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from llm.errors import ConfigError
-from llm.evals.base import Result, Subject, check_batches, watch
-from llm.model.attention.codebook import Codebook as CodebookModule
-from llm.model.attention.codebook import Quantized
+from llm.evals.evaluation import Result, Subject, check_batches, watch
+from llm.model.attention.codebook import Codebook, Quantized
 
 
-class Codebook:
+class CodebookUsage:
     """An evaluation that counts the codes that replace keys, over the validation split.
 
     Args:
@@ -37,7 +36,7 @@ class Codebook:
             counts[layer] = counts.get(layer, torch.zeros_like(own)) + own
             errors.setdefault(layer, []).append(float(quantized.metrics["quantization_error"]))
 
-        if not watch(subject, CodebookModule, see, batches=self.batches):
+        if not watch(subject, Codebook, see, batches=self.batches):
             raise ConfigError(
                 "eval=codebook: the model has no codebook; remove it from eval, or evaluate a run of model/attention=vq"
             )
@@ -53,8 +52,8 @@ class Codebook:
         )
 
 
-def _codebooks(block: Any) -> list[CodebookModule]:
-    return [module for module in block.modules() if isinstance(module, CodebookModule)]
+def _codebooks(block: Any) -> list[Codebook]:
+    return [module for module in block.modules() if isinstance(module, Codebook)]
 
 
 def _figures(layer: int, counts: Tensor, errors: list[float]) -> dict[str, Any]:

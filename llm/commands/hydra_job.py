@@ -20,7 +20,7 @@ from llm.commands.compose import (
     plain_part,
     raise_with_others,
 )
-from llm.commands.groups import keys_set_by
+from llm.commands.config_groups import keys_set_by
 from llm.commands.newest_run import folder_to_resume
 from llm.commands.signals import CommandStoppedError
 from llm.config.files import load

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from llm.errors import ConfigError, DataError
-from llm.evals.base import Result, Subject, on_device, token_losses
+from llm.evals.evaluation import Result, Subject, on_device, token_losses
 from llm.evals.loss_metrics import validation_metrics
 from llm.evals.strided import strided_sums
 from llm.ops.loss import loss_and_byte_sums
@@ -13,7 +13,7 @@ from llm.ops.loss import loss_and_byte_sums
 HEADER = ["text", "tokens", "bytes", "nats per token", "bits per byte", "perplexity"]
 
 
-class Loss:
+class HeldOutLoss:
     """An evaluation of loss, bits per byte and perplexity, on the validation split and on each source of text.
 
         bits per byte = Σ loss / (ln 2 · bytes that the tokens represent)

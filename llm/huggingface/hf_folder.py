@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llm.errors import CheckpointError
-from llm.run_folder.files import use_default_mode
+from llm.run_folder.atomic_files import use_default_mode
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 
@@ -32,7 +32,7 @@ def is_hf_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in (WEIGHTS, INDEX))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_hf_config(folder: Path) -> dict[str, Any]:
     """Return the contents of config.json.
 
     Raises:

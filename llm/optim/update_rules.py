@@ -8,7 +8,7 @@ from torch.optim.adamw import adamw
 
 from llm.errors import ConfigError, did_you_mean
 from llm.optim import foreach
-from llm.optim.base import Slab, between, check_betas, descend, in_range, slabs
+from llm.optim.grouped_optimizer import Slab, between, check_betas, descend, in_range, slabs
 from llm.optim.idle_rows import keep_idle_rows
 from llm.optim.shard_steps import keep_inactive
 

@@ -13,8 +13,8 @@ from llm.contracts import AttentionGeometry, LayerCache, SublayerOutput
 from llm.errors import ConfigError
 from llm.model.attention.cache import KeyValueCache
 from llm.model.norm import RMSNorm
-from llm.model.position.base import Position
-from llm.ops.linear import Linear
+from llm.model.position.position_module import Position
+from llm.ops.linear_layer import Linear
 
 QK_NORM_EPS = 1e-6
 """Added to the mean square of a query or key before its root is taken; the value that Qwen3 and OLMo 2 use."""

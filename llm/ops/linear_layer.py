@@ -17,10 +17,12 @@ class Linear(nn.Linear):
         """Project the last axis."""
         if self.bias is not None or torch.is_autocast_enabled(input.device.type):
             return F.linear(input, self.weight, self.bias)
-        return linear(input, self.weight)
+        return linear_product(input, self.weight)
 
 
-def linear(x: Float[Tensor, "*shape d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "*shape d_out"]:
+def linear_product(
+    x: Float[Tensor, "*shape d_in"], weight: Float[Tensor, "d_out d_in"]
+) -> Float[Tensor, "*shape d_out"]:
     """Return x Wᵀ; large fp32 products on a CPU use `llm.ops.products`."""
     multiplications = x.numel() * weight.shape[0]
     if is_read_only(x, weight, multiplications):

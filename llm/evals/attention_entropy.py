@@ -3,11 +3,11 @@
 from matplotlib.axes import Axes
 
 from llm.errors import ConfigError
-from llm.evals.base import Result, Subject, validation_batches
+from llm.evals.evaluation import Result, Subject, validation_batches
 from llm.model.attention.concentration import concentration_by_layer
 
 
-class Attention:
+class AttentionEntropy:
     """An evaluation of the entropy and concentration of attention per layer; see `llm.model.attention.concentration`.
 
     Args:

@@ -17,7 +17,7 @@ class RankBytes(NamedTuple):
         return sum(self)
 
 
-def bytes_a_rank(
+def bytes_per_rank(
     *, parameters: int, state_bytes: int, stage: int, ranks: int, precision: str, offload_optimizer: bool = False
 ) -> RankBytes:
     """Return the bytes that one of `ranks` ranks keeps on its device.
@@ -47,7 +47,7 @@ def bytes_a_rank(
     )
 
 
-def bytes_sent_an_update(*, parameters: int, stage: int, ranks: int, accumulation: int, precision: str) -> float:
+def bytes_sent_per_update(*, parameters: int, stage: int, ranks: int, accumulation: int, precision: str) -> float:
     """Return the bytes that each rank sends in an update, by ring algorithms, without an optimizer's own messages.
 
     A reduction over all ranks sends 2(R−1)/R of its data, one whose result is split (R−1)/R, and so does gathering.

@@ -7,12 +7,12 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from llm.errors import ConfigError
-from llm.evals.base import Result, Subject, check_batches, watch
+from llm.evals.evaluation import Result, Subject, check_batches, watch
 from llm.model.ffn.expert_counts import expert_counts, max_violation
 from llm.model.ffn.routing import Router, Routing
 
 
-class Experts:
+class ExpertUsage:
     """An evaluation that counts the tokens per expert over the validation split.
 
     Args:
