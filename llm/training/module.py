@@ -1,20 +1,17 @@
-"""The LightningModule: one training step, one validation step, and the one line that sets the learning rate."""
+"""The LightningModule: one training step, and the one line that sets the learning rate."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
-import lightning as L
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from llm.contracts import Batch, ParamGroup, ShardingStrategy, StatisticsReceiver
+from llm.contracts import Batch, ParamGroup, ShardingStrategy
 from llm.distributed.zero.weights import state_shapes
-from llm.evals.loss_metrics import validation_metrics
 from llm.model.transformer import Transformer, TransformerOutput
 from llm.ops.flops import FORWARD_AND_BACKWARD
-from llm.ops.loss import loss_and_byte_sums
 from llm.optim.gradients import FirstGradients, WholeGradients
 from llm.run_folder.checkpoint import compare_state
 from llm.scaling.batching import BatchRamp
@@ -24,10 +21,11 @@ from llm.training.learning_rate import rated_groups, restart_schedule
 from llm.training.spikes import SpikeGuard
 from llm.training.step_guard import NonFinitePolicy, StepGuard, UpdateVerdict
 from llm.training.update_loss import UpdateLoss
-from llm.training.update_metrics import UpdateMetrics
+from llm.training.update_metrics import UpdateMetrics, hand_statistics
+from llm.training.validation import ValidatedModule
 
 
-class LanguageModule(L.LightningModule):
+class LanguageModule(ValidatedModule):
     """Trains a decoder on next-token prediction; the objective is cross-entropy plus the losses of the sublayers.
 
         lr(step) = group.lr x scaling(batch_tokens at step) x schedule(step)
@@ -52,9 +50,6 @@ class LanguageModule(L.LightningModule):
     Attributes:
         step_metrics: metrics of the last update by full name, on the device.
     """
-
-    model: Transformer
-    token_bytes: Tensor
 
     def __init__(
         self,
@@ -87,7 +82,7 @@ class LanguageModule(L.LightningModule):
         self.flops_per_token = FORWARD_AND_BACKWARD * model.flops_per_token(context_length)
         self._run_model: Callable[..., TransformerOutput] = model.__call__  # a method: the decoder is registered once
         self.step_metrics: dict[str, Tensor | float] = {}
-        self._loss, self._update = UpdateLoss(), UpdateMetrics(self._reduced)
+        self._loss, self._update = UpdateLoss(), UpdateMetrics(self.reduced)
         self._refused: dict[str, Any] | None = None
         self._verdict = UpdateVerdict()
         self._first_gradients: FirstGradients | None = None
@@ -157,7 +152,7 @@ class LanguageModule(L.LightningModule):
         """After the first backward pass, refuse parameters that received no gradient."""
         if self._first_gradients is not None:
             watched, self._first_gradients = self._first_gradients, None
-            watched.check(lambda counts: self._reduced(counts.to(self.device), "sum"))
+            watched.check(lambda counts: self.reduced(counts.to(self.device), "sum"))
 
     def configure_gradient_clipping(
         self,
@@ -198,11 +193,7 @@ class LanguageModule(L.LightningModule):
             return
         for index, layer in enumerate(self.model.blocks()):
             own = self._update.statistics_of_layer(index, statistics)
-            if self._verdict.reason and not all(bool(value.isfinite().all()) for value in own.values()):
-                continue  # averages of the layer would never be finite again
-            for piece in layer.modules() if own else ():
-                if isinstance(piece, StatisticsReceiver):
-                    piece.after_optimizer_step(own)
+            hand_statistics(layer, own, only_finite=bool(self._verdict.reason))
 
     def take_refused(self) -> dict[str, Any] | None:
         """Return what is known of the last update that was refused, and forget it; None where there is none."""
@@ -222,12 +213,6 @@ class LanguageModule(L.LightningModule):
             strategy.gradients() if isinstance(strategy, ShardingStrategy) else WholeGradients(self.model.parameters())
         )
 
-    def _reduced(self, value: Tensor, reduce_op: Literal["sum", "mean"]) -> Tensor:
-        """Combine over the ranks."""
-        if self.trainer.world_size == 1:
-            return value
-        return torch.as_tensor(self.trainer.strategy.reduce(value, reduce_op=reduce_op))
-
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -238,29 +223,6 @@ class LanguageModule(L.LightningModule):
         """Refuse the weights of another architecture before Lightning copies any, then restore the guard."""
         compare_state(checkpoint["state_dict"], state_shapes(self), source=f"resume=step {checkpoint['global_step']}")
         self.guard.load_from(checkpoint)
-
-    # Validation.
-
-    def on_validation_epoch_start(self) -> None:
-        """Reset the sums of loss, tokens and bytes."""
-        self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add up loss in nats, labels and the bytes that they stand for."""
-        self._validation += self.loss_sums(batch).to(self._validation)
-
-    def loss_sums(self, batch: Batch) -> Float[Tensor, " 3"]:
-        """Return the summed loss in nats, the number of labels and the bytes that they stand for, in fp64."""
-        hidden, labels = self.forward(batch).hidden, batch["labels"]
-        losses = self.model.loss(hidden, labels, reduction="none")
-        return loss_and_byte_sums(losses, labels, self.token_bytes)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log loss, bits per byte and perplexity over the whole validation set of all ranks."""
-        sums = self._reduced(self._validation, "sum")
-        for name, value in validation_metrics(*sums.tolist()).items():
-            # the recorder hands them to the loggers, with tokens_seen beside them
-            self.log(name, value, logger=False, sync_dist=self.trainer.world_size > 1)
 
     def generate_text(self, prompts: list[str], **options: Any) -> list[str]:
         """Continue prompts with the current weights."""

@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from llm.contracts import StatisticsReceiver
 
 STATISTIC = "stat/"
 """Part of the name of a metric that is not logged.
@@ -54,3 +56,18 @@ class UpdateMetrics:
         """Return the sums over all ranks of one layer's statistics, by their own names."""
         prefix = f"train/layer{index}/{STATISTIC}"
         return {n.removeprefix(prefix): self._reduce(v, "sum") for n, v in statistics.items() if n.startswith(prefix)}
+
+
+def hand_statistics(layer: nn.Module, statistics: dict[str, Tensor], *, only_finite: bool) -> None:
+    """Hand one layer's statistics of an update to the modules that returned them.
+
+    Args:
+        layer: a block of the decoder.
+        statistics: sums over micro-batches and ranks, by name; empty where the layer returned none.
+        only_finite: whether to discard statistics that are not finite, which would leave no average finite again.
+    """
+    if only_finite and not all(bool(value.isfinite().all()) for value in statistics.values()):
+        return
+    for piece in layer.modules() if statistics else ():
+        if isinstance(piece, StatisticsReceiver):
+            piece.after_optimizer_step(statistics)

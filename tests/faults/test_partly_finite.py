@@ -4,14 +4,14 @@ import threading
 
 import pytest
 import torch
-from llm.distributed.zero.gradients import ShardedGradients
-from llm.scaling.noise_scale import SmoothedNoiseScale
 from torch import nn
 
+from llm.distributed.zero.sharded_gradients import ShardedGradients
 from llm.optim.gradients import WholeGradients
 from llm.optim.shard import ShardLayout, Slice
 from llm.optim.tiger import Tiger
 from llm.run_folder.checkpoint import load_model
+from llm.scaling.noise_estimate import SmoothedNoiseScale
 from llm.training.module import LanguageModule
 from llm.training.train import train
 

@@ -1,0 +1,48 @@
+"""The validation of a LightningModule: loss, bits per byte and perplexity over the validation set of all ranks."""
+
+from typing import Literal
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm.contracts import Batch
+from llm.evals.loss_metrics import validation_metrics
+from llm.model.transformer import Transformer
+from llm.ops.loss import loss_and_byte_sums
+
+
+class ValidatedModule(L.LightningModule):
+    """A LightningModule that validates its decoder; a subclass adds `forward` and the training step."""
+
+    model: Transformer
+    token_bytes: Tensor
+    """Number of bytes of each token id, which bits per byte needs."""
+
+    def on_validation_epoch_start(self) -> None:
+        """Reset the sums of loss, tokens and bytes."""
+        self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add up loss in nats, labels and the bytes that they stand for."""
+        self._validation += self.loss_sums(batch).to(self._validation)
+
+    def loss_sums(self, batch: Batch) -> Float[Tensor, " 3"]:
+        """Return the summed loss in nats, the number of labels and the bytes that they stand for, in fp64."""
+        hidden, labels = self.forward(batch).hidden, batch["labels"]
+        losses = self.model.loss(hidden, labels, reduction="none")
+        return loss_and_byte_sums(losses, labels, self.token_bytes)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss, bits per byte and perplexity over the whole validation set of all ranks."""
+        sums = self.reduced(self._validation, "sum")
+        for name, value in validation_metrics(*sums.tolist()).items():
+            # the recorder hands them to the loggers, with tokens_seen beside them
+            self.log(name, value, logger=False, sync_dist=self.trainer.world_size > 1)
+
+    def reduced(self, value: Tensor, reduce_op: Literal["sum", "mean"]) -> Tensor:
+        """Return the sum or the mean of a tensor over the ranks."""
+        if self.trainer.world_size == 1:
+            return value
+        return torch.as_tensor(self.trainer.strategy.reduce(value, reduce_op=reduce_op))
