@@ -50,7 +50,8 @@ def run_sweep(line: CommandLine, *, task: Task, check: Callable[[dict[str, Any]]
             "hydra.sweep.subdir=.: each job needs its own folder, such as hydra.sweep.subdir=${hydra.job.num}"
         )
     if not (folder / MANIFEST).exists():
-        refuse_if_all_jobs_fail(ahead.jobs, line.with_overrides(ahead.for_jobs), check)
+        shared = line.with_overrides(ahead.for_jobs)
+        refuse_if_all_jobs_fail(ahead.jobs or ahead.samples, shared, check, are_samples=not ahead.is_basic)
     pruning = options.pruning(read_sweep(folder).prune if (folder / MANIFEST).exists() else None)
     plan = replace(_plan(ahead, folder, line), prune=pruning)
     with (

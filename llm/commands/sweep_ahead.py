@@ -9,7 +9,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,6 +23,9 @@ from llm.sweep.manifest import SweepJob
 MAX_LISTED = 8
 """Problems in one error message."""
 
+MAX_SAMPLES = 8
+"""Samples of a search that are checked before its first job; the first valid one ends the check."""
+
 OF_THE_SWEEP = ("hydra.sweep", "hydra.mode", "hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.run.dir")
 """Beginnings of the keys under `hydra` that concern the sweep and not its jobs."""
 
@@ -35,12 +38,14 @@ class Ahead:
         hydra: Hydra's own settings, unresolved except for the sweep's folder.
         swept: keys that are swept.
         jobs: the jobs where Hydra's own sweeper makes them; other sweepers choose theirs as results arrive.
+        samples: jobs with values from the ends and the middle of each searched range, where a sweeper chooses its jobs.
         for_jobs: overrides under `hydra` that each job needs as well, such as `hydra.job.chdir`.
     """
 
     hydra: Any
     swept: tuple[str, ...]
     jobs: tuple[SweepJob, ...]
+    samples: tuple[SweepJob, ...]
     for_jobs: tuple[str, ...]
 
     @property
@@ -73,14 +78,17 @@ def look_ahead(line: CommandLine) -> Ahead:
             _compose(line.with_overrides(overrides), loader)
     everything = [o for o in [*added, *given] if not o.is_hydra_override()]
     _check_names(everything)
-    jobs: tuple[SweepJob, ...] = ()
+    jobs, samples = (), ()
     if settings.runtime.choices["hydra/sweeper"] == "basic":
         (batch,) = BasicSweeper.split_arguments(everything, None)
         jobs = tuple(SweepJob(overrides=tuple(job)) for job in batch)
+    elif not settings.sweeper.get("custom_search_space"):  # such a function chooses keys as well
+        samples = tuple(_samples(everything))
     return Ahead(
         hydra=settings,
         swept=tuple(o.get_key_element().lstrip("+~") for o in everything if o.is_sweep_override()),
         jobs=jobs,
+        samples=samples,
         for_jobs=tuple(str(o.input_line) for o in given if o.is_hydra_override() and not _is_of_the_sweep(o)),
     )
 
@@ -93,7 +101,7 @@ def _compose(line: CommandLine, loader: ConfigLoader) -> DictConfig:
 
 
 def refuse_if_all_jobs_fail(
-    jobs: Sequence[SweepJob], line: CommandLine, check: Callable[[dict[str, Any]], Any]
+    jobs: Sequence[SweepJob], line: CommandLine, check: Callable[[dict[str, Any]], Any], *, are_samples: bool = False
 ) -> None:
     """Raise where the check refuses each job. Stop at the first valid job, so that a valid sweep starts at once.
 
@@ -103,6 +111,7 @@ def refuse_if_all_jobs_fail(
         jobs: the jobs of the sweep.
         line: the command line that all jobs share.
         check: raises ConfigError for a configuration that it refuses.
+        are_samples: whether the sweep may choose further jobs. A problem that not all samples share is then ignored.
 
     Raises:
         ConfigError: every job is refused. The message has the problems that all jobs share, or else all problems.
@@ -115,9 +124,9 @@ def refuse_if_all_jobs_fail(
             found.append(str(error).splitlines())
         else:
             return
-    if not found:
+    shared = [problem for problem in found[0] if all(problem in problems for problems in found)] if found else []
+    if not found or (are_samples and not shared):
         return
-    shared = [problem for problem in found[0] if all(problem in problems for problems in found)]
     problems = shared or list(dict.fromkeys(problem for problems in found for problem in problems))
     if len(problems) > MAX_LISTED:
         problems = [*problems[:MAX_LISTED], f"and {len(problems) - MAX_LISTED} more problems; every job is refused"]
@@ -147,10 +156,28 @@ def _other_options(given: Sequence[Override], loader: ConfigLoader) -> Iterator[
                 yield [*first[:number], f"{override.get_key_element()}={value}", *first[number + 1 :]]
 
 
+def _samples(given: Sequence[Override]) -> Iterator[SweepJob]:
+    """Yield jobs that together take each end and the middle of each range, and each of the given values."""
+    values = [_values(override) for override in given]
+    for number in range(min(MAX_SAMPLES, max(map(len, values), default=0))):
+        yield SweepJob(overrides=tuple(of_key[number % len(of_key)] for of_key in values))
+
+
+def _values(override: Override) -> list[str]:
+    """Return an override with each value that a sample takes."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    if override.is_discrete_sweep():
+        return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    interval = override.value()
+    assert isinstance(interval, IntervalSweep)
+    assert interval.start is not None
+    assert interval.end is not None
+    kind = int if isinstance(interval.start, int) and isinstance(interval.end, int) else float
+    middle = kind((interval.start + interval.end) / 2)
+    return [f"{override.get_key_element()}={value}" for value in (interval.start, middle, interval.end)]
+
+
 def _first(override: Override) -> str:
     """Return an override with the first of the values that it sweeps over."""
-    if not override.is_sweep_override():
-        return str(override.input_line)
-    if override.is_discrete_sweep():
-        return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
-    return f"{override.get_key_element()}={override.value().start}"  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    return _values(override)[0]

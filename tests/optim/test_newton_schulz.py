@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm.errors import ConfigError
 from llm.optim.newton_schulz import (
@@ -224,3 +225,37 @@ def test_a_falling_spectrum_stays_within_the_published_bounds_in_bfloat16_from_e
         x = (left * singular_values) @ right
         out = orthogonalize((x if tall else x.mT.contiguous())[None], iteration="quintic", dtype=torch.bfloat16)
         assert torch.linalg.svdvals(out[0].float()).max() < 1.23  # 1.203 and bfloat16's rounding
+
+
+class FlopsOfProducts(TorchDispatchMode):
+    """Counts two FLOPs per multiply-add of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in {"mm", "bmm", "addmm", "baddbmm"}:
+            left, right = args[-2:] if name in {"mm", "bmm"} else args[1:3]
+            self.total += 2 * left.numel() * right.shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+def flops_of_published_loop(rows, columns):
+    return 5 * (4 * rows**2 * columns + 2 * rows**3)
+
+
+@pytest.mark.parametrize(("iteration", "gain"), [("quintic", 1.43), ("polar_express", 1.26)])
+def test_the_gain_in_flops_over_the_published_loop_is_that_of_the_docs(iteration, gain):
+    """The matrices of one layer at model/size=124m: four of 768 x 768 and three of 768 x 2048."""
+    with FlopsOfProducts() as published:
+        newton_schulz_reference(torch.ones(8, 24), iteration=iteration)
+    assert published.total == flops_of_published_loop(8, 24)
+    ours = theirs = 0
+    for rows, columns, count in ((768, 768, 4), (768, 2048, 3)):
+        with FlopsOfProducts() as found:
+            orthogonalize(torch.ones(1, rows, columns), iteration=iteration, dtype=torch.float32)
+        ours += count * found.total
+        theirs += count * flops_of_published_loop(rows, columns)
+    assert theirs / ours == pytest.approx(gain, abs=0.005)

@@ -22,7 +22,7 @@ def attend_views(
     scale: float,
     window: int | None = None,
 ) -> Float[Tensor, "batch time heads value_dim"]:
-    """Mix values by one softmax over all keys; no pair is computed twice, and no time x time matrix is stored.
+    """Mix values by one softmax over all keys, computing each pair once, with the kernels of `causal_attention`.
 
     The near view attends within a band. The far view, for distances from w on, is causal attention of sequences that
     are shifted by w: query i against the keys up to i − w. Both passes return the log-sum-exp of their scores:

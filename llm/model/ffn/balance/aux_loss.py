@@ -17,18 +17,19 @@ class AuxLoss(Balance):
 
         L = weight · E · Σ_i f_i P_i,   f_i = share of the slots that went to expert i,   P_i = mean over tokens of p_i
 
-    p are a token's scores, divided by their sum. The gradient flows through P alone and is that of ½‖f − 1/E‖² as if f
-    were differentiable. The value is 1 at perfect balance and can be below 1 otherwise, so max_violation is the better
-    measure.
+    p are a token's scores, divided by their sum. The gradient flows through P alone. It is weight · E times that of
+    ½‖f − 1/E‖² with ∂P in place of ∂f. L is `weight` where all f are equal, and can be smaller where they are not,
+    so read the balance from max_violation.
 
     Args:
         num_experts: E.
         top_k: experts per token.
-        weight: weight of the loss, > 0; 1e-2 with softmax scores, 1e-3 is usual, 1e-4 with another rule.
-        scope: the tokens of f: each `sequence` (P too), the `micro_batch`, or the `global_batch`, which lets experts
-            specialise in kinds of text. The global f is that of the last update, exact over its micro-batches and
-            ranks, since the present one is unknown before the last forward pass. The first update uses the
-            micro-batch.
+        weight: weight of the loss, > 0. Published are 1e-2 (Switch Transformers) and 1e-4 beside a selection bias
+            (DeepSeek-V3); of 1e-3, 1e-2 and 1e-1, docs/moe.md measured the lowest loss with 1e-3.
+        scope: the tokens of f: each `sequence` (P too), the `micro_batch`, or the `global_batch`, of which Qiu et al.
+            report that it lets experts specialise. The global f is that of the last update, exact over its
+            micro-batches and ranks, since the present one is unknown before the last forward pass. The first update
+            uses the micro-batch.
 
     Raises:
         ConfigError: the weight is not above 0.
