@@ -93,7 +93,7 @@ def test_a_value_under_a_misspelt_key_is_not_reported_as_missing_too():
 def test_what_remains_without_the_mistakes_is_composed():
     with pytest.raises(NotComposedError) as caught:
         compose_with_hydra(parse_command_line(["optimizer=muonn", "seed=3", "lr=1"], "train"))
-    remaining = caught.value.remaining
+    remaining = caught.value.remaining()
     assert remaining["optimizer"]["_target_"] == "llm.optim.muon.Muon"
     assert remaining["seed"] == 3
 

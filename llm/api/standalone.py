@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from llm.commands.in_process import composed_piece, keys_of_size
+from llm.config.piece_signature import keyword_parameters
 from llm.config.pieces import instantiate, piece_at
-from llm.config.signatures import MISSING, check_node, keyword_parameters, suggest, target_nodes
+from llm.config.signatures import MISSING, check_node, suggest, target_nodes
 from llm.contracts import AttentionGeometry
 from llm.errors import ConfigError
 from llm.model.attention.attention_layer import Attention

@@ -16,7 +16,6 @@ from llm.commands.arguments import CommandLine, parse_command_line
 from llm.commands.compose import COMPOSITION_ERRORS, Checked, compose_plain, plain_part
 from llm.commands.help import help_page
 from llm.commands.hydra_job import run_once
-from llm.commands.multirun import run_sweep
 from llm.commands.signals import CommandStoppedError
 from llm.config.conf import conf_folder
 from llm.distributed.launch import find_launch, note_failure
@@ -52,6 +51,8 @@ def run_command(
         elif line.is_for_hydra or (line.is_multirun and not sweeps):
             _leave_to_hydra(line, task, check)
         elif line.is_multirun:
+            from llm.commands.multirun import run_sweep  # with a report, which imports SciPy
+
             sys.exit(run_sweep(line, task=task, check=check) or None)
         else:
             run_once(line, task=task, check=check)

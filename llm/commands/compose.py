@@ -117,9 +117,10 @@ def compose_checked(line: CommandLine, check: Callable[[dict[str, Any]], Checked
 def raise_with_others(error: NotComposedError, check: Callable[[dict[str, Any]], Any]) -> NoReturn:
     """Raise an error of composition together with the mistakes that `check` finds in the remaining configuration."""
     lines = str(error).splitlines()
-    if error.remaining is not None:
+    remaining = error.remaining()
+    if remaining is not None:
         try:
-            check(error.remaining)
+            check(remaining)
         except ConfigError as further:
             lines += [line for line in str(further).splitlines() if line not in lines]
     raise ConfigError("\n".join(lines)) from error

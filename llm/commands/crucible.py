@@ -49,15 +49,14 @@ def main() -> None:
 
 
 def _train() -> None:
-    from llm.commands.cli import run_command  # torch is loaded only by a command that needs it
-    from llm.config.check import check
-    from llm.training.train import train
+    from llm.commands.cli import run_command  # Hydra is loaded only by a command that needs it
+    from llm.commands.tasks import check_training, run_training
 
-    run_command(train, config_name="train", check=check, sweeps=True)
+    run_command(run_training, config_name="train", check=check_training, sweeps=True)
 
 
 def _evaluate() -> None:
     from llm.commands.cli import run_command
-    from llm.commands.evaluate import check_eval, evaluate
+    from llm.commands.tasks import check_evaluation, run_evaluation
 
-    run_command(evaluate, config_name="eval", check=check_eval)
+    run_command(run_evaluation, config_name="eval", check=check_evaluation)

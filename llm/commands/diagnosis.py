@@ -31,11 +31,23 @@ class Diagnosis:
 
     Args:
         problems: one line per mistake.
-        remaining: the plain configuration without the mistakes, for further checks; None if nothing composes.
+        config: what the other overrides compose to; None if nothing composes, or if no other override is left to check.
     """
 
     problems: list[str] = field(default_factory=list)
-    remaining: dict[str, Any] | None = None
+    config: DictConfig | None = None
+
+    def remaining(self) -> dict[str, Any] | None:
+        """Return the plain configuration without the mistakes, for further checks; None where nothing is left.
+
+        Resolving it imports the optimizer, whose family some values follow from.
+        """
+        if self.config is None:
+            return None
+        HydraConfig.instance().set_config(self.config)  # `${hydra:...}` reads it
+        with contextlib.suppress(OmegaConfBaseException):
+            return to_plain(OmegaConf.masked_copy(self.config, [str(k) for k in self.config if k != "hydra"]))
+        return None
 
 
 def diagnose(line: CommandLine, loader: ConfigLoader, error: Exception | None) -> Diagnosis:
@@ -63,11 +75,9 @@ def diagnose(line: CommandLine, loader: ConfigLoader, error: Exception | None) -
         return found
     values = [o for o in overrides if o not in choices and not _belongs_to(o, choices, chosen)]
     values = list(_known_keys(values, config, loader, found))
-    config = _compose(line, [*chosen, *map(_text, values)])
-    if config is not None:
-        HydraConfig.instance().set_config(config)  # `${hydra:...}` reads it
-        with contextlib.suppress(OmegaConfBaseException):
-            found.remaining = to_plain(OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]))
+    rest = [*chosen, *map(_text, values)]
+    if set(rest) & set(line.overrides):  # else every override is a mistake, and the defaults are known to be valid
+        found.config = _compose(line, rest)
     if not found.problems and error is not None:
         found.problems.append(_own_words(error))
     return found
@@ -160,7 +170,7 @@ def _known_keys(
         elif has_key and "/" not in key:
             yield override
         else:
-            unknown = unknown_key(key, tree, all_groups(loader))
+            unknown = unknown_key(key, tree, all_groups(loader) if "/" in key else ())
             found.problems.append(unknown.problem)
             if unknown.meant is not None and not override.is_delete():  # else a missing value would be reported as well
                 yield parse_override(f"{unknown.meant}={override.get_value_string()}")

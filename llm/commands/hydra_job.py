@@ -25,10 +25,7 @@ from llm.commands.newest_run import folder_to_resume
 from llm.commands.signals import CommandStoppedError
 from llm.config.files import load
 from llm.config.quoting import quote
-from llm.config.resume import RESOLVED_FROM_AUTO, merge_resumed, with_fitting_micro_batch
-from llm.config.sizes import world_size
 from llm.distributed.launch import Launch, adopt, find_launch, start_processes
-from llm.distributed.rendezvous import agree
 from llm.errors import ConfigError, CrucibleError
 from llm.run_folder.folder import RunFolder
 from llm.run_folder.ownership import HYDRA_NOTES, discard_empty, remember_contents
@@ -54,6 +51,8 @@ def run_once(
     if resumed is None and cfg.hydra.output_subdir is not None:  # an evaluation writes no notes of Hydra
         RunFolder(folder, is_writer=False).check_free(*HYDRA_NOTES)
     remember_contents(folder)
+    from llm.config.sizes import world_size  # imports torch, which a mistake in a key does not need
+
     processes = world_size(plain["trainer"]) if launch is None and "trainer" in plain else 1
     if processes > 1:
         _run_in_folder(cfg, line, lambda: _start_ranks(processes, folder.absolute(), is_resumed=resumed is not None))
@@ -76,6 +75,8 @@ def compose_run(
     plain = plain_part(cfg)
     resumed = folder_to_resume(plain)
     if resumed is not None:
+        from llm.config.resume import RESOLVED_FROM_AUTO, merge_resumed, with_fitting_micro_batch
+
         with open_hydra(line) as loader:
             overrides = list(cfg.hydra.overrides.task)
             plain = merge_resumed(load(resumed / "config.yaml"), plain, overrides, partial(keys_set_by, loader=loader))
@@ -93,6 +94,8 @@ def _place(cfg: DictConfig, resumed: Path | None, line: CommandLine, launch: Lau
             raise ConfigError(f"hydra.run.dir={folder}: a resumed run stays in {resumed}; remove hydra.run.dir")
         folder = resumed
     if launch is not None:
+        from llm.distributed.rendezvous import agree
+
         adopt(launch)
         folder = folder if is_given else Path(agree(str(folder), launch))
     with read_write(cfg.hydra):

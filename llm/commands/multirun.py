@@ -20,7 +20,6 @@ from llm.commands.sweep_job import JobFunction, Task, logging_restored
 from llm.config.conf import entry_script
 from llm.config.quoting import quote
 from llm.errors import ConfigError
-from llm.report.report_folder import write_report
 from llm.sweep.manifest import MANIFEST, read_notes, read_sweep
 from llm.sweep.options import split_options
 from llm.sweep.sweep_folder import exit_status, open_sweep, resolve_folder, resumed_command
@@ -64,6 +63,8 @@ def run_sweep(line: CommandLine, *, task: Task, check: Callable[[dict[str, Any]]
         function = JobFunction(plan, None if options.isolate else task, check)
         hydra.main(version_base="1.3", config_path=str(line.config_dir), config_name=line.config_name)(function)()
     if options.report and any(job.state != "pending" for job in monitor.manifest.jobs):
+        from llm.report.report_folder import write_report  # imports SciPy, which starting a sweep does not need
+
         report = write_report([folder])
         sys.stdout.write(f"\n{report.text}\n\nreport       {report.page}\n")
     return exit_status(monitor.manifest)

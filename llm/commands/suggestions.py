@@ -3,8 +3,9 @@
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from llm.config.pieces import piece_at
-from llm.config.signatures import HYDRA_KEYS, keyword_parameters, meant_key
+from llm.config.pieces import piece_signature
+from llm.config.signatures import HYDRA_KEYS, is_allowed, meant_key
+from llm.config.source_signatures import read_signature
 from llm.errors import did_you_mean
 
 MAX_PLACES = 4
@@ -72,5 +73,8 @@ def _find(name: str, node: Any, path: str) -> Iterator[str]:
 
 
 def _parameters(node: Mapping[str, Any]) -> set[str]:
-    piece = piece_at(str(node["_target_"])) if "_target_" in node else None
-    return set() if piece is None else set(keyword_parameters(piece))
+    target = str(node.get("_target_"))
+    if not is_allowed(target):
+        return set()
+    signature = read_signature(target) or piece_signature(target)  # reading the source takes no import of torch
+    return set() if signature is None else set(signature.parameters)

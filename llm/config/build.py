@@ -6,14 +6,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
-from llm.config.pieces import instantiate, piece_at, suited_rule
+from llm.config.pieces import instantiate, piece_at
 from llm.config.run import run_config
 from llm.config.sizes import Sizes
 from llm.contracts import TrainerChecker
 from llm.errors import ConfigError
 from llm.model.transformer import Transformer
+from llm.ops.storageless import WithoutStorage
 from llm.scaling import rules
 from llm.scaling.batching import BatchRamp
 from llm.scaling.half_life import half_life_note, keep_half_life
@@ -27,12 +27,9 @@ CHECK_VOCABULARY = 64
 """Vocabulary size of the model that `check` builds without storage."""
 
 
-OmegaConf.register_new_resolver("suited_rule", suited_rule, replace=True)
-
-
 def build_meta_model(cfg: Mapping[str, Any], vocab_size: int = CHECK_VOCABULARY) -> Transformer:
     """Build the model without storage, to check its shapes and rules."""
-    with torch.device("meta"):
+    with WithoutStorage():
         model = instantiate(cfg["model"])(vocab_size=vocab_size)
         build_rates(cfg).prepare(model)
         return model

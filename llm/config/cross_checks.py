@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from llm.config.build import build_averaging, build_evaluations, build_meta_model, build_rates, build_tokenizer
-from llm.config.pieces import instantiate
-from llm.config.signatures import keyword_parameters, locate
+from llm.config.piece_signature import keyword_parameters
+from llm.config.pieces import instantiate, piece_signature
+from llm.config.signatures import locate
 from llm.config.sizes import (
     accelerator,
     batch_plan,
@@ -194,7 +195,8 @@ def _check_tensors(node: Mapping[str, Any], model: torch.nn.Module) -> None:
 def _check_trainer(cfg: Mapping[str, Any]) -> None:
     """Check a trainer by its own rules, and refuse 16-bit weights that have no fp32 masters."""
     node = cfg["trainer"]
-    factory = locate(node["_target_"])
+    signature = piece_signature(node["_target_"])  # Lightning's own trainer is not imported for this check
+    factory = locate(node["_target_"]) if signature is None or "check_settings" in signature.members else None
     precision = resolve_precision(node["precision"], accelerator=accelerator(node))
     if isinstance(factory, TrainerChecker):
         factory.check_settings(node, precision=precision, compiled=cfg["compile"] is True)

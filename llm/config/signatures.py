@@ -1,13 +1,14 @@
 """Compares configuration nodes with the signatures of what they name, before anything is built."""
 
 import importlib
-import inspect
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
+from llm.config.piece_signature import Signature, signature_of
 from llm.config.problems import Problem
+from llm.config.source_signatures import IMPORTS_LIGHTNING, read_signature
 from llm.errors import closest
 
 ALLOWED_TARGETS = (
@@ -113,21 +114,28 @@ def check_node(path: str, node: Mapping[str, Any], supplied: frozenset[str] = fr
         allowed = " ".join(f"{prefix}*" if prefix.endswith(".") else prefix for prefix in ALLOWED_TARGETS)
         return [Problem(f"{path}._target_", f"not on the allow-list; use one of {allowed}", value=target)]
     try:
-        function = locate(target)
+        signature = signature_at(target)
     except (ImportError, AttributeError) as error:
         return [Problem(f"{path}._target_", f"cannot be imported ({error}); check the spelling", value=target)]
-    if not callable(function) or not str(getattr(function, "__module__", "")).startswith(DEFINED_IN):
+    if signature is None or not signature.module.startswith(DEFINED_IN):
         rule = "not defined in its module, which only imports it; name a piece that the module defines"
         return [Problem(f"{path}._target_", rule, value=target)]
-    return [*_check_keys(path, node, function), *_check_missing(path, node, function, supplied)]
+    return [*_check_keys(path, node, signature), *_check_missing(path, node, signature, supplied)]
 
 
-def keyword_parameters(function: Any) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a function or a class by name, following *args/**kwargs wrappers to the original."""
-    parameters = inspect.signature(function).parameters
-    return {
-        name: p for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY)
-    }
+def signature_at(target: str) -> Signature | None:
+    """Return the signature of what a `_target_` names, read from its source where its module imports Lightning.
+
+    None where it names nothing that can be called.
+
+    Raises:
+        ImportError, AttributeError: nothing has this name.
+    """
+    read = read_signature(target) if target.startswith(IMPORTS_LIGHTNING) else None
+    if read is not None:
+        return read
+    function = locate(target)
+    return signature_of(function) if callable(function) else None
 
 
 def check_pieces(group: str, pieces: Any) -> list[Problem]:
@@ -141,10 +149,8 @@ def check_pieces(group: str, pieces: Any) -> list[Problem]:
     ]
 
 
-def _check_keys(path: str, node: Mapping[str, Any], function: Any) -> list[Problem]:
-    known = keyword_parameters(function)
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
-    hints = _type_hints(function) | HYDRA_KEYS
+def _check_keys(path: str, node: Mapping[str, Any], signature: Signature) -> list[Problem]:
+    known, open_ended, hints = signature.parameters, signature.is_open_ended, {**signature.hints, **HYDRA_KEYS}
     problems = []
     for key, value in node.items():
         if key not in known and key not in HYDRA_KEYS:
@@ -160,10 +166,10 @@ def _check_keys(path: str, node: Mapping[str, Any], function: Any) -> list[Probl
     return problems
 
 
-def _check_missing(path: str, node: Mapping[str, Any], function: Any, supplied: frozenset[str]) -> list[Problem]:
+def _check_missing(path: str, node: Mapping[str, Any], signature: Signature, supplied: frozenset[str]) -> list[Problem]:
     if node.get("_partial_", False) is not False:
         return []
-    required = {n for n, p in keyword_parameters(function).items() if p.default is p.empty}
+    required = {n for n, p in signature.parameters.items() if p.default is p.empty}
     absent = sorted(required - set(node) - supplied)
     return [Problem(f"{path}.{name}", f"missing; {node['_target_']} needs it") for name in absent]
 
@@ -180,14 +186,6 @@ def meant_key(key: str, known: Collection[str]) -> str | None:
     if synonym and synonym.split(".")[0] in {*known, "hydra"}:
         return synonym
     return closest(key, known)
-
-
-def _type_hints(function: Any) -> dict[str, Any]:
-    constructor = function.__init__ if inspect.isclass(function) else function
-    try:
-        return get_type_hints(inspect.unwrap(constructor))
-    except (NameError, TypeError):  # a library's own forward references: nothing to hold the value against
-        return {}
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -1,8 +1,12 @@
 """Peak FLOP/s of devices, of which model FLOPs utilization (MFU) is a share."""
 
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
+from llm.ops.products import HAS_ONEDNN, onednn_product
 
 TERA = 1e12
 
@@ -55,13 +59,20 @@ def table_peak(name: str, *, bf16: bool) -> float | None:
     return GPU_PEAKS[max(fitting, key=len)][0 if bf16 else 1] * TERA
 
 
-def measured_matmul_flops(dtype: torch.dtype, *, size: int = 1536, repeats: int = 7) -> float:
-    """Return the best measured rate of this CPU for a product of two square matrices, in FLOP/s."""
+def measured_matmul_flops(dtype: torch.dtype, *, size: int = 1024, repeats: int = 6) -> float:
+    """Return the best measured rate of this CPU for a product of two square matrices, in FLOP/s.
+
+    In fp32 both MKL and oneDNN are measured, because training may use either; the kernels take turns.
+    """
     left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    kernels: list[Callable[[Tensor, Tensor], Tensor]] = [torch.mm]
+    if dtype == torch.float32 and HAS_ONEDNN:
+        kernels.append(onednn_product)
     seconds = []
     with torch.inference_mode():
         for _ in range(repeats + 1):
-            start = time.perf_counter()
-            torch.mm(left, right)
-            seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds[1:])
+            for kernel in kernels:
+                start = time.perf_counter()
+                kernel(left, right)
+                seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[len(kernels) :])

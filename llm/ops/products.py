@@ -19,7 +19,9 @@ WORTHWHILE_READING = 1 << 18
 COMPILED_PRODUCTS = 4096
 """Number of product shapes that oneDNN keeps compiled; 64 experts with uneven loads need more than the default 1024."""
 
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+"""Whether this torch can multiply by oneDNN."""
 
 
 def keep_compiled_products() -> None:
@@ -35,12 +37,12 @@ def keep_compiled_products() -> None:
 def uses_onednn(*tensors: Tensor, multiplications: int) -> bool:
     """Return whether a product of these tensors runs in oneDNN."""
     is_fp32 = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
-    return _ONEDNN and is_fp32 and multiplications >= WORTHWHILE
+    return HAS_ONEDNN and is_fp32 and multiplications >= WORTHWHILE
 
 
 def is_read_only(x: Tensor, weight: Tensor, multiplications: int) -> bool:
     """Return whether a product without a gradient runs in oneDNN; that of a single token with a matrix already does."""
-    if torch.is_grad_enabled() or multiplications < WORTHWHILE_READING or not _ONEDNN:
+    if torch.is_grad_enabled() or multiplications < WORTHWHILE_READING or not HAS_ONEDNN:
         return False
     is_fp32 = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     return is_fp32 and not torch.compiler.is_compiling()
@@ -53,17 +55,22 @@ def read_only_product(
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 
+def onednn_product(a: Float[Tensor, "rows inner"], b: Float[Tensor, "columns inner"]) -> Float[Tensor, "rows columns"]:
+    """Return a bᵀ by oneDNN, for fp32 on a CPU."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
 def product_nt(a: Float[Tensor, "rows inner"], b: Float[Tensor, "columns inner"]) -> Float[Tensor, "rows columns"]:
     """Return a bᵀ."""
     if uses_onednn(a, b, multiplications=a.numel() * b.shape[0]):
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        return onednn_product(a, b)
     return a @ b.t()
 
 
 def product_nn(a: Float[Tensor, "rows inner"], b: Float[Tensor, "inner columns"]) -> Float[Tensor, "rows columns"]:
     """Return a b."""
     if uses_onednn(a, b, multiplications=a.numel() * b.shape[1]):
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+        return onednn_product(a, b.t())
     return a @ b
 
 

@@ -1,5 +1,7 @@
 """Forecasts the peak memory of a run on one device."""
 
+import sys
+
 import psutil
 from torch import nn
 
@@ -7,13 +9,16 @@ from llm.config.sizes import Sizes
 from llm.model.transformer import Transformer
 from llm.tables import format_bytes, format_table
 
+TRAINING_LIBRARIES = 205 << 20
+"""Bytes of the libraries that a plan does not import and training does, mostly Lightning and torch's compiler; as
+measured with lightning 2.6."""
 KEPT_OF_PASSING = 0.5
 """Share of the activations' memory that glibc holds in blocks too small to be reused; 0.45 to 1 was measured."""
 KEPT_OF_CHECKPOINT = 0.35
 """Share of a checkpoint's copy of weights and state that finds no freed block; 0 to 0.8 was measured."""
 
 
-def memory_table(model: Transformer, sizes: Sizes, *, state: int, activations: int, logits: int) -> str:
+def memory_table(model: Transformer, sizes: Sizes, *, state: int, activations: int, logits: int, process: int) -> str:
     """Return the parts of the peak memory as a table; on a CPU with the process itself.
 
     Args:
@@ -22,6 +27,7 @@ def memory_table(model: Transformer, sizes: Sizes, *, state: int, activations: i
         state: bytes of optimizer state.
         activations: bytes that autograd keeps for one micro-batch.
         logits: bytes of the largest chunk of logits.
+        process: bytes of the process before it trains; see `process_bytes`.
     """
     plan = sizes.plan
     parts = {
@@ -30,9 +36,15 @@ def memory_table(model: Transformer, sizes: Sizes, *, state: int, activations: i
         "logits (largest chunk)": logits,
     }
     if sizes.accelerator == "cpu":
-        parts |= _parts_on_cpu(model, sizes, state=state, passing=activations + logits)
+        parts |= _parts_on_cpu(model, sizes, state=state, passing=activations + logits, process=process)
     rows = [[name, format_bytes(value)] for name, value in parts.items()]
     return format_table(["part", "bytes"], [*rows, ["all", format_bytes(sum(parts.values()))]])
+
+
+def process_bytes() -> int:
+    """Return the bytes of the interpreter and its libraries: what this process has, and what training will import."""
+    is_loaded = "lightning" in sys.modules
+    return psutil.Process().memory_info().rss + (0 if is_loaded else TRAINING_LIBRARIES)
 
 
 def held_bytes(model: nn.Module, sizes: Sizes, *, state: int) -> dict[str, int]:
@@ -41,10 +53,10 @@ def held_bytes(model: nn.Module, sizes: Sizes, *, state: int) -> dict[str, int]:
     return {"weights": parameters * size, "gradients": parameters * size, "optimizer state": state}
 
 
-def _parts_on_cpu(model: Transformer, sizes: Sizes, *, state: int, passing: int) -> dict[str, int]:
+def _parts_on_cpu(model: Transformer, sizes: Sizes, *, state: int, passing: int, process: int) -> dict[str, int]:
     """Return what a CPU's memory holds as well.
 
-    The resident size of this process stands for the interpreter and its libraries. Mixed precision copies the weights
+    Mixed precision copies the weights
     to bf16 again for a validation. The allocator keeps freed blocks and reuses a part of them.
     """
     parameters = sum(p.numel() for p in model.parameters())
@@ -52,5 +64,5 @@ def _parts_on_cpu(model: Transformer, sizes: Sizes, *, state: int, passing: int)
     return {
         "bf16 copies for validation": 2 * parameters if sizes.precision == "bf16-mixed" else 0,
         "freed blocks, checkpoint copy (measured)": int(KEPT_OF_PASSING * passing + KEPT_OF_CHECKPOINT * checkpoint),
-        "this process (Python and its libraries)": psutil.Process().memory_info().rss,
+        "this process (Python and its libraries)": process,
     }

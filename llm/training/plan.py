@@ -1,11 +1,12 @@
 """`plan=true`: what a run would take — parameters, memory, FLOPs, steps, time — without training anything."""
 
+import contextlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm.config.build import build_meta_model, build_model, build_tokenizer, module_factories
 from llm.config.checked import CheckedConfig
@@ -20,12 +21,14 @@ from llm.optim.receipt import receipt
 from llm.scaling.derivation import brief, derivation
 from llm.tables import format_bytes, format_count, format_seconds, format_table
 from llm.training.learning_rate import rated_groups
-from llm.training.memory_forecast import memory_table
+from llm.training.memory_forecast import memory_table, process_bytes
 
 EXAMPLE_DEVICES = 8
 """Devices that memory by stage is shown for where the run has one."""
 
 DEVICE_GIGABYTES = (8, 16, 24, 40, 48, 80, 141, 192)
+QUICK_PASS = 1 << 34
+"""Multiplications of a forward pass up to which it runs for real, which takes less time than loading fake tensors."""
 USABLE = 0.9
 """Share of a device's memory that a run can count on; the rest goes to the driver, buffers and fragments."""
 
@@ -36,6 +39,7 @@ ASSUMED_MFU = 0.4
 def describe_plan(checked: CheckedConfig) -> str:
     """Return the plan of a run as text."""
     tree, sizes = checked.tree, checked.sizes
+    process = process_bytes()
     vocab_size = planned_vocabulary(tree)
     model = build_meta_model(tree, vocab_size)
     factories = module_factories(tree, sizes.ramp)
@@ -43,7 +47,7 @@ def describe_plan(checked: CheckedConfig) -> str:
     state = sum(optimizer_state_bytes(groups, factories["optimizer"]).values())
     flops = FORWARD_AND_BACKWARD * model.flops_per_token(checked.run.context_length)
     passing = activation_bytes(checked, vocab_size)
-    memory = memory_table(model, sizes, state=state, activations=passing[0], logits=passing[1])
+    memory = memory_table(model, sizes, state=state, activations=passing[0], logits=passing[1], process=process)
     unmeasured = sizes.needs_probe
     scale = 1.0 if unmeasured else max(factories["scaling"](batch_tokens) for _, _, batch_tokens in sizes.ramp.stages)
     sections = [
@@ -99,7 +103,9 @@ def _memory_by_stage(model: nn.Module, sizes: Sizes, state: int, passing: int) -
 def activation_bytes(checked: CheckedConfig, vocab_size: int) -> tuple[int, int]:
     """Return the bytes that autograd keeps in one micro-batch's forward pass, and those of the largest logits chunk."""
     plan = checked.sizes.plan
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    tokens = plan.micro_batch_size * plan.context_length
+    is_quick = tokens * sum(p.numel() for p in build_meta_model(checked.tree, vocab_size).parameters()) < QUICK_PASS
+    with contextlib.nullcontext() if is_quick else without_data():
         model = build_model(checked.tree, vocab_size)
         ids = torch.zeros(plan.micro_batch_size, plan.context_length, dtype=torch.long)
         positions = torch.arange(plan.context_length).expand(plan.micro_batch_size, -1)
@@ -108,6 +114,13 @@ def activation_bytes(checked: CheckedConfig, vocab_size: int) -> tuple[int, int]
             hidden = model(ids, positions=positions).hidden
             model.loss(hidden, ids)
         return saved.total, min(CHUNK_SCORES, ids.numel() * vocab_size) * 4
+
+
+def without_data() -> AbstractContextManager[Any]:
+    """Return the context in which tensors have shapes and no data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # imports SymPy
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def _rates(sizes: Sizes, factories: Mapping[str, Any]) -> list[str]:

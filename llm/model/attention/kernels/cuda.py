@@ -10,10 +10,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-varlen_attn: Any = None
-with contextlib.suppress(ImportError):  # a torch without it uses FlexAttention
-    from torch.nn.attention.varlen import varlen_attn
-
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -49,17 +45,23 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, is_causal: bool, mask
 
 
 @functools.cache
-def varlen_arguments() -> frozenset[str]:
-    """Return the argument names of variable-length attention in the installed torch."""
-    return frozenset() if varlen_attn is None else frozenset(inspect.signature(varlen_attn).parameters)
+def varlen_kernel() -> Any:
+    """Return torch's variable-length attention, None where it lacks the options that are used here.
+
+    It is imported on a GPU only, because the import loads torch's compiler.
+    """
+    with contextlib.suppress(ImportError):  # a torch without it uses FlexAttention
+        from torch.nn.attention.varlen import varlen_attn
+
+        if {"window_size", "scale", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
+            return varlen_attn
+    return None
 
 
 def can_use_varlen(q: Tensor, v: Tensor) -> bool:
     """Return whether variable-length flash attention supports these tensors."""
-    if not {"window_size", "scale", "enable_gqa"} <= varlen_arguments():
-        return False
     is_flash_shape = q.dtype in HALF and q.shape[-1] == v.shape[-1] <= 256 and q.shape[-1] % 8 == 0
-    return is_flash_shape and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return is_flash_shape and varlen_kernel() is not None and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, *, document_ids: Tensor | None, scale: float, window: int | None) -> Tensor:
@@ -80,7 +82,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, *, document_ids: Tensor | None, scal
     left = -1 if window is None else window - 1
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     options: dict[str, Any] = {"scale": scale, "window_size": (left, 0), "enable_gqa": q.shape[1] != k.shape[1]}
-    out = varlen_attn(q, k, v, offsets, offsets, time, time, **options)
+    out = varlen_kernel()(q, k, v, offsets, offsets, time, time, **options)
     return out.unflatten(0, (batch, time))
 
 

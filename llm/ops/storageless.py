@@ -1,0 +1,29 @@
+"""Builds modules whose weights have shapes and no storage."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+DRAWING = (Tensor.normal_, Tensor.uniform_)
+"""Methods that fill a tensor with random numbers and return it."""
+
+
+class WithoutStorage(TorchFunctionMode):
+    """Creates tensors of `torch.empty` on the meta device, and skips random initial values.
+
+    Small tables, such as frequencies and gains, are computed as usual. Only these few functions are replaced, because
+    torch imports its compiler for most others on the meta device, which takes as long as importing torch.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        if func in DRAWING or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else options["tensor"]
+        if func is torch.empty:
+            options = {**options, "device": "meta"}
+        return func(*args, **options)
