@@ -5,22 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from data.cache_builder import CacheOptions
-from data.corpus_size import refuse_too_few
+from data.corpus_module import CorpusModule
 from data.loader import WindowLoader
 from data.sampler import RunSampler, Span, numbers_at, run_windows, united, validation_windows
 from data.sources import Source
 from data.step_spans import StepSpans, TokenRamp
-from data.token_cache import TokenCache, default_cache_dir, open_or_build
-from data.windows import WindowDataset
+from data.token_cache import default_cache_dir
 from llm.contracts import IGNORED_LABEL, Batch
 from llm.errors import ConfigError, DataError
 
 
-class TokenDataModule(LightningDataModule):
+class TokenDataModule(CorpusModule):
     """A data module that builds or opens the token cache and serves the micro-batches of a run.
 
     `prepare_data` and `setup` may be called before a Trainer exists. From then on `tokenizer`, `train_tokens`,
@@ -68,70 +66,21 @@ class TokenDataModule(LightningDataModule):
         num_processes: int | None,
         ramp: TokenRamp | None = None,
     ):
-        super().__init__()
         _check_range("loader.val_fraction", val_fraction, 0 < val_fraction < 1, "above 0 and below 1", "0.02")
         _check_range("context_length", context_length, context_length >= 1, "at least 1", "256")
         _check_range("loader.val_tokens", val_tokens, val_tokens >= context_length, "at least context_length", "65536")
         _check_range("loader.num_workers", num_workers, num_workers >= 0, "at least 0", "0")
         for key, value in (("max_line_bytes", max_line_bytes), ("num_processes", num_processes)):
             _check_range(f"loader.{key}", value, value is None or value >= 1, "at least 1", "null")
-        self.source, self.tokenizer = source, tokenizer
-        self.context_length, self.batch_tokens = context_length, batch_tokens
+        folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+        options = CacheOptions(folder, val_fraction, deduplicate, max_line_bytes, num_processes)
+        super().__init__(source, tokenizer, context_length=context_length, options=options)
+        self.batch_tokens = batch_tokens
         self.micro_batch_size, self.seed = micro_batch_size, seed
         self.max_val_tokens = val_tokens
         self.num_workers, self.ramp = num_workers, ramp
-        folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
-        self.options = CacheOptions(folder, val_fraction, deduplicate, max_line_bytes, num_processes)
-        self._cache: TokenCache | None = None
         self._loaders: list[WindowLoader] = []
         self.left_out: list[Span] = []
-
-    def prepare_data(self) -> None:
-        """Build the token cache, or open it."""
-        self._prepare(trains=True)
-
-    def _prepare(self, *, trains: bool) -> None:
-        if self._cache is None:
-            self._cache = open_or_build(self.source, self.tokenizer, self.options)
-            refuse_too_few(
-                self._cache, self.source, self.options, context_length=self.context_length, is_training=trains
-            )
-
-    def setup(self, stage: str | None = None) -> None:
-        """Open the token cache; the stage `validate` needs no window of the training split."""
-        self._prepare(trains=stage != "validate")
-
-    @property
-    def cache(self) -> TokenCache:
-        """The corpus as tokens."""
-        if self._cache is None:
-            raise DataError("data: not prepared; call prepare_data() first")
-        return self._cache
-
-    @property
-    def train_tokens(self) -> int:
-        """Number of tokens in the training split."""
-        return len(self.cache.train)
-
-    @property
-    def val_tokens(self) -> int:
-        """Number of tokens in the validation split."""
-        return len(self.cache.val)
-
-    @property
-    def num_windows(self) -> int:
-        """Number of windows in the training split, which is one epoch."""
-        return len(self.windows("train"))
-
-    @property
-    def fingerprint(self) -> str:
-        """Name of the corpus as tokens; it differs whenever the ids may differ."""
-        return self.cache.fingerprint
-
-    @property
-    def report(self) -> Mapping[str, Any]:
-        """Counts of the documents that the cleaning kept and discarded."""
-        return self.cache.report
 
     @property
     def windows_per_step(self) -> int:
@@ -141,17 +90,6 @@ class TokenDataModule(LightningDataModule):
     @property
     def _spans(self) -> StepSpans:
         return StepSpans(self.batch_tokens, self.context_length, self.ramp)
-
-    def windows(self, split: str) -> WindowDataset:
-        """Return the windows of `train` or `val`."""
-        cache = self.cache
-        return WindowDataset(
-            cache.train if split == "train" else cache.val,
-            context_length=self.context_length,
-            bos_id=self.tokenizer.bos_id,
-            unscored_bit=cache.unscored_bit,
-            vocab_size=self.tokenizer.vocab_size,
-        )
 
     def train_sampler(
         self, *, total_steps: int, rank: int = 0, world_size: int = 1, start_step: Callable[[], int] = lambda: 0

@@ -1,20 +1,14 @@
 """Generates seeded toy languages: one of known entropy, and one that requires recall over a chosen distance."""
 
-import copy
 import math
-from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 
 from data.cleaning import ScoredText
-from data.sources import Piece, RawDocument, hash_settings
+from data.generated import GeneratedCorpus, check_val_documents
+from data.sources import RawDocument
 from llm.errors import ConfigError
 
-FIRST_VALIDATION = 1 << 40
-"""Number of the first document of a generated validation set, whatever the number of training documents."""
-
-_PIECES = 16
 _LETTERS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 _KEYS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8)
 _VALUES = np.frombuffer(b"0123456789", np.uint8)
@@ -26,62 +20,7 @@ _JOINED = np.arange(0x30, 0x70, dtype=np.uint8).reshape(8, 8)
 _JOINED_KEYS = np.arange(0x70, 0x78, dtype=np.uint8)
 
 
-class _Generated:
-    """A generated corpus, whose documents are a pure function of the settings and of their number."""
-
-    is_scored = False
-    num_documents: int
-    num_val_documents: int | None
-    document_bytes: int
-    first_number = 0
-
-    def settings(self) -> list[object]:
-        """Return everything the text depends on."""
-        raise NotImplementedError
-
-    def document(self, number: int) -> RawDocument:
-        """Return one document."""
-        raise NotImplementedError
-
-    @property
-    def validation(self) -> "_Generated | None":
-        """See Source."""
-        if self.num_val_documents is None:
-            return None
-        own = copy.copy(self)
-        own.num_documents, own.num_val_documents, own.first_number = self.num_val_documents, None, FIRST_VALIDATION
-        return own
-
-    def fingerprint(self) -> str:
-        """See Source."""
-        return hash_settings([*self.settings(), *([self.first_number] if self.first_number else [])])
-
-    def pieces(self) -> list[Piece]:
-        """See Source."""
-        step = max(-(-self.num_documents // _PIECES), 1)
-        starts = range(0, self.num_documents, step)
-        ranges = [(start, min(start + step, self.num_documents)) for start in starts]
-        return [Piece((), start, stop, (stop - start) * self.document_bytes) for start, stop in ranges]
-
-    def read(self, piece: Piece, counts: Counter[str]) -> Iterator[RawDocument]:
-        """See Source."""
-        for number in range(piece.start, piece.stop or 0):
-            yield self.document(self.first_number + number)
-
-    def hint(self) -> str:
-        """See Source."""
-        return "raise data.num_documents"
-
-
-def check_val_documents(num_val_documents: int | None) -> None:
-    """Raise ConfigError for a validation set without a document."""
-    if num_val_documents is not None and num_val_documents < 1:
-        raise ConfigError(
-            f"data.num_val_documents={num_val_documents}: must be at least 1; or null to hold out loader.val_fraction"
-        )
-
-
-class MarkovChain(_Generated):
+class MarkovChain(GeneratedCorpus):
     """Text from a random Markov chain over letters, whose entropy is the loss that a perfect model reaches.
 
     After any `order` letters the next one follows a distribution drawn from a symmetric Dirichlet. The entropy rate is
@@ -137,7 +76,7 @@ class MarkovChain(_Generated):
         self._cumulative = np.cumsum(self.transitions, axis=1)
 
     def settings(self) -> list[object]:
-        """See _Generated."""
+        """See GeneratedCorpus."""
         shape = [self.num_symbols, self.order, self.concentration, self.num_documents, self.document_bytes]
         return ["markov", *shape, self.seed]
 
@@ -182,7 +121,7 @@ class MarkovChain(_Generated):
         return self.entropy / math.log(2)
 
 
-class AssociativeRecall(_Generated):
+class AssociativeRecall(GeneratedCorpus):
     """Key-value pairs, then noise, then the keys again in another order; only the values of the second part carry loss.
 
         pair_tokens=2:  A7 Q2 F0 ... qhxsvobn(distance letters) ... F0 A7 Q2
@@ -251,7 +190,7 @@ class AssociativeRecall(_Generated):
         self.seed = seed
 
     def settings(self) -> list[object]:
-        """See _Generated."""
+        """See GeneratedCorpus."""
         shape = [self.num_pairs, self.pair_tokens, self.distance, self.length, self.num_documents]
         return ["recall", *shape, self.seed]
 

@@ -18,6 +18,7 @@ RENAMED = {
 """Former prefix of a `_target_` -> present prefix; version 0.1 wrote the former ones."""
 
 RENAMED_PIECES = {
+    "llm.distributed.strategy.deepspeed_trainer": "llm.distributed.deepspeed_trainer.deepspeed_trainer",
     "llm.evals.attention.Attention": "llm.evals.attention_entropy.AttentionEntropy",
     "llm.evals.codebook.Codebook": "llm.evals.codebook_usage.CodebookUsage",
     "llm.evals.experts.Experts": "llm.evals.expert_usage.ExpertUsage",

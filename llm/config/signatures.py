@@ -13,7 +13,7 @@ from llm.errors import closest
 
 ALLOWED_TARGETS = (
     "llm.callbacks.",
-    "llm.distributed.strategy.",
+    "llm.distributed.deepspeed_trainer.",
     "llm.evals.",
     "llm.model.",
     "llm.objective.",

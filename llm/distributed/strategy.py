@@ -1,7 +1,5 @@
-"""Training on several devices with DeepSpeed's ZeRO: the one file that imports DeepSpeed."""
+"""Lightning's strategy for training on several devices with DeepSpeed's ZeRO."""
 
-import inspect
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +13,6 @@ from torch import Tensor
 from llm.contracts import ParameterBorrower, ShardedOptimizer
 from llm.distributed.lightning_private import is_last_micro_batch
 from llm.distributed.zero.engine_settings import (
-    check_settings,
     check_trainable,
     engine_config,
     precision_config,
@@ -38,21 +35,21 @@ from llm.optim.shard import ShardLayout, check_coverage
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """Runs DeepSpeed's ZeRO engine so that every optimizer trains as it does on one device.
+    """A strategy that runs DeepSpeed's ZeRO engine so that every optimizer trains as it does on one device.
 
-    Lightning's own strategy, with these differences. Gradients are measured and clipped by the module, raw and once,
-    after they were accumulated and averaged; the loss is divided by the accumulation once. Optimizers that look at
-    whole tensors are told which slices their flat shards hold. Checkpoints are those of a single process. Mixed
-    precision is torch's autocast over fp32 weights, as elsewhere; `bf16-true` holds bf16 weights with fp32 masters in
-    the shards. On a CPU the same engine runs over gloo and compiles nothing.
+    It differs from Lightning's own strategy in these points. The module measures and clips gradients once, after they
+    were accumulated and averaged. The loss is divided by the accumulation once. Optimizers that need whole tensors
+    receive the layouts of their flat shards. Checkpoints equal those of a single process. Mixed precision is torch's
+    autocast over fp32 weights, as elsewhere; with `bf16-true`, weights are bf16 and the shards hold fp32 masters. On a
+    CPU the same engine runs over gloo and compiles nothing.
 
     Args:
-        stage: 0 splits nothing over the ranks, 1 the optimizer's state, 2 the gradients too, 3 the weights too.
-        offload_optimizer: keep state and fp32 masters in the host's memory.
-        offload_parameters: keep stage 3's weights there as well.
-        bucket_elements: gradients reduced, and weights gathered, at a time.
-        persistence_threshold: stage 3 keeps parameters of fewer elements whole on every rank.
-        timeout_seconds: after which a rank that waits for another gives up.
+        stage: 0 shards nothing, 1 shards the optimizer's state, 2 also the gradients, 3 also the weights.
+        offload_optimizer: whether the state and the fp32 masters are stored in the host's memory.
+        offload_parameters: whether the weights of stage 3 are stored there too.
+        bucket_elements: elements that are reduced or gathered at a time.
+        persistence_threshold: number of elements below which stage 3 stores a parameter whole on every rank.
+        timeout_seconds: seconds after which a rank stops waiting for another.
 
     Raises:
         ConfigError: DeepSpeed is not installed.
@@ -86,7 +83,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @property
     def handles_gradient_accumulation(self) -> bool:
-        """False: the trainer counts micro-batches, and the engine is told which one is the last of an update."""
+        """False: the trainer counts micro-batches, and `backward` marks the last one of an update."""
         return False
 
     @property
@@ -101,7 +98,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             return
         import deepspeed.ops
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # g++ for a minute; only inference uses it
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for a minute; only inference uses it
         self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices or []))]
         super(DeepSpeedStrategy, self).setup_environment()
 
@@ -122,7 +119,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.config |= precision_config(str(self.precision_plugin.precision))
 
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
-        """Let DeepSpeed wrap both, then find out what it did with the parameters, and prove that it can be stepped."""
+        """Let DeepSpeed wrap both, then read the layouts of its shards and check that they cover every parameter."""
         groups, shapes = unwrap(optimizer).param_groups, {}
         for group in groups:
             group["shapes"] = [tuple(parameter.shape) for parameter in group["params"]]
@@ -238,7 +235,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         module.load_state_dict(state, strict=strict and self.stage < 3)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Cut the saved state into this rank's shards."""
+        """Copy the saved state into this rank's shards."""
         inner, saved = unwrap(self.optimizers[0]), checkpoint["optimizer_states"][0]
         if not self.layouts:
             inner.load_state_dict(saved)
@@ -248,49 +245,3 @@ class ZeroStrategy(DeepSpeedStrategy):
 
 def _borrowed_parameters(module: Any) -> Sequence[str]:
     return module.borrowed_parameters if isinstance(module, ParameterBorrower) else ()
-
-
-def deepspeed_trainer(
-    *,
-    stage: int,
-    offload_optimizer: bool,
-    offload_parameters: bool,
-    bucket_elements: int,
-    persistence_threshold: int,
-    timeout_seconds: float,
-    **trainer: Any,
-) -> L.Trainer:
-    """Build Lightning's trainer around a `ZeroStrategy`; other arguments are the trainer's own.
-
-    Args:
-        stage: see `ZeroStrategy`, as for the next five.
-        offload_optimizer: state and fp32 masters on the host.
-        offload_parameters: stage 3's weights on the host.
-        bucket_elements: elements reduced or gathered at a time, at least 1.
-        persistence_threshold: elements below which stage 3 keeps a parameter whole.
-        timeout_seconds: patience with other ranks, > 0.
-        trainer: of `lightning.Trainer`.
-    """
-    if trainer.get("accelerator") == "cpu" or not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks once, at its first import
-    strategy = ZeroStrategy(
-        stage=stage,
-        offload_optimizer=offload_optimizer,
-        offload_parameters=offload_parameters,
-        bucket_elements=bucket_elements,
-        persistence_threshold=persistence_threshold,
-        timeout_seconds=timeout_seconds,
-    )
-    return L.Trainer(strategy=strategy, **trainer)
-
-
-def _signature() -> inspect.Signature:
-    """Return the arguments of the strategy and the trainer, so that a misspelt one is found early."""
-    own = [p for p in inspect.signature(deepspeed_trainer).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    names = {p.name for p in own} | {"self", "strategy"}
-    lightning = [p for p in inspect.signature(L.Trainer).parameters.values() if p.name not in names]
-    return inspect.Signature([*own, *lightning])
-
-
-deepspeed_trainer.check_settings = check_settings  # pyright: ignore[reportFunctionMemberAccess]
-deepspeed_trainer.__signature__ = _signature()  # pyright: ignore[reportFunctionMemberAccess]

@@ -1,5 +1,7 @@
 """Precisions of a run, and the fastest one of a device."""
 
+from functools import cache
+
 import torch
 
 from llm.errors import ConfigError
@@ -32,3 +34,17 @@ def cpu_multiplies_bf16() -> bool:
         return bool(torch.cpu._is_avx512_bf16_supported())
     capabilities = read()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "arm_bf16", "bf16"))
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@cache
+def fast_dtype(device_type: str) -> torch.dtype:
+    """Return bfloat16 on a GPU, or a CPU with AVX512-BF16 or AMX (4 times as fast as fp32 there), else float32."""
+    return torch.bfloat16 if device_type != "cpu" or cpu_multiplies_bf16() else torch.float32
+
+
+def products_dtype(name: str, device_type: str) -> torch.dtype:
+    """Return the dtype called `name`; for "auto", the fast one of the device."""
+    return fast_dtype(device_type) if name == "auto" else DTYPES[name]

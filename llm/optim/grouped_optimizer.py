@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import repeat
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,6 +13,7 @@ from torch.optim.sgd import sgd
 from llm.contracts import ParamGroup
 from llm.errors import CheckpointError, ConfigError, ShapeError
 from llm.optim import foreach
+from llm.optim.checks import in_range
 from llm.optim.shard_steps import ShardSteps
 
 CHUNK = 2**19
@@ -32,31 +33,6 @@ class Slab(NamedTuple):
     state: dict[str, list[Tensor]]
     scratch: list[Tensor] | None
     """Temporary buffers for one update on a CPU; None on a GPU, where the caching allocator is as fast."""
-
-
-def in_range(key: str, value: float, low: float, high: float, *, closed: bool = False) -> float:
-    """Return `value` if low <= value < high (or <= high, if closed).
-
-    Raises:
-        ConfigError: if the value is out of range or is not a number.
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not (low <= value < high or (closed and value == high)):
-        raise ConfigError(
-            f"optimizer.{key}={value}: must be a number in [{low:g}, {high:g}{']' if closed else ')'}; choose one there"
-        )
-    return float(value)
-
-
-def check_betas(key: str, betas: Sequence[float]) -> tuple[float, float]:
-    """Return two decay rates in [0, 1).
-
-    Raises:
-        ConfigError: if there are not exactly two values, or one is out of range.
-    """
-    if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise ConfigError(f"optimizer.{key}={betas}: needs two numbers; write for instance [0.9, 0.95]")
-    return in_range(key, betas[0], 0.0, 1.0), in_range(key, betas[1], 0.0, 1.0)
 
 
 class GroupedOptimizer(ShardSteps, torch.optim.Optimizer):

@@ -7,30 +7,24 @@ import torch
 from torch import Tensor
 
 from llm.contracts import OptimizerTraits, ParamGroup
-from llm.errors import ConfigError, did_you_mean
+from llm.errors import ConfigError
+from llm.ops.precision import DTYPES, products_dtype
 from llm.optim import foreach
-from llm.optim.blocks import as_blocks
+from llm.optim.blocks import as_blocks, check_heads, move_piece, used_blocks
+from llm.optim.checks import in_range, one_of
 from llm.optim.exchange import OwnerExchange
-from llm.optim.grouped_optimizer import CHUNK, GroupedOptimizer, between, gradients_of, in_range, slabs
-from llm.optim.idle_rows import active_rows, row_axes
+from llm.optim.grouped_optimizer import CHUNK, GroupedOptimizer, between, gradients_of, slabs
+from llm.optim.idle_rows import row_axes
 from llm.optim.muon_shards import make_exchange, update_matrix_shard
-from llm.optim.newton_schulz import fast_dtype, find_iteration, orthogonalize
+from llm.optim.newton_schulz import ITERATIONS, orthogonalize
 from llm.optim.row_normalization import balance_rows
 from llm.optim.shard import ShardLayout, rows_to_watch
 from llm.optim.threads import side_by_side
 from llm.optim.update_rules import apply_rule, apply_rule_to_shard, make_rule
 from llm.optim.update_scales import AUX_LR_SCALES, UPDATE_SCALES, update_norm
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 STACK_ELEMENTS = 2**26
 """Number of elements orthogonalised at once on a GPU: 128 MB in bfloat16 use it fully. A CPU processes one matrix."""
-
-
-def _have_heads(params: Sequence[Any]) -> bool:
-    """Return whether a projection has several heads, or whether the groups do not say."""
-    heads = [abs(count) for group in params if isinstance(group, dict) for count in group.get("heads", [])]
-    return not heads or max(heads) > 1
 
 
 class Muon(GroupedOptimizer):
@@ -93,34 +87,22 @@ class Muon(GroupedOptimizer):
         skip_idle_rows: bool,
     ) -> None:
         self.momentum, self.nesterov = in_range("momentum", momentum, 0.0, 1.0), nesterov
-        find_iteration(iteration)
-        for key, value, legal in (
-            ("update_scale", update_scale, UPDATE_SCALES),
-            ("matmul_dtype", matmul_dtype, ("auto", *DTYPES)),
-        ):
-            if value not in legal:
-                raise ConfigError(
-                    f"optimizer.{key}={value}: must be one of {', '.join(legal)}; choose one"
-                    f"{did_you_mean(value, legal)}"
-                )
-        self.iteration, self.update_scale, self.matmul_dtype = iteration, UPDATE_SCALES[update_scale], matmul_dtype
+        self.iteration = one_of("iteration", iteration, ITERATIONS)
+        self.update_scale = UPDATE_SCALES[one_of("update_scale", update_scale, UPDATE_SCALES)]
+        self.matmul_dtype = one_of("matmul_dtype", matmul_dtype, ("auto", *DTYPES))
         self.row_beta = None if row_beta is None else in_range("row_beta", row_beta, 1e-6, 1.0)
         self.by_head, self.cautious_decay, self.skip_idle_rows = by_head, cautious_decay, skip_idle_rows
         self.aux = make_rule("aux", aux, betas=aux_betas, eps=aux_eps)
-        if aux_lr_scale == "auto":
-            aux_lr_scale = AUX_LR_SCALES[update_scale] * AUX_LR_SCALES[aux]
-        in_range("aux_lr_scale", aux_lr_scale, 1e-12, 1e12)
+        auto_scale = AUX_LR_SCALES[update_scale] * AUX_LR_SCALES[aux]
+        aux_scale = auto_scale if aux_lr_scale == "auto" else in_range("aux_lr_scale", aux_lr_scale, 1e-12, 1e12)
         if not any(isinstance(group, dict) and group.get("kind") == "matrix" for group in params):
             raise ConfigError("optimizer=muon: the model has no hidden matrix to orthogonalise; use optimizer=adamw")
-        if by_head and not _have_heads(params):
-            raise ConfigError(
-                "optimizer.by_head=true: no projection of this model has more than one head, so it has no effect; set "
-                "optimizer.by_head=false"
-            )
+        if by_head:
+            check_heads(params)
         super().__init__(params, lr=lr, weight_decay=weight_decay)
         for group in self.param_groups:
             if group["kind"] != "matrix":
-                group["lr"] *= aux_lr_scale
+                group["lr"] *= aux_scale
 
     def rule_of(self, group: dict[str, Any]) -> str:
         """Return "muon" for matrices and the name of `aux` for other kinds."""
@@ -142,11 +124,11 @@ class Muon(GroupedOptimizer):
             return
         stacks = self._stacks(group, params)
         if params[0].device.type == "cpu":
-            costliest = sorted(stacks, key=lambda stack: -stack[0][0].numel())
-            side_by_side(lambda stack: self._update_stack(group, *stack), costliest)
+            largest_first = sorted(stacks, key=lambda stack: -stack[0][0].numel())
+            side_by_side(lambda stack: self._update_stack(group, *stack), largest_first)
             return
-        for members, heads in stacks:
-            self._update_stack(group, members, heads)
+        for stack in stacks:
+            self._update_stack(group, *stack)
 
     def update_shard(self, group: dict[str, Any], flat: Tensor, layout: ShardLayout) -> None:
         """Update a flat shard. Owner ranks orthogonalise the matrices; other kinds are updated on each rank."""
@@ -163,7 +145,7 @@ class Muon(GroupedOptimizer):
                 active=layout.active_elements(gradient, rows) if rows else None,
             )
             return
-        dtype = self._products_dtype(layout.comm_device.type)
+        dtype = products_dtype(self.matmul_dtype, layout.comm_device.type)
         (ahead,) = self._look_ahead([gradient], self.buffers(group, [flat])["momentum"], dtype)
         heads = group["heads"] if self.by_head and "heads" in group else [1] * len(group["names"])
         update_matrix_shard(
@@ -190,9 +172,6 @@ class Muon(GroupedOptimizer):
         layouts = [layout for layout in self._layouts.values() if layout.shapes.keys() & state.keys()]
         owned = {name for layout in layouts for name in self.exchange_of(layout).owned}
         super().load_owned_state({name: held for name, held in state.items() if name in owned})
-
-    def _products_dtype(self, device: str) -> torch.dtype:
-        return fast_dtype(device) if self.matmul_dtype == "auto" else DTYPES[self.matmul_dtype]
 
     def _aux_state(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, list[Tensor]]:
         """Return the state of the rule `aux`, after its step counters are increased."""
@@ -230,14 +209,14 @@ class Muon(GroupedOptimizer):
 
     def _update_stack(self, group: dict[str, Any], params: list[Tensor], heads: int) -> None:
         gradients, momenta = gradients_of(params), self.buffers(group, params)["momentum"]
-        dtype = self._products_dtype(params[0].device.type)
+        dtype = products_dtype(self.matmul_dtype, params[0].device.type)
         ahead = [as_blocks(x, heads) for x in self._look_ahead(gradients, momenta, dtype)]
         blocks = torch.stack(ahead) if len(ahead) > 1 else ahead[0][None]
         directions = orthogonalize(blocks, iteration=self.iteration, dtype=dtype)
         if self.row_beta is not None:
             directions = balance_rows(directions.float(), self._row_moments(params, blocks), beta=self.row_beta)
         for parameter, gradient, direction in zip(params, gradients, directions, strict=True):
-            used = self._used(as_blocks(gradient, heads))
+            used = used_blocks(as_blocks(gradient, heads)) if self.skip_idle_rows else None
             self._descend(group, as_blocks(parameter, heads), direction, used)
 
     def _look_ahead(self, gradients: list[Tensor], momenta: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -249,15 +228,6 @@ class Muon(GroupedOptimizer):
             ahead = between(slab.gradients, momentum, self.momentum, out=slab.scratch) if self.nesterov else momentum
             foreach.copy_(slab.params, ahead)
         return out
-
-    def _used(self, gradient: Tensor) -> Tensor | None:
-        """Return which blocks have a nonzero gradient, or None if all blocks are updated."""
-        if not self.skip_idle_rows:
-            return None
-        if gradient.device.type == "cpu" and bool(gradient[:, 0, 0].all()):
-            return None  # a nonzero element per block proves that all are used
-        used = active_rows(gradient, (1, 2))
-        return None if used.device.type == "cpu" and bool(used.all()) else used.float()
 
     def _row_moments(self, params: list[Tensor], blocks: Tensor) -> list[Tensor]:
         """Return the running mean square of each row of each parameter's blocks."""
@@ -274,8 +244,4 @@ class Muon(GroupedOptimizer):
         if weight.device.type == "cpu":
             rows = max(1, CHUNK * rows // weight.numel())
         for piece, update in zip(weight.split(rows, -2), direction.split(rows, -2), strict=True):
-            move = update.float() if used is None else update.float() * used
-            if decay:
-                share: Tensor | float = 1.0 if used is None else used
-                piece.mul_(1 - lr * decay * (share * (move * piece > 0) if self.cautious_decay else share))
-            piece.add_(move, alpha=-step)
+            move_piece(piece, update, used, decay=lr * decay, step=step, cautious=self.cautious_decay)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm.optim.blocks import as_blocks, block_shape, from_blocks
+from llm.optim.blocks import as_blocks, block_shape, from_blocks, move_piece
 from llm.optim.exchange import OwnerExchange
 from llm.optim.grouped_optimizer import CHUNK
 from llm.optim.newton_schulz import orthogonalize
@@ -81,11 +81,8 @@ def descend_shard(
         step = lr * update_scale(*block_shape(held.shape, heads[held.name]))
         parts = [held.of(t).split(CHUNK) for t in (flat, directions, *([] if active is None else [active]))]
         for piece, direction, *masks in zip(*parts, strict=True):
-            share: Tensor | float = masks[0].float() if masks else 1.0
-            move = direction.float() * share if masks else direction.float()
-            if decay:
-                piece.mul_(1 - lr * decay * (share * (move * piece > 0) if cautious else share))
-            piece.add_(move, alpha=-step)
+            used = masks[0].float() if masks else None
+            move_piece(piece, direction, used, decay=lr * decay, step=step, cautious=cautious)
 
 
 def update_matrix_shard(

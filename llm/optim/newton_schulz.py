@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm.errors import ConfigError, did_you_mean
-from llm.ops.precision import cpu_multiplies_bf16
+from llm.optim.checks import one_of
 
 
 class Iteration(NamedTuple):
@@ -122,12 +121,7 @@ def orthogonalize(
 
 def find_iteration(name: str) -> Iteration:
     """Return the iteration called `name`, or raise ConfigError."""
-    if name not in ITERATIONS:
-        raise ConfigError(
-            f"optimizer.iteration={name}: no such iteration; use one of {', '.join(ITERATIONS)}"
-            f"{did_you_mean(str(name), ITERATIONS)}"
-        )
-    return ITERATIONS[name]
+    return ITERATIONS[one_of("iteration", name, ITERATIONS)]
 
 
 def normalized(
@@ -241,9 +235,3 @@ def mirror(out: Tensor, start: int, end: int) -> None:
     """Copy the block left of the diagonal block at `start` above it, transposed; bits of bfloat16 copy faster."""
     bits = out.view(torch.int16) if out.dtype == torch.bfloat16 else out
     bits[:start, start:end] = bits[start:end, :start].mT
-
-
-@cache
-def fast_dtype(device_type: str) -> torch.dtype:
-    """Return bfloat16 on a GPU, or a CPU with AVX512-BF16 or AMX (4 times as fast as fp32 there), else float32."""
-    return torch.bfloat16 if device_type != "cpu" or cpu_multiplies_bf16() else torch.float32

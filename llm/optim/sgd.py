@@ -6,7 +6,8 @@ from torch import Tensor
 
 from llm.contracts import OptimizerTraits, ParamGroup
 from llm.optim import foreach
-from llm.optim.grouped_optimizer import GroupedOptimizer, descend, gradients_of, in_range, slabs
+from llm.optim.checks import in_range
+from llm.optim.grouped_optimizer import GroupedOptimizer, descend, gradients_of, slabs
 
 
 class SGD(GroupedOptimizer):

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from llm.contracts import OptimizerTraits, ParamGroup
-from llm.errors import ConfigError, did_you_mean
+from llm.errors import ConfigError
 from llm.optim import foreach
-from llm.optim.grouped_optimizer import GroupedOptimizer, Slab, gradients_of, in_range, slabs
+from llm.optim.checks import in_range, one_of
+from llm.optim.grouped_optimizer import GroupedOptimizer, Slab, gradients_of, slabs
 from llm.optim.idle_rows import active_rows, keep_idle_rows, row_axes
 from llm.optim.shard import ShardLayout
 from llm.optim.signed_steps import RatedPiece, experts_of, move_by_sign, norms_of
@@ -74,12 +75,7 @@ class Tiger(GroupedOptimizer):
         self.beta, self.min_rms = in_range("beta", beta, 0.0, 1.0), in_range("min_rms", min_rms, 0.0, 1e6)
         self.min_rms_ratio = in_range("min_rms_ratio", min_rms_ratio, 0.0, 1e6)
         self.shrink_ratio = None if shrink_ratio is None else in_range("shrink_ratio", shrink_ratio, 1e-6, 1.0)
-        if accumulate not in ACCUMULATE:
-            raise ConfigError(
-                f"optimizer.accumulate={accumulate}: must be one of {', '.join(ACCUMULATE)}; "
-                f"choose one{did_you_mean(str(accumulate), ACCUMULATE)}"
-            )
-        self.skip_idle_rows, self.folds = skip_idle_rows, accumulate == "momentum"
+        self.skip_idle_rows, self.folds = skip_idle_rows, one_of("accumulate", accumulate, ACCUMULATE) == "momentum"
         super().__init__(params, lr=lr, weight_decay=weight_decay)
         if self.folds:
             self._register_folding()

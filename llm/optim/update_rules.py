@@ -6,9 +6,10 @@ from typing import ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from llm.errors import ConfigError, did_you_mean
+from llm.errors import ConfigError
 from llm.optim import foreach
-from llm.optim.grouped_optimizer import Slab, between, check_betas, descend, in_range, slabs
+from llm.optim.checks import check_betas, in_range, one_of
+from llm.optim.grouped_optimizer import Slab, between, descend, slabs
 from llm.optim.idle_rows import keep_idle_rows
 from llm.optim.shard_steps import keep_inactive
 
@@ -106,11 +107,7 @@ def make_rule(key: str, name: str, *, betas: Sequence[float], eps: float | None)
     Raises:
         ConfigError: if the name is unknown, AdamW has no eps, or Lion has one, which it would ignore.
     """
-    if name not in RULES:
-        raise ConfigError(
-            f"optimizer.{key}={name}: no such rule; use one of {', '.join(RULES)}{did_you_mean(str(name), RULES)}"
-        )
-    if name == "lion":
+    if one_of(key, name, RULES) == "lion":
         if eps is not None:
             raise ConfigError(f"optimizer.{key}_eps={eps}: Lion has no eps; set optimizer.{key}_eps=null")
         return LionRule(betas=betas)

@@ -56,10 +56,10 @@ def measure_noise_scale(
         ConfigError: too few windows for the probe, or gradients without a measurable signal.
     """
     random_state = get_rng_state()
+    size = _part_size(windows_per_update, micro_batch_size)
     probe, source = copy.deepcopy(model).train(), iter(windows)
     optimizer, smoothed = build_optimizer(probe), SmoothedNoiseScale(decay=DECAY)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    size = _part_size(windows_per_update, micro_batch_size)
     for step in range(PROBE_UPDATES):
         drawn = list(islice(source, windows_per_update))
         if len(drawn) < windows_per_update:
@@ -78,11 +78,15 @@ def measure_noise_scale(
         optimizer.step()
         optimizer.zero_grad()
     set_rng_state(random_state)
+    return _measured(smoothed, windows_per_update)
+
+
+def _measured(smoothed: SmoothedNoiseScale, windows_per_update: int) -> float:
     found = smoothed.value("all")
     if found is None:
         raise ConfigError(
-            f"scaling.noise_scale=measured: {PROBE_UPDATES} updates of {windows_per_update} windows show none, the run "
-            f"is too short or its gradients too noisy; {PROBE_REMEDY}"
+            f"scaling.noise_scale=measured: {PROBE_UPDATES} updates of {windows_per_update} windows show none, because "
+            f"the run is too short or its gradients are too noisy; {PROBE_REMEDY}"
         )
     return found
 

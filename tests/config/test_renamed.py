@@ -55,7 +55,7 @@ llm.strategy.deepspeed_trainer llm.transformer.Transformer torch.optim.AdamW
 """Every `_target_` in the configuration files of version 0.1."""
 
 LATER_TARGETS = """
-llm.model.ffn.balance.base.Balance
+llm.distributed.strategy.deepspeed_trainer llm.model.ffn.balance.base.Balance
 """
 """Names that a `_target_` had between version 0.1 and this one, where they differ from both."""
 

@@ -3,10 +3,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm.errors import ConfigError
+from llm.ops.precision import fast_dtype
 from llm.optim.newton_schulz import (
     ITERATIONS,
     PAPER_POLYNOMIALS,
-    fast_dtype,
     iterate,
     newton_schulz_reference,
     orthogonalize,

@@ -72,7 +72,7 @@ def run_pieces(composed, tiny, folder, *settings):
 @pytest.fixture(scope="module")
 def pieces(composed, tiny, tmp_path_factory):
     """Everything that the options of conf/ build, as far as it may have capabilities."""
-    from llm.distributed.strategy import deepspeed_trainer
+    from llm.distributed.deepspeed_trainer import deepspeed_trainer
 
     folder, found = tmp_path_factory.mktemp("run"), [deepspeed_trainer]
     for settings in MODELS:
