@@ -115,14 +115,16 @@ class TokenDataModule(CorpusModule):
             start, start + count, num_windows=self.num_windows, seed=self.seed, left_out=self.left_out
         ).tolist()
 
-    def labels_of_step(self, step: int) -> int | None:
+    def labels_of_step(self, step: int, *, with_last: bool = True) -> int | None:
         """Return the number of labels with a loss in an update, over all devices; None where every label has one.
 
-        Each rank reads the windows of the whole update, so that no rank waits for another.
+        Without `with_last` the last label of each window is not counted. Each rank reads the windows of the whole
+        update, so that no rank waits for another.
         """
         if not self.cache.unscored_bit:
             return None
-        return int((self.windows("train").__getitems__(self.windows_of_step(step))["labels"] != IGNORED_LABEL).sum())
+        labels = self.windows("train").__getitems__(self.windows_of_step(step))["labels"]
+        return int((labels[:, : None if with_last else -1] != IGNORED_LABEL).sum())
 
     def numbers_of_steps(self, first: int, last: int) -> Span:
         """Return the span of the run's window numbers from the first window of one update to the last of another."""

@@ -3,12 +3,12 @@
 Axis words in shapes: `batch time d_model heads kv_heads head_dim vocab experts codes`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 IGNORED_LABEL = -100
@@ -32,6 +32,26 @@ class Batch(TypedDict):
     """Position of each token within its document; restarts at 0 in each document."""
     document_ids: Int[Tensor, "batch time"]
     """Attention stays inside equal ids. Ids never decrease along a row."""
+
+
+SightKind = Literal["causal", "bidirectional", "block", "block_pair"]
+
+
+class Sight(NamedTuple):
+    """The keys of its own document that a query sees.
+
+    causal: those up to itself. bidirectional: all. block: those of its own block and of earlier ones.
+    block_pair: the input is a noisy copy followed by a clean copy of the same tokens. A noisy token sees its own noisy
+    block and earlier clean blocks; a clean token sees its own clean block and earlier ones, and never a noisy token.
+    """
+
+    kind: SightKind
+    block_length: int = 0
+    """Tokens per block of `block` and `block_pair`: the block of a token is `position // block_length`."""
+
+
+CAUSAL = Sight("causal")
+"""The sight of a decoder that predicts the next token."""
 
 
 class SublayerOutput(NamedTuple):
@@ -105,6 +125,140 @@ class OptimizerTraits:
     update_norm: Callable[[Mapping[str, Any], float, float], float] | None = None
 
 
+# What is predicted.
+
+
+@runtime_checkable
+class Noise(Protocol):
+    """The noise of a micro-batch: every draw is a function of seed, step and row, and of nothing else."""
+
+    @property
+    def rows(self) -> Int[Tensor, " batch"]:
+        """Place of each row within its update, or number of each validation window."""
+        ...
+
+    def uniform(self, columns: int, *, stream: int) -> Float[Tensor, "batch {columns}"]:
+        """Return numbers in [0, 1) in fp64; each stream has its own."""
+        ...
+
+    def levels(self) -> Float[Tensor, " batch"]:
+        """Return one level in [0, 1) per row, evenly spread over consecutive rows, in fp64."""
+        ...
+
+    def normal(self, *shape: int) -> Float[Tensor, "batch ..."]:
+        """Return standard normal numbers in fp32, which differ between kinds of devices."""
+        ...
+
+
+class LossShare(NamedTuple):
+    """The share of a micro-batch in the loss of its update."""
+
+    num_labels: int | None
+    """Labels with a loss in the whole update; None where every label of the update has one."""
+    num_parts: int
+    """Micro-batches of the update over all ranks."""
+
+
+WHOLE_UPDATE = LossShare(num_labels=None, num_parts=1)
+"""The share of a micro-batch that is an update of its own."""
+
+
+class Prepared(NamedTuple):
+    """The input of one forward pass, and what the loss of that pass needs."""
+
+    inputs: dict[str, Any]
+    """Keyword arguments of `Transformer.forward`."""
+    targets: dict[str, Tensor]
+
+
+class TokenNLL(NamedTuple):
+    """Negative log-likelihoods of tokens in nats, or one unbiased sample of an upper bound of each."""
+
+    nats: Float[Tensor, "batch time"]
+    """0 where a token is not scored."""
+    labels: Int[Tensor, "batch time"]
+    """Ids of the scored tokens, `IGNORED_LABEL` elsewhere."""
+
+    @property
+    def scored(self) -> Bool[Tensor, "batch time"]:
+        """Whether each token is scored."""
+        return self.labels != IGNORED_LABEL
+
+
+@runtime_checkable
+class DrawnTokens(Protocol):
+    """New tokens of several prompts, drawn while they are read."""
+
+    def __iter__(self) -> Iterator[Int[Tensor, "batch ..."]]:
+        """Yield the next token of each row [batch], or its next tokens [batch new]."""
+        ...
+
+    def cache_bytes(self) -> int:
+        """Return the bytes of the caches; 0 without a cache."""
+        ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a decoder is trained to predict.
+
+    `model` is the decoder, and `run` its forward, which may be compiled.
+    """
+
+    name: ClassVar[str]
+    """Its option in conf/objective."""
+    sight: Sight
+    """The sight of training; each attention and position of the model must serve it."""
+    extra_tokens: ClassVar[int]
+    """Input ids above the vocabulary, such as a mask."""
+    num_times: ClassVar[int]
+    """Times that the model reads per token."""
+    is_bound: ClassVar[bool]
+    """Whether `token_nll` is an upper bound of the negative log-likelihood instead of its value."""
+    scores_last_label: ClassVar[bool]
+    """Whether training scores the last label of a window, which is not among its input ids."""
+    samples: int
+    """Samples of the bound per window in an evaluation; 1 where there is nothing to sample."""
+
+    def check(self, *, context_length: int) -> None:
+        """Raise ConfigError where the settings do not fit windows of context_length tokens."""
+        ...
+
+    def prepare(self, model: Any, batch: Batch, noise: Noise) -> Prepared:
+        """Return the corrupted input of a micro-batch and its targets; a function of batch and noise."""
+        ...
+
+    def loss(
+        self, model: Any, run: Callable[..., Any], prepared: Prepared, out: Any, share: LossShare
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """Return the loss in nats per label, whose mean over the parts is that of the update, and metrics to log."""
+        ...
+
+    def validation_nll(self, model: Any, run: Callable[..., Any], batch: Batch, noise: Noise) -> TokenNLL:
+        """Return what val/loss averages: one sample, on the labels that training scores."""
+        ...
+
+    def token_nll(
+        self, model: Any, run: Callable[..., Any], batch: Batch, noise: Noise, *, sample: int, samples: int
+    ) -> TokenNLL:
+        """Return sample number `sample` of `samples` stratified ones, on the tokens that every objective scores."""
+        ...
+
+    def decode(
+        self, model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, steps: int | None, **sampling: Any
+    ) -> DrawnTokens:
+        """Return the new tokens of each prompt, which are drawn while they are read.
+
+        `steps` is the number of forward passes, or None for one per token. `sampling` are the other settings of
+        `llm.generate.decode.Decoding`.
+        """
+        ...
+
+    def flops_per_token(self, model: Any, context_length: int) -> float:
+        """Return the FLOPs of the forward passes of training per clean token of a window."""
+        ...
+
+
 # Optional capabilities of modules.
 
 
@@ -123,6 +277,15 @@ class LayerCache(Protocol):
 
     def nbytes(self) -> int:
         """Return the number of bytes held."""
+        ...
+
+
+@runtime_checkable
+class RewindableCache(LayerCache, Protocol):
+    """A cache that can forget its last tokens, so that they can be read again with other ids."""
+
+    def rewind(self, length: int) -> None:
+        """Keep the first `length` tokens."""
         ...
 
 
@@ -363,8 +526,11 @@ class WorkerWatcher(Protocol):
 class LabelCounter(Protocol):
     """A data module that knows how many labels of an update carry a loss before any of its micro-batches is read."""
 
-    def labels_of_step(self, step: int) -> int | None:
-        """Return their number over all micro-batches and ranks of an update; None where every label carries a loss."""
+    def labels_of_step(self, step: int, *, with_last: bool = True) -> int | None:
+        """Return their number over all micro-batches and ranks of an update; None where every label carries a loss.
+
+        Without `with_last` the last label of each window is not counted.
+        """
         ...
 
 

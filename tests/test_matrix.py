@@ -34,7 +34,8 @@ NEEDS = {
 }
 """Settings that an option needs here, or None if other tests cover it."""
 GROUPS = ("optimizer", "schedule", "scaling", "batch_schedule", "rates", "data", "tokenizer", "trainer", "logger",
-          "model", "model/attention", "model/position", "model/ffn", "model/norm", "model/size")  # fmt: skip
+          "model", "model/attention", "model/position", "model/ffn", "model/norm", "model/size",
+          "objective")  # fmt: skip
 CHOICES = [f"{group}={name}" for group in GROUPS for name in options(group)]
 PAIRS = [(f"optimizer={o}", f"model={m}") for o in options("optimizer") for m in options("model")]
 

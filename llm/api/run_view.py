@@ -98,7 +98,7 @@ class Run:
             checkpoint: see `load`.
             average: see `load`.
             sampling: settings of conf/generate.yaml: max_new_tokens, temperature, top_k, top_p, repetition_penalty,
-                stop, seed, use_cache.
+                stop, seed, use_cache, steps.
 
         Raises:
             ConfigError: an unknown or invalid setting, or a text beyond the reach of the position.
@@ -109,7 +109,8 @@ class Run:
             trained = self._model(checkpoint, average)
             check_lengths(trained, texts, config.max_new_tokens)
             with half_precision(trained):
-                done = generate_text(trained.model, texts, tokenizer=trained.tokenizer, **config.sampling)
+                options = {"tokenizer": trained.tokenizer, "decode": trained.objective.decode}
+                done = generate_text(trained.model, texts, **options, **config.sampling)
         return done[0] if isinstance(prompts, str) else done
 
     def evaluate(self, evaluation: str, *overrides: str, checkpoint: str = "last", average: int = 1) -> Outcome:

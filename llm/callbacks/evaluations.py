@@ -64,6 +64,7 @@ class Evaluations(Callback):
         subject = Subject(
             name=f"step {step}",
             model=pl_module.model,
+            objective=pl_module.objective,
             data=trainer.datamodule,  # pyright: ignore[reportAttributeAccessIssue]
             precision=self.precision,
             context_length=pl_module.context_length,

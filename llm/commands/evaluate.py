@@ -124,6 +124,7 @@ def subject_of(run: TrainedRun) -> Subject:
     return Subject(
         name=run.folder.name,
         model=model,
+        objective=run.module.objective,
         data=run.data,
         precision=run.precision,
         context_length=run.config.run.context_length,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llm.commands.cli import run_plain_command
+from llm.contracts import CAUSAL
 from llm.errors import CheckpointError, ConfigError
 from llm.huggingface.families import find_family
 from llm.huggingface.hf_folder import discard, replace_folder, write_folder
@@ -50,6 +51,11 @@ def export(config: ExportConfig) -> Path:
         raise ConfigError(f"out={config.out}: exists and is not empty; choose a new folder")
     require_transformers()
     trained = rebuild_model(Path(config.run_dir), config.checkpoint, average=config.average, device="cpu")
+    if trained.objective.sight != CAUSAL:
+        raise ConfigError(
+            f"objective={trained.objective.name}: every class of transformers that is written here is causal, and none "
+            "computes this decoder; export a run of objective=next_token"
+        )
     model = trained.model.float()
     round_weights(model, DTYPES[config.dtype])
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")

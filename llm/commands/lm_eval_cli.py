@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
+from llm.contracts import CAUSAL
 from llm.errors import ConfigError, CrucibleError, did_you_mean
 from llm.evals.harness import HarnessModel
 from llm.training.rebuild import rebuild_model
@@ -55,6 +56,11 @@ class CrucibleLM(HarnessModel):
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             device = None
         trained = rebuild_model(Path(str(run_dir)), str(checkpoint), average=mean_of or 1, device=device)
+        if trained.objective.sight != CAUSAL:
+            raise ConfigError(
+                f"--model_args=run_dir={run_dir}: the harness scores each token from those before it, and "
+                f"objective={trained.objective.name} is not trained to; use a run of objective=next_token"
+            )
         half = trained.precision == "bf16-mixed"
         super().__init__(
             trained.model,

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from llm.callbacks.bad_steps import FILE
 from llm.commands.cli import run_plain_command
 from llm.config.settings import settings
+from llm.contracts import WHOLE_UPDATE
 from llm.errors import ConfigError
+from llm.evals.base import on_device
+from llm.ops.noise import KeyedNoise
 from llm.run_folder.checkpoint_files import list_checkpoints
 from llm.run_folder.folder import RunFolder
 from llm.run_folder.rollback import read_rollbacks
@@ -73,7 +76,10 @@ def replay(config: ReplayConfig) -> list[Replayed]:
     windows = _refused(folder, config.step) or run.data.windows_of_step(config.step - 1)
     documents = run.data.documents_in(windows)
     run.module.train()
-    found = [_one(run, w, d) for w, d in zip(windows, documents, strict=True)]
+    found = [
+        _one(run, window, documents[row], KeyedNoise(run.config.run.seed, config.step - 1, torch.tensor([row])))
+        for row, window in enumerate(windows)
+    ]
     log.info("step %d with the weights of %s", config.step, name)
     rows = [
         [str(r.window), f"{r.documents[0]}-{r.documents[1]}", f"{r.loss:.4f}", f"{r.grad_norm:.4g}", r.bad]
@@ -100,16 +106,17 @@ def _before(folder: Path, step: int) -> str:
     return there[-1]
 
 
-def _one(run: TrainedRun, window: int, documents: tuple[int, int]) -> Replayed:
-    batch = {name: tensor.to(run.device) for name, tensor in run.data.windows("train")[window].items()}
-    model = run.module.model
+def _one(run: TrainedRun, window: int, documents: tuple[int, int], noise: KeyedNoise) -> Replayed:
+    batch = on_device(run.data.windows("train")[window], run.device)
+    model, objective = run.module.model, run.module.objective
     model.zero_grad(set_to_none=True)
     with (
         _first_bad(model) as bad,
         torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.precision.endswith("mixed")),
     ):
-        out = model(batch["input_ids"], positions=batch["positions"], document_ids=batch["document_ids"])
-        loss = model.loss(out.hidden, batch["labels"])
+        prepared = objective.prepare(model, batch, noise._replace(rows=noise.rows.to(run.device)))
+        out = model(**prepared.inputs)
+        loss, _ = objective.loss(model, model, prepared, out, WHOLE_UPDATE)
     for extra in out.losses.values():
         loss = loss + extra
     loss.backward()

@@ -25,7 +25,7 @@ class TalkConfig:
     """The keys of conf/generate.yaml."""
 
     SAMPLING: ClassVar = (
-        "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop", "seed", "use_cache"
+        "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop", "seed", "use_cache", "steps"
     )  # fmt: skip
 
     run_dir: str
@@ -40,6 +40,7 @@ class TalkConfig:
     stop: list[str]
     seed: int
     use_cache: bool
+    steps: int | None
     stream: bool
     model: dict[str, Any] | None = None
 
@@ -52,7 +53,7 @@ class TalkConfig:
 def check_talk(cfg: Mapping[str, Any]) -> TalkConfig:
     """Return the settings, or raise ConfigError with every mistake in them."""
     config = settings(TalkConfig, cfg)
-    keys = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
+    keys = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "steps")
     check_sampling(**{key: config.sampling[key] for key in keys})
     return config
 
@@ -104,7 +105,9 @@ def half_precision(trained: TrainedModel) -> AbstractContextManager[Any]:
 
 def speak(trained: TrainedModel, prompts: list[str], config: TalkConfig) -> None:
     """Continue prompts together and print the texts, a single one as it grows; then print speed and memory."""
-    continuation = Continuation(trained.model, prompts, tokenizer=trained.tokenizer, **config.sampling)
+    continuation = Continuation(
+        trained.model, prompts, tokenizer=trained.tokenizer, decode=trained.objective.decode, **config.sampling
+    )
     is_shown = config.stream and len(prompts) == 1
     sys.stdout.write(prompts[0] if is_shown else "")
     with half_precision(trained):

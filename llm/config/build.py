@@ -10,7 +10,7 @@ import torch
 from llm.config.pieces import instantiate, piece_at
 from llm.config.run import run_config
 from llm.config.sizes import Sizes
-from llm.contracts import TrainerChecker
+from llm.contracts import Objective, TrainerChecker
 from llm.errors import ConfigError
 from llm.model.transformer import Transformer
 from llm.ops.storageless import WithoutStorage
@@ -21,8 +21,10 @@ from llm.scaling.rates import Rates
 
 GROUPS = (
     "model", "optimizer", "schedule", "scaling", "batch_schedule", "rates", "data", "tokenizer", "trainer", "logger",
-    "callbacks", "loader", "eval", "averaging", "spikes",
+    "callbacks", "loader", "eval", "averaging", "spikes", "objective",
 )  # fmt: skip
+NEXT_TOKEN = {"_target_": "llm.objective.next_token.NextToken", "_partial_": True}
+"""The objective of a configuration without one; version 0.1 had no other."""
 CHECK_VOCABULARY = 64
 """Vocabulary size of the model that `check` builds without storage."""
 
@@ -30,9 +32,21 @@ CHECK_VOCABULARY = 64
 def build_meta_model(cfg: Mapping[str, Any], vocab_size: int = CHECK_VOCABULARY) -> Transformer:
     """Build the model without storage, to check its shapes and rules."""
     with WithoutStorage():
-        model = instantiate(cfg["model"])(vocab_size=vocab_size)
-        build_rates(cfg).prepare(model)
-        return model
+        return _prepared_model(cfg, vocab_size)
+
+
+def _prepared_model(cfg: Mapping[str, Any], vocab_size: int) -> Transformer:
+    """Build the model with the inputs that the objective needs; they do not depend on its bos_id."""
+    objective = build_objective(cfg, vocab_size=vocab_size, bos_id=0)
+    inputs = {"extra_tokens": objective.extra_tokens, "num_times": objective.num_times}
+    model = instantiate(cfg["model"])(vocab_size=vocab_size, **inputs)
+    build_rates(cfg).prepare(model)
+    return model
+
+
+def build_objective(cfg: Mapping[str, Any], *, vocab_size: int, bos_id: int) -> Objective:
+    """Build what the decoder is trained to predict; next tokens where the configuration has no objective."""
+    return instantiate(cfg.get("objective") or NEXT_TOKEN)(vocab_size=vocab_size, bos_id=bos_id)
 
 
 def build_rates(cfg: Mapping[str, Any]) -> Rates:
@@ -62,9 +76,7 @@ def build_data(cfg: Mapping[str, Any], sizes: Sizes) -> Any:
 def build_model(cfg: Mapping[str, Any], vocab_size: int) -> Transformer:
     """Build the model with weights drawn from the run's seed."""
     torch.manual_seed(run_config(cfg).seed)
-    model = instantiate(cfg["model"])(vocab_size=vocab_size)
-    build_rates(cfg).prepare(model)
-    return model
+    return _prepared_model(cfg, vocab_size)
 
 
 def module_factories(cfg: Mapping[str, Any], ramp: BatchRamp) -> dict[str, Any]:

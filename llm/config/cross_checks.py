@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 
-from llm.config.build import build_averaging, build_evaluations, build_meta_model, build_rates, build_tokenizer
+from llm.config.build import (
+    build_averaging,
+    build_evaluations,
+    build_meta_model,
+    build_objective,
+    build_rates,
+    build_tokenizer,
+)
 from llm.config.piece_signature import keyword_parameters
 from llm.config.pieces import instantiate, piece_signature
 from llm.config.signatures import locate
@@ -22,6 +29,7 @@ from llm.config.sizes import (
 )
 from llm.contracts import GradientFolder, HasTraits, NonFiniteShrinker, TrainerChecker, WeightAverager
 from llm.errors import ConfigError, CrucibleError
+from llm.model.transformer import Transformer
 from llm.ops.precision import resolve_precision
 from llm.optim.param_groups import build_param_groups
 from llm.scaling.batching import check_ramp
@@ -50,8 +58,9 @@ def check_across_groups(cfg: Mapping[str, Any], *, invalid: Collection[str]) -> 
         (run_keys | {"schedule"}, lambda: _check_schedule(cfg)),
         ({"trainer"}, lambda: resolve_precision(cfg["trainer"]["precision"], accelerator=accelerator(cfg["trainer"]))),
         ({"trainer", "compile"}, lambda: _check_trainer(cfg)),
-        ({"model", "rates"}, model),
-        ({"model", "rates", "optimizer"}, lambda: _check_tensors(cfg["optimizer"], model())),
+        ({"model", "rates", "objective"}, model),
+        ({"model", "rates", "objective", "context_length"}, lambda: _check_objective(cfg, model())),
+        ({"model", "rates", "optimizer", "objective"}, lambda: _check_tensors(cfg["optimizer"], model())),
         ({"optimizer", "rates"}, lambda: build_rates(cfg).check(instantiate(cfg["optimizer"]))),
         ({"data"}, lambda: instantiate(cfg["data"])),
         ({"tokenizer"}, lambda: build_tokenizer(cfg)),
@@ -184,6 +193,16 @@ def _check_optimizer(cfg: Mapping[str, Any]) -> None:
                 f"{key}: optimizer.accumulate=momentum leaves no gradient to act on; set "
                 "trainer.gradient_clip_val=null and on_nonfinite=raise or tiger, or optimizer.accumulate=buffer"
             )
+
+
+def _check_objective(cfg: Mapping[str, Any], model: Transformer) -> None:
+    """Refuse an objective that does not fit the windows, and an attention that does not serve its sight."""
+    objective = build_objective(cfg, vocab_size=model.vocab_size, bos_id=0)
+    objective.check(context_length=cfg["context_length"])
+    try:
+        model.check_sight(objective.sight)
+    except ConfigError as error:
+        raise ConfigError(f"objective={objective.name}: {error}, or objective=next_token") from error
 
 
 def _check_tensors(node: Mapping[str, Any], model: torch.nn.Module) -> None:

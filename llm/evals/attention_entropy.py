@@ -2,8 +2,9 @@
 
 from matplotlib.axes import Axes
 
+from llm.contracts import Batch
 from llm.errors import ConfigError
-from llm.evals.evaluation import Result, Subject, validation_batches
+from llm.evals.evaluation import Result, Subject, validation_batches, window_noise
 from llm.model.attention.concentration import concentration_by_layer
 
 
@@ -25,8 +26,9 @@ class AttentionEntropy:
     def __call__(self, subject: Subject) -> Result:
         """Measure the attention of the subject."""
         batch = next(validation_batches(subject, 1))
-        ids, positions, documents = (batch[key][: self.windows] for key in ("input_ids", "positions", "document_ids"))
-        layers = concentration_by_layer(subject.model, ids, positions=positions, document_ids=documents)
+        batch = Batch(**{key: value[: self.windows] for key, value in batch.items()})  # type: ignore[typeddict-item]
+        prepared = subject.objective.prepare(subject.model, batch, window_noise(0, batch))
+        layers = concentration_by_layer(subject.model, **prepared.inputs)
         names = ("entropy", "effective_keys", "sparsity")
         rows = [[str(index), *(f"{layer[name]:.4f}" for name in names)] for index, layer in enumerate(layers)]
         mean = {name: sum(layer[name] for layer in layers) / len(layers) for name in names}

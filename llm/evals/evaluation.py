@@ -13,9 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from llm.contracts import Batch
+from llm.contracts import CAUSAL, Batch, Objective
 from llm.errors import ConfigError
 from llm.model.transformer import Transformer
+from llm.ops.noise import KeyedNoise
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Subject:
     Args:
         name: its name in tables.
         model: the decoder, on its device.
+        objective: what the decoder was trained to predict.
         data: the run's data module after set-up, with `tokenizer`, `cache` and `validation_batches`.
         precision: precision of training; bf16-mixed multiplies in bf16.
         context_length: tokens per window in training, or the number that the user set instead.
@@ -35,6 +37,7 @@ class Subject:
 
     name: str
     model: Transformer
+    objective: Objective
     data: Any
     precision: str
     context_length: int
@@ -49,6 +52,27 @@ class Subject:
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context that multiplies in the precision of training."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16-mixed")
+
+
+def require_causal(subject: Subject, what: str) -> None:
+    """Raise ConfigError where an evaluation reads a text from left to right and the model was not trained to."""
+    if subject.objective.sight != CAUSAL:
+        raise ConfigError(
+            f"{what}: scores each token from those before it, and objective={subject.objective.name} is not trained "
+            "to; use eval=[loss,samples]"
+        )
+
+
+def window_noise(first: int, batch: Batch, *, sample: int = 0) -> KeyedNoise:
+    """Return the noise of validation windows, which is the same for every run and validation.
+
+    Args:
+        first: number of the first of these windows.
+        batch: the windows.
+        sample: number of the sample.
+    """
+    ids = batch["input_ids"]
+    return KeyedNoise(0, sample, first + torch.arange(len(ids), device=ids.device))
 
 
 @dataclass(frozen=True)
@@ -154,6 +178,10 @@ def validation_batches(subject: Subject, limit: int | None) -> Iterator[Batch]:
 
 @torch.no_grad()
 def _run(subject: Subject, limit: int | None) -> None:
+    """Run the model on the inputs that its objective makes of validation windows."""
+    seen = 0
     for batch in validation_batches(subject, limit):
+        prepared = subject.objective.prepare(subject.model, batch, window_noise(seen, batch))
+        seen += len(batch["input_ids"])
         with subject.autocast():
-            subject.model(batch["input_ids"], positions=batch["positions"], document_ids=batch["document_ids"])
+            subject.model(**prepared.inputs)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from llm.errors import ConfigError, DataError
-from llm.evals.evaluation import Result, Subject, token_losses
+from llm.evals.evaluation import Result, Subject, require_causal, token_losses
 
 TOKENS_AT_ONCE = 4096
 """Tokens per forward pass, where a window is shorter."""
@@ -46,6 +46,7 @@ class Extrapolation:
 
     def __call__(self, subject: Subject) -> Result:
         """Measure the losses of the subject."""
+        require_causal(subject, "eval=extrapolation")
         length = subject.context_length
         if self.last > length:
             raise ConfigError(f"eval.extrapolation.last={self.last}: above context_length={length}; lower it")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from llm.errors import ConfigError, DataError
-from llm.evals.evaluation import Result, Subject, on_device, token_losses
+from llm.evals.evaluation import Result, Subject, on_device, require_causal, window_noise
 from llm.evals.loss_metrics import validation_metrics
 from llm.evals.strided import strided_sums
 from llm.ops.loss import loss_and_byte_sums
@@ -41,6 +41,8 @@ class HeldOutLoss:
 
     def __call__(self, subject: Subject) -> Result:
         """Measure the losses of the subject."""
+        if self.stride is not None:
+            require_causal(subject, f"eval.loss.stride={self.stride}")
         if self.stride is not None and not 1 <= self.stride < subject.context_length:
             raise ConfigError(
                 f"eval.loss.stride={self.stride}: must lie in [1, context_length - 1 = {subject.context_length - 1}]; "
@@ -75,17 +77,13 @@ def loss_sums(subject: Subject, data: Any) -> tuple[float, float, float]:
     """Return the summed loss in nats, the number of labels and the bytes they represent, over the validation split."""
     token_bytes = torch.as_tensor(data.tokenizer.token_bytes, device=subject.device).float()
     total = torch.zeros(3, dtype=torch.float64, device=subject.device)
+    seen = 0
     for batch in data.validation_batches():
         batch = on_device(batch, subject.device)
-        labels = batch["labels"]
-        losses = token_losses(
-            subject,
-            batch["input_ids"],
-            labels,
-            positions=batch["positions"],
-            document_ids=batch["document_ids"],
-        )
-        total += loss_and_byte_sums(losses, labels, token_bytes)
+        with subject.autocast():
+            found = subject.objective.validation_nll(subject.model, subject.model, batch, window_noise(seen, batch))
+        seen += len(batch["input_ids"])
+        total += loss_and_byte_sums(found.nats, found.labels, token_bytes)
     loss, tokens, num_bytes = total.tolist()
     return loss, tokens, num_bytes
 

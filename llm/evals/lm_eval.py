@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import ConfigError, did_you_mean
-from llm.evals.evaluation import Result, Subject
+from llm.evals.evaluation import Result, Subject, require_causal
 
 BOOTSTRAP_SAMPLES = 1000
 """Resamples behind the standard error of measures that have no closed form: about 2 % off, within seconds."""
@@ -53,6 +53,7 @@ class LMEval:
             from llm.evals.harness import HarnessModel
         except ImportError as error:
             raise ConfigError("eval=lm_eval: the package is not installed; pip install '.[eval]'") from error
+        require_causal(subject, "eval=lm_eval")
         manager = TaskManager(include_path=self.include_path)
         check_tasks(self.tasks, manager.all_tasks)
         model = HarnessModel(

@@ -20,6 +20,7 @@ class SampledText:
         stop: strings that end a text.
         seed: seed of the random numbers.
         use_cache: whether each token is read once; otherwise the whole text is read again for every token.
+        steps: forward passes of an objective that draws several tokens at once; None for the objective's own number.
 
     Raises:
         ConfigError: there is no prompt, or a setting is out of its range.
@@ -37,19 +38,26 @@ class SampledText:
         stop: list[str],
         seed: int,
         use_cache: bool,
+        steps: int | None = None,
     ) -> None:
         if not prompts:
             raise ConfigError("eval.samples.prompts=[]: needs at least one; try ['']")
         drawing: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         drawing |= {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
-        check_sampling(**drawing)
+        check_sampling(**drawing, steps=steps)
         self.prompts = prompts
-        self.sampling = drawing | {"stop": stop, "seed": seed, "use_cache": use_cache}
+        self.sampling = drawing | {"stop": stop, "seed": seed, "use_cache": use_cache, "steps": steps}
 
     def __call__(self, subject: Subject) -> Result:
         """Continue the prompts."""
         with subject.autocast():
-            done = generate(subject.model, self.prompts, tokenizer=subject.data.tokenizer, **self.sampling)
+            done = generate(
+                subject.model,
+                self.prompts,
+                tokenizer=subject.data.tokenizer,
+                decode=subject.objective.decode,
+                **self.sampling,
+            )
         rule = f"\n{'-' * 60}\n"
         text = f"{rule[1:]}{rule.join(done.texts)}{rule}{done.tokens_per_second:.0f} tokens per second"
         return Result(headline={}, figures=done.texts, text=text)

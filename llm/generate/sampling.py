@@ -80,8 +80,11 @@ def check_sampling(
     top_k: int | None,
     top_p: float | None,
     repetition_penalty: float = 1.0,
+    steps: int | None = None,
 ) -> None:
     """Raise ConfigError for a sampling setting outside its range."""
+    if steps is not None and steps < 1:
+        raise ConfigError(f"steps={steps}: must be at least 1 forward pass; null takes the objective's own number")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens}: must be at least 1; try 128")
     if not temperature >= 0:

@@ -1,13 +1,14 @@
 """Continues texts: decides where a text ends, streams it, and measures time and memory."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from llm.contracts import DrawnTokens
 from llm.errors import ConfigError
 from llm.generate.decode import Decoding
 
@@ -118,6 +119,8 @@ class Continuation:
         prompts: texts, or lists of ids that are read as they are; an empty text starts a document.
         tokenizer: with `bos_id`, `encode_batch` and `decode`.
         stop: strings that end a text and are not part of it.
+        decode: draws the tokens, as `llm.contracts.Objective.decode` does; None for one token per pass.
+        steps: forward passes of `decode`; None for one per token.
         sampling: see `Decoding`.
     """
 
@@ -128,6 +131,8 @@ class Continuation:
         *,
         tokenizer: Any,
         stop: Sequence[str] = (),
+        decode: Callable[..., DrawnTokens] | None = None,
+        steps: int | None = None,
         **sampling: Any,
     ) -> None:
         if "" in stop:
@@ -135,23 +140,31 @@ class Continuation:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         ids = [list(prompt) for prompt in prompts if not isinstance(prompt, str)] or encode_prompts(texts, tokenizer)
         self.model, self.prompts = model, texts or [tokenizer.decode(row) for row in ids]
-        self.decoding = Decoding(model, ids, **sampling)
+        if steps is not None and decode is None:
+            raise ConfigError(f"steps={steps}: a decoder of next tokens takes one pass per token; set steps=null")
+        self.decoding = (
+            Decoding(model, ids, **sampling) if decode is None else decode(model, ids, steps=steps, **sampling)
+        )
+        self.max_new_tokens = sampling["max_new_tokens"]
         self.texts = [GrowingText(tokenizer, stop, prompt) for prompt in ids]
         self.prefill_seconds, self.decode_seconds, self.decode_steps = 0.0, 0.0, 0
 
     def __iter__(self) -> Iterator[list[GrowingText]]:
-        last = time.perf_counter()
+        last, count = time.perf_counter(), 0
         with _evaluating(self.model):
-            for step, column in enumerate(self.decoding):
-                for text, token in zip(self.texts, column.tolist(), strict=True):
-                    text.add(token)
+            for step, columns in enumerate(self.decoding):
+                rows = columns.reshape(len(self.texts), -1).tolist()
+                for text, row in zip(self.texts, rows, strict=True):
+                    for token in row:
+                        text.add(token)
+                count += len(rows[0])
                 now = time.perf_counter()
                 if step == 0:
                     self.prefill_seconds = now - last
                 else:
                     self.decode_seconds, self.decode_steps = self.decode_seconds + now - last, step
                 is_over = all(text.is_done for text in self.texts)
-                if is_over or step + 1 == self.decoding.max_new_tokens:
+                if is_over or count >= self.max_new_tokens:
                     for text in self.texts:
                         text.is_done = True
                 yield self.texts

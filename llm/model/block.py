@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llm.contracts import LayerCache, SublayerOutput
+from llm.contracts import CAUSAL, LayerCache, Sight, SublayerOutput
 
 
 class Block(nn.Module):
@@ -37,8 +37,11 @@ class Block(nn.Module):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
         cache: LayerCache | None = None,
+        sight: Sight = CAUSAL,
     ) -> SublayerOutput:
-        mixed = self.attention(self.attention_norm(x), positions=positions, document_ids=document_ids, cache=cache)
+        mixed = self.attention(
+            self.attention_norm(x), positions=positions, document_ids=document_ids, cache=cache, sight=sight
+        )
         x = x + self.dropout(mixed.hidden)
         fed = self.ffn(self.ffn_norm(x))
         return SublayerOutput(
@@ -47,6 +50,7 @@ class Block(nn.Module):
             metrics=mixed.metrics | fed.metrics,
         )
 
-    def flops_per_token(self, context_length: int) -> float:
-        """Return forward FLOPs per token."""
-        return self.attention.flops_per_token(context_length) + self.ffn.flops_per_token(context_length)
+    def flops_per_token(self, context_length: int, sight: Sight = CAUSAL) -> float:
+        """Return forward FLOPs per clean token."""
+        copies = 2 if sight.kind == "block_pair" else 1
+        return self.attention.flops_per_token(context_length, sight) + copies * self.ffn.flops_per_token(context_length)

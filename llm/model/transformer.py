@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llm.contracts import AttentionGeometry, LayerCache
+from llm.contracts import CAUSAL, AttentionGeometry, LayerCache, Sight
 from llm.errors import ConfigError
+from llm.model.added_inputs import build_extra_embedding, build_time_embedding, look_up
 from llm.model.block import Block
 from llm.ops.loss import Reduction, linear_cross_entropy
 from llm.ops.products import is_read_only, read_only_product
@@ -68,6 +69,8 @@ class Transformer(nn.Module):
         init: called once as `init(model, num_layers=…)`; returns the standard deviation of each matrix by name.
         first_ffn: feed-forward factory of the first layers, where they differ from the others.
         first_ffn_layers: number of first layers that use it, in [0, num_layers].
+        extra_tokens: number of input ids above the vocabulary, such as a mask, which the head never predicts.
+        num_times: number of times that `forward` reads per token, as diffusions and flows need.
 
     Raises:
         ConfigError: a dimension is out of range, or two do not match.
@@ -92,6 +95,8 @@ class Transformer(nn.Module):
         init: Callable[..., dict[str, float]],
         first_ffn: Callable[..., nn.Module] | None = None,
         first_ffn_layers: int = 0,
+        extra_tokens: int = 0,
+        num_times: int = 0,
     ) -> None:
         super().__init__()
         head_dim = resolve_head_dim(d_model=d_model, num_heads=num_heads, head_dim=head_dim)
@@ -119,6 +124,9 @@ class Transformer(nn.Module):
         if tie_embeddings:
             self.lm_head.weight = self.token_embedding.weight
         self.initial_stds = init(self, num_layers=num_layers)
+        # created after `init`, so that every objective starts from the same shared weights
+        self.extra_embedding = build_extra_embedding(self, extra_tokens)
+        self.time_embedding = build_time_embedding(self, num_times)
 
     def blocks(self) -> list[Block]:
         """Return the layers in order."""
@@ -126,22 +134,28 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        input_ids: Int[Tensor, "batch time"],
+        input_ids: Int[Tensor, "batch time"] | None = None,
         *,
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None = None,
         caches: Sequence[LayerCache] | None = None,
+        sight: Sight = CAUSAL,
+        embedded: Float[Tensor, "batch time d_model"] | None = None,
+        times: Float[Tensor, "batch time num_times"] | None = None,
     ) -> TransformerOutput:
         """Return hidden states after the final norm; `logits` projects them to vocabulary scores.
 
-        Without `document_ids` each row is one document. With `caches`, input_ids are the next tokens.
+        Without `document_ids` each row is one document. With `caches`, the input is the next tokens. `embedded` takes
+        the place of the embedding of input_ids, and the embedding of `times` is added to it.
         """
-        x = self.token_embedding(input_ids)
+        x = look_up(self.token_embedding, self.extra_embedding, input_ids) if embedded is None else embedded
+        if self.time_embedding is not None:
+            x = x + self.time_embedding(times).to(x.dtype)
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         for i, layer in enumerate(self.layers):
             cache = None if caches is None else caches[i]
-            run = partial(layer, positions=positions, document_ids=document_ids, cache=cache)
+            run = partial(layer, positions=positions, document_ids=document_ids, cache=cache, sight=sight)
             is_recomputed = self.recompute_every and i % self.recompute_every == 0
             if is_recomputed and self.training and cache is None:
                 out = checkpoint(run, x, use_reentrant=False)
@@ -187,13 +201,19 @@ class Transformer(nn.Module):
         )
         return list(dict.fromkeys(lines))
 
-    def flops_per_token(self, context_length: int) -> float:
+    def check_sight(self, sight: Sight) -> None:
+        """Raise ConfigError, with the reason, where an attention of some layer does not serve a sight."""
+        for layer in self.blocks():
+            layer.attention.check_sight(sight)
+
+    def flops_per_token(self, context_length: int, sight: Sight = CAUSAL) -> float:
         """Return forward FLOPs per token in a window of context_length: two per weight used, and the mixing.
 
-        Norms, activations and the embedding lookup are excluded, as is usual (Kaplan et al., arXiv:2001.08361,
-        table 1). Training needs three times as many.
+        A pair of copies (`block_pair`) counts as its clean tokens, and the head reads one copy. Norms, activations and
+        the embedding lookup are excluded, as is usual (Kaplan et al., arXiv:2001.08361, table 1). Training needs three
+        times as many.
         """
-        layers = sum(layer.flops_per_token(context_length) for layer in self.blocks())
+        layers = sum(layer.flops_per_token(context_length, sight) for layer in self.blocks())
         return layers + 2.0 * self.vocab_size * self.d_model
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from llm.contracts import Batch, ParamGroup, ShardingStrategy
+from llm.contracts import Batch, Objective, ParamGroup, ShardingStrategy
 from llm.distributed.zero.weights import state_shapes
 from llm.model.transformer import Transformer, TransformerOutput
 from llm.ops.flops import FORWARD_AND_BACKWARD
@@ -20,18 +20,20 @@ from llm.scaling.rates import Rates
 from llm.training.learning_rate import rated_groups, restart_schedule
 from llm.training.spikes import SpikeGuard
 from llm.training.step_guard import NonFinitePolicy, StepGuard, UpdateVerdict
-from llm.training.update_loss import UpdateLoss
 from llm.training.update_metrics import UpdateMetrics, hand_statistics
+from llm.training.update_share import UpdateShares
 from llm.training.validation import ValidatedModule
 
 
 class LanguageModule(ValidatedModule):
-    """Trains a decoder on next-token prediction; the objective is cross-entropy plus the losses of the sublayers.
+    """Trains a decoder on the loss of an objective plus the losses of the sublayers.
 
         lr(step) = group.lr x scaling(batch_tokens at step) x schedule(step)
 
     Args:
         model: the decoder.
+        objective: what the decoder is trained to predict.
+        seed: seed of the objective's noise.
         optimizer: factory, called as `optimizer(param_groups)`.
         lr: peak learning rate at the base batch.
         weight_decay: decoupled decay of matrices.
@@ -55,6 +57,8 @@ class LanguageModule(ValidatedModule):
         self,
         *,
         model: Transformer,
+        objective: Objective,
+        seed: int,
         optimizer: Callable[[list[ParamGroup]], torch.optim.Optimizer],
         lr: float,
         weight_decay: float,
@@ -71,7 +75,7 @@ class LanguageModule(ValidatedModule):
         spikes: SpikeGuard | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.objective = model, objective
         self.build_optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
         self.schedule, self.scaling, self.rates = schedule, scaling, rates
         self.ramp, self.total_steps = ramp, ramp.total_steps
@@ -79,20 +83,18 @@ class LanguageModule(ValidatedModule):
         self.generate = generate
         self.guard = StepGuard(on_nonfinite=on_nonfinite, spikes=spikes)
         self.register_buffer("token_bytes", token_bytes.float(), persistent=False)
-        self.flops_per_token = FORWARD_AND_BACKWARD * model.flops_per_token(context_length)
-        self._run_model: Callable[..., TransformerOutput] = model.__call__  # a method: the decoder is registered once
+        self.flops_per_token = FORWARD_AND_BACKWARD * objective.flops_per_token(model, context_length)
+        self.run_model: Callable[..., TransformerOutput] = model.__call__  # a method: the decoder is registered once
         self.step_metrics: dict[str, Tensor | float] = {}
-        self._loss, self._update = UpdateLoss(), UpdateMetrics(self.reduced)
+        self._shares = UpdateShares(seed=seed, with_last=objective.scores_last_label)
+        self._update = UpdateMetrics(self.reduced)
         self._refused: dict[str, Any] | None = None
         self._verdict = UpdateVerdict()
         self._first_gradients: FirstGradients | None = None
 
     def compile_model(self, **options: Any) -> None:
         """Run the decoder through torch.compile from now on; state and names stay those of the plain decoder."""
-        self._run_model = torch.compile(self.model, **options).__call__
-
-    def forward(self, batch: Batch) -> TransformerOutput:
-        return self._run_model(batch["input_ids"], positions=batch["positions"], document_ids=batch["document_ids"])
+        self.run_model = torch.compile(self.model, **options).__call__
 
     # The learning rate.
 
@@ -132,10 +134,13 @@ class LanguageModule(ValidatedModule):
     # The training step.
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of one micro-batch: cross-entropy in nats per label, plus the sublayers' losses."""
-        out = self.forward(batch)
-        loss = self._loss.of_micro_batch(self.model.loss, out.hidden, batch["labels"], trainer=self.trainer)
-        self._update.collect({"train/loss": loss, **{f"train/{k}": v for k, v in (out.losses | out.metrics).items()}})
+        """Return the loss of one micro-batch: that of the objective in nats per label, plus the sublayers' losses."""
+        share, noise = self._shares.of_micro_batch(batch, trainer=self.trainer)
+        prepared = self.objective.prepare(self.model, batch, noise)
+        out = self.run_model(**prepared.inputs)
+        loss, found = self.objective.loss(self.model, self.run_model, prepared, out, share)
+        metrics = out.losses | out.metrics | found
+        self._update.collect({"train/loss": loss, **{f"train/{name}": value for name, value in metrics.items()}})
         for extra in out.losses.values():
             loss = loss + extra
         return loss
@@ -226,4 +231,4 @@ class LanguageModule(ValidatedModule):
 
     def generate_text(self, prompts: list[str], **options: Any) -> list[str]:
         """Continue prompts with the current weights."""
-        return self.generate(self.model, prompts, **options)
+        return self.generate(self.model, prompts, decode=self.objective.decode, **options)

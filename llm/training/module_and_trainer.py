@@ -13,6 +13,7 @@ from llm.config.build import (
     build_callbacks,
     build_evaluations,
     build_loggers,
+    build_objective,
     build_trainer,
     module_factories,
     retuned_optimizer,
@@ -35,6 +36,8 @@ def build_module(checked: CheckedConfig, model: Transformer, tokenizer: Any) -> 
     optimizer, note = retuned_optimizer(checked.tree)
     module = LanguageModule(
         model=model,
+        objective=build_objective(checked.tree, vocab_size=model.vocab_size, bos_id=tokenizer.bos_id),
+        seed=run.seed,
         **module_factories({**checked.tree, "optimizer": optimizer}, sizes.ramp),
         half_life_note=note,
         batch_tokens=run.batch_tokens,

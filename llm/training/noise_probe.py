@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from llm.callbacks.rng_state import get_rng_state, set_rng_state
-from llm.contracts import IGNORED_LABEL, Batch
+from llm.contracts import IGNORED_LABEL, Batch, LossShare, Objective
 from llm.errors import ConfigError
 from llm.model.transformer import Transformer
+from llm.ops.noise import KeyedNoise
 from llm.scaling.noise_estimate import PROBE_REMEDY, SmoothedNoiseScale, two_batch_estimate
-from llm.training.update_loss import share_of_loss
 
 PROBE_UPDATES = 32
 """Updates of the probe. The noise scale is small at initialization and grows quickly at first."""
@@ -30,6 +30,8 @@ DECAY = 0.9
 def measure_noise_scale(
     model: Transformer,
     *,
+    objective: Objective,
+    seed: int,
     windows: Iterable[int],
     read: Callable[[list[int]], Batch],
     windows_per_update: int,
@@ -43,6 +45,8 @@ def measure_noise_scale(
 
     Args:
         model: the decoder, which is copied.
+        objective: what the decoder is trained to predict.
+        seed: seed of the objective's noise.
         windows: numbers of training windows, in the order of the run.
         read: makes a batch of some of them.
         windows_per_update: windows of the base batch, at least 2.
@@ -65,9 +69,8 @@ def measure_noise_scale(
         if len(drawn) < windows_per_update:
             break
         with torch.enable_grad():
-            small, big = _gradients(
-                probe, (read(part) for part in _parts(drawn, size)), windows_per_update // size, autocast
-            )
+            parts = [read(part) for part in _parts(drawn, size)]
+            small, big = _gradients(probe, objective, parts, KeyedNoise(seed, step, torch.arange(size)), autocast)
         if step >= SKIPPED_UPDATES:
             signal, trace = two_batch_estimate(small, big, small=size, big=windows_per_update)
             smoothed.update("all", signal=signal, trace=trace)
@@ -101,20 +104,28 @@ def _parts(windows: list[int], size: int) -> Iterator[list[int]]:
 
 
 def _gradients(
-    model: Transformer, parts: Iterable[Batch], count: int, autocast: Callable[[], AbstractContextManager[Any]]
+    model: Transformer,
+    objective: Objective,
+    parts: list[Batch],
+    noise: KeyedNoise,
+    autocast: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[float, float]:
-    """Set the model's gradients to the mean over the parts; return the mean |G_part|² and |G|²."""
+    """Set the model's gradients to the mean over the parts; return the mean |G_part|² and |G|².
+
+    `noise` is that of the first part.
+    """
     total: list[Tensor | None] = [None for _ in model.parameters()]
-    small = 0.0
-    parts = list(parts)
-    num_labels = sum(int((part["labels"] != IGNORED_LABEL).sum()) for part in parts)
-    is_counted = num_labels < sum(part["labels"].numel() for part in parts)
-    for part in parts:
+    small, count = 0.0, len(parts)
+    scored = [part["labels"][:, : None if objective.scores_last_label else -1] for part in parts]
+    num_labels = sum(int((labels != IGNORED_LABEL).sum()) for labels in scored)
+    is_counted = num_labels < sum(labels.numel() for labels in scored)
+    share = LossShare(num_labels if is_counted else None, count)
+    for index, part in enumerate(parts):
+        rows = noise.rows.to(part["input_ids"].device) + index * len(noise.rows)
         with autocast():
-            out = model(part["input_ids"], positions=part["positions"], document_ids=part["document_ids"])
-            loss = share_of_loss(
-                model.loss, out.hidden, part["labels"], num_labels=num_labels if is_counted else None, num_parts=count
-            )
+            prepared = objective.prepare(model, part, noise._replace(rows=rows))
+            out = model(**prepared.inputs)
+            loss, _ = objective.loss(model, model, prepared, out, share)
         (loss + sum(out.losses.values())).backward()
         small += _square(model) / count
         for i, parameter in enumerate(model.parameters()):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm.config.build import build_meta_model, build_model, build_tokenizer, module_factories
+from llm.config.build import build_meta_model, build_model, build_objective, build_tokenizer, module_factories
 from llm.config.checked import CheckedConfig
 from llm.config.sizes import Sizes
 from llm.distributed.parameters import own_parameters
@@ -22,6 +22,7 @@ from llm.scaling.derivation import brief, derivation
 from llm.tables import format_bytes, format_count, format_seconds, format_table
 from llm.training.learning_rate import rated_groups
 from llm.training.memory_forecast import memory_table, process_bytes
+from llm.training.trial import NO_TOKEN, trial_batch, trial_loss
 
 EXAMPLE_DEVICES = 8
 """Devices that memory by stage is shown for where the run has one."""
@@ -45,7 +46,8 @@ def describe_plan(checked: CheckedConfig) -> str:
     factories = module_factories(tree, sizes.ramp)
     groups = rated_groups(model, **{key: factories[key] for key in ("rates", "optimizer", "lr", "weight_decay")})
     state = sum(optimizer_state_bytes(groups, factories["optimizer"]).values())
-    flops = FORWARD_AND_BACKWARD * model.flops_per_token(checked.run.context_length)
+    objective = build_objective(tree, vocab_size=vocab_size, bos_id=NO_TOKEN)
+    flops = FORWARD_AND_BACKWARD * objective.flops_per_token(model, checked.run.context_length)
     passing = activation_bytes(checked, vocab_size)
     memory = memory_table(model, sizes, state=state, activations=passing[0], logits=passing[1], process=process)
     unmeasured = sizes.needs_probe
@@ -107,13 +109,12 @@ def activation_bytes(checked: CheckedConfig, vocab_size: int) -> tuple[int, int]
     is_quick = tokens * sum(p.numel() for p in build_meta_model(checked.tree, vocab_size).parameters()) < QUICK_PASS
     with contextlib.nullcontext() if is_quick else without_data():
         model = build_model(checked.tree, vocab_size)
-        ids = torch.zeros(plan.micro_batch_size, plan.context_length, dtype=torch.long)
-        positions = torch.arange(plan.context_length).expand(plan.micro_batch_size, -1)
+        objective = build_objective(checked.tree, vocab_size=vocab_size, bos_id=NO_TOKEN)
+        batch = trial_batch(plan.micro_batch_size, plan.context_length, torch.device("cpu"))
         mixed = checked.sizes.precision.endswith("mixed")
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed), SavedBytes(model) as saved:
-            hidden = model(ids, positions=positions).hidden
-            model.loss(hidden, ids)
-        return saved.total, min(CHUNK_SCORES, ids.numel() * vocab_size) * 4
+            trial_loss(model, objective, batch)
+        return saved.total, min(CHUNK_SCORES, batch["input_ids"].numel() * vocab_size) * 4
 
 
 def without_data() -> AbstractContextManager[Any]:

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from llm.config.build import build_data, build_model, build_tokenizer
+from llm.config.build import build_data, build_model, build_objective, build_tokenizer
 from llm.config.check import check
 from llm.config.checked import CheckedConfig
 from llm.config.files import load
 from llm.config.sizes import batch_plan, world_size
+from llm.contracts import Objective
 from llm.errors import CheckpointError, ConfigError
 from llm.model.transformer import Transformer
 from llm.ops.precision import resolve_precision
@@ -39,6 +40,7 @@ class TrainedModel(Trained):
 
     model: Transformer
     tokenizer: Any
+    objective: Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,8 @@ def rebuild_model(
     check_vocabulary(state, tokenizer.vocab_size, weights)
     model = _model_with(checked.tree, tokenizer.vocab_size, state, weights)
     own = _own(folder, checked, device)
-    return TrainedModel(**own, model=model.to(own["device"]).eval(), tokenizer=tokenizer)
+    objective = build_objective(checked.tree, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id)
+    return TrainedModel(**own, model=model.to(own["device"]).eval(), tokenizer=tokenizer, objective=objective)
 
 
 def rebuild(folder: Path, checkpoint: str, *, average: int = 1, **changes: Any) -> TrainedRun:

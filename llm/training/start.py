@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from llm.callbacks.rng_state import get_rng_state, set_rng_state
-from llm.config.build import module_factories
+from llm.config.build import build_objective, module_factories
 from llm.config.checked import CheckedConfig
 from llm.config.run import RunConfig
 from llm.config.sizes import Sizes
+from llm.contracts import Objective
 from llm.distributed.launch import find_launch
 from llm.distributed.rendezvous import agree, smallest
 from llm.errors import ConfigError
@@ -28,6 +29,7 @@ from llm.scaling.noise_estimate import PROBE_REMEDY
 from llm.training.learning_rate import rated_groups
 from llm.training.micro_batch import find_micro_batch_size
 from llm.training.noise_probe import PROBE_PATIENCE, PROBE_UPDATES, measure_noise_scale
+from llm.training.trial import NO_TOKEN, trial_batch, trial_loss
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +65,8 @@ def chosen_micro_batch_size(checked: CheckedConfig, model: Transformer, folder: 
         return checked.run.micro_batch_size
     sizes, launch = checked.sizes, find_launch()
     context_length, device = checked.run.context_length, sizes.device
-    trial = partial(trial_step, model.to(device), sizes=sizes)
+    objective = build_objective(checked.tree, vocab_size=model.vocab_size, bos_id=NO_TOKEN)
+    trial = partial(trial_step, model.to(device), objective, sizes=sizes)
     candidates = sizes.micro_batch_sizes
     found = find_micro_batch_size(trial, candidates=candidates, device=device, context_length=context_length)
     return found if launch is None else smallest(found, launch, about=f"micro_batch_size of {folder.path}")
@@ -102,6 +105,8 @@ def probe_noise_scale(checked: CheckedConfig, model: Transformer, data: Any) -> 
     groups = partial(rated_groups, **{key: factories[key] for key in ("rates", "optimizer", "lr", "weight_decay")})
     windows = measure_noise_scale(
         model.to(device),
+        objective=build_objective(checked.tree, vocab_size=model.vocab_size, bos_id=data.tokenizer.bos_id),
+        seed=checked.run.seed,
         windows=chain.from_iterable(data.train_sampler(total_steps=enough)),
         read=lambda part: {name: tensor.to(device) for name, tensor in dataset.__getitems__(part).items()},  # type: ignore
         windows_per_update=base // context_length,
@@ -114,16 +119,13 @@ def probe_noise_scale(checked: CheckedConfig, model: Transformer, data: Any) -> 
     return f"{windows * context_length:.3g}"
 
 
-def trial_step(model: Transformer, windows: int, *, sizes: Sizes) -> int:
+def trial_step(model: Transformer, objective: Objective, windows: int, *, sizes: Sizes) -> int:
     """Run forward and backward on `windows` windows of zeros; return the bytes kept for the backward pass."""
-    device = next(model.parameters()).device
-    ids = torch.zeros(windows, sizes.plan.context_length, dtype=torch.long, device=device)
-    positions = torch.arange(ids.shape[1], device=device).expand(windows, -1)
+    batch = trial_batch(windows, sizes.plan.context_length, next(model.parameters()).device)
     random_state = get_rng_state()
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a codebook would learn from zeros
     with sizes.autocast(), SavedBytes(model) as saved:
-        hidden = model(ids, positions=positions, document_ids=torch.zeros_like(ids)).hidden
-        loss = model.loss(hidden, ids)
+        loss = trial_loss(model, objective, batch)
     loss.backward()
     model.zero_grad(set_to_none=True)
     model.load_state_dict(buffers, strict=False)

@@ -146,7 +146,7 @@ def test_it_compiles_without_a_break():
 @pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[4]], ids=str)
 def test_the_operator_keeps_its_promises_to_the_compiler(shape):
     (q, k, v), options = make(shape)
-    torch.library.opcheck(blocked_attention, (q, k, v, *options.values(), True))
+    torch.library.opcheck(blocked_attention, (q, k, v, *options.values(), None, True))
 
 
 def test_the_step_never_holds_time_by_time(monkeypatch):

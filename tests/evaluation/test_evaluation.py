@@ -18,6 +18,7 @@ from llm.evals.evaluation import Subject
 from llm.evals.extrapolation import Extrapolation
 from llm.evals.held_out_loss import HeldOutLoss
 from llm.model.transformer import Head, Transformer, TransformerOutput
+from llm.objective.next_token import NextToken
 from llm.run_folder.checkpoint_mean import mean_state
 from llm.training.rebuild import rebuild_model
 from llm.training.train import train
@@ -245,7 +246,8 @@ class WordData:
 def test_bits_per_byte_of_a_known_language_do_not_depend_on_the_tokenizer(tokens):
     choices = torch.randint(8, (24,), generator=torch.Generator().manual_seed(0)).tolist()
     data = WordData(tokens, "".join(WORDS[i] for i in choices))
-    subject = Subject("known", Words(tokens), data, "32-true", 32, lambda files, share: None)
+    objective = NextToken(vocab_size=len(tokens) + 1, bos_id=len(tokens))
+    subject = Subject("known", Words(tokens), objective, data, "32-true", 32, lambda files, share: None)
     figures = HeldOutLoss(sources={}, share=None)(subject).figures
     # three bits a word of two bytes
     assert figures["val/bits_per_byte"] == pytest.approx(1.5, abs=1e-5)

@@ -11,6 +11,7 @@ from catalogue import CONF, options
 from llm import contracts
 from llm.config.build import build_data, build_loggers, build_model
 from llm.config.check import check
+from llm.ops.noise import KeyedNoise
 from llm.run_folder.folder import RunFolder
 from llm.training.module_and_trainer import build_module, build_run_trainer
 
@@ -21,6 +22,8 @@ PROTOCOLS = {
 }
 VQ = ("model/attention=vq", "model/position=none")
 MODELS = [(f"model={name}",) for name in options("model")] + [("model.attention.qk_norm=true",), VQ]
+
+GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None, "seed": 0}
 
 FOREIGN = {
     ("llm/optim/receipt.py", "_optimizer"): "Lightning's and DeepSpeed's wrappers of an optimizer",
@@ -55,7 +58,7 @@ FOREIGN = {
 class Tokenizer:
     """The part of a tokenizer that a LightningModule reads."""
 
-    token_bytes = (1,) * 300
+    token_bytes, bos_id = (1,) * 300, 256
 
 
 def run_pieces(composed, tiny, folder, *settings):
@@ -65,6 +68,8 @@ def run_pieces(composed, tiny, folder, *settings):
     module = build_module(checked, model, Tokenizer())
     optimizer = module.configure_optimizers()["optimizer"]
     yield from (data, module, optimizer, type(optimizer))
+    yield from (module.objective, module.objective.decode(model, [[0]], max_new_tokens=1, steps=None, **GREEDY))
+    yield KeyedNoise(0, 0, torch.arange(1))
     trainer = build_run_trainer(checked, RunFolder(folder))
     yield from (trainer.strategy, *trainer.callbacks)
 

@@ -9,6 +9,7 @@ from llm.config.build import build_model
 from llm.config.check import check
 from llm.config.files import load
 from llm.errors import ConfigError
+from llm.objective.next_token import NextToken
 from llm.scaling.noise_estimate import PROBE_REMEDY
 from llm.training import start as training
 from llm.training.noise_probe import measure_noise_scale
@@ -72,6 +73,8 @@ def test_a_probe_without_data_finds_none_and_says_what_to_set(composed, tiny):
     with pytest.raises(ConfigError, match=f"scaling.noise_scale=measured: 32 updates of 8 windows .*; {PROBE_REMEDY}"):
         measure_noise_scale(
             build_model(composed(*tiny), 64),
+            objective=NextToken(vocab_size=64, bos_id=0),
+            seed=0,
             windows=(),
             read=lambda numbers: pytest.fail("read"),
             windows_per_update=8,

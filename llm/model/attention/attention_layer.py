@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llm.contracts import AttentionGeometry, LayerCache, SublayerOutput
+from llm.contracts import CAUSAL, AttentionGeometry, LayerCache, Sight, SublayerOutput
 from llm.errors import ConfigError
 from llm.model.attention.cache import KeyValueCache
 from llm.model.norm import RMSNorm
@@ -39,6 +39,9 @@ class Attention(nn.Module, ABC):
 
     window: int | None = None
     """Number of keys that a query sees, itself included; None for all."""
+
+    why_causal: str = "model.attention reads only what comes before a token"
+    """The reason why an attention serves the causal sight alone, for errors."""
 
     needs_bare_keys: bool = False
     """Whether far keys must be scored without their positions, also in training."""
@@ -101,6 +104,11 @@ class Attention(nn.Module, ABC):
     def check_position(self, position: Position) -> None:
         """Raise ConfigError, with the reason, for a position that this attention cannot use."""
 
+    def check_sight(self, sight: Sight) -> None:
+        """Raise ConfigError, with the reason, for a sight other than causal; kinds that serve more override this."""
+        if sight.kind != "causal":
+            raise ConfigError(f"{self.why_causal}; use model/attention=softmax")
+
     def forward(
         self,
         x: Float[Tensor, "batch time d_model"],
@@ -108,10 +116,13 @@ class Attention(nn.Module, ABC):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
         cache: LayerCache | None = None,
+        sight: Sight = CAUSAL,
     ) -> SublayerOutput:
         """Attend; `document_ids=None` means that every row is one document."""
         q, k, v = self.project(x)
-        mixed, losses, metrics = self.attend(q, k, v, positions=positions, document_ids=document_ids, cache=cache)
+        mixed, losses, metrics = self.attend(
+            q, k, v, positions=positions, document_ids=document_ids, cache=cache, sight=sight
+        )
         return SublayerOutput(hidden=self.o_proj(mixed.flatten(2)), losses=losses, metrics=metrics)
 
     def project(self, x: Float[Tensor, "batch time d_model"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,6 +146,7 @@ class Attention(nn.Module, ABC):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
         cache: Any,
+        sight: Sight = CAUSAL,
     ) -> tuple[Float[Tensor, "batch time heads head_dim"], dict[str, Tensor], dict[str, Tensor]]:
         """Apply `self.position` to queries and keys and mix the values; return mixed values, losses and metrics."""
 
@@ -146,6 +158,7 @@ class Attention(nn.Module, ABC):
         *,
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
+        sight: Sight = CAUSAL,
     ) -> Float[Tensor, "batch heads time time"]:
         """Return the weight of every value for every token: the slow definition of what `attend` mixes with."""
 
@@ -157,21 +170,24 @@ class Attention(nn.Module, ABC):
         *,
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
+        sight: Sight = CAUSAL,
     ) -> Float[Tensor, "batch time heads head_dim"]:
         """Mix values by `pair_weights`, in time x time memory; tests compare `attend` with it."""
-        weights = self.pair_weights(q, k, positions=positions, document_ids=document_ids)
+        weights = self.pair_weights(q, k, positions=positions, document_ids=document_ids, sight=sight)
         values = v.to(weights.dtype).repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
         return torch.einsum("bhij,bjhd->bihd", weights, values).to(v.dtype)
 
     @abstractmethod
-    def mixing_flops_per_token(self, context_length: int) -> float:
-        """Return the forward FLOPs per token of mixing alone, averaged over a window of context_length tokens."""
+    def mixing_flops_per_token(self, context_length: int, sight: Sight = CAUSAL) -> float:
+        """Return the forward FLOPs per clean token of mixing alone, averaged over a window of context_length tokens."""
 
     def new_cache(self, *, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
         """Return an empty cache for decoding up to max_length tokens; attentions with a running state override this."""
         return KeyValueCache(batch=batch, max_length=max_length, device=device, dtype=dtype)
 
-    def flops_per_token(self, context_length: int) -> float:
-        """Return the forward FLOPs per token: two per weight of the projections, and the mixing."""
+    def flops_per_token(self, context_length: int, sight: Sight = CAUSAL) -> float:
+        """Return the forward FLOPs per clean token: two per weight of the projections, and the mixing."""
         projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
-        return 2.0 * sum(p.weight.numel() for p in projections) + self.mixing_flops_per_token(context_length)
+        copies = 2 if sight.kind == "block_pair" else 1
+        weights = sum(p.weight.numel() for p in projections)
+        return 2.0 * copies * weights + self.mixing_flops_per_token(context_length, sight)

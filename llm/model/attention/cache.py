@@ -73,6 +73,10 @@ class KeyValueCache:
         self._document_ids = self._document_ids[rows]
         self.batch = len(rows)
 
+    def rewind(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        self._length = min(length, self._length)
+
     def nbytes(self) -> int:
         """Return the bytes of all buffers."""
         tensors = [*self._keys, self._document_ids, *([] if self._values is None else [self._values])]

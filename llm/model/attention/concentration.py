@@ -32,21 +32,15 @@ def concentration(
 
 @torch.no_grad()
 def concentration_by_layer(
-    model: nn.Module,
-    input_ids: Int[Tensor, "batch time"],
-    *,
-    positions: Int[Tensor, "batch time"],
-    document_ids: Int[Tensor, "batch time"] | None,
-    first_key: int = 16,
+    model: nn.Module, input_ids: Int[Tensor, "batch time"] | None = None, *, first_key: int = 16, **inputs: Any
 ) -> list[dict[str, float]]:
     """Run the decoder once; return means per layer over rows, heads and tokens that see at least `first_key` keys.
 
     Args:
         model: the decoder.
         input_ids: tokens.
-        positions: position of each token within its document.
-        document_ids: document of each token, or None where every row is one document.
         first_key: tokens that see fewer keys are excluded, because they have little choice.
+        inputs: positions, document_ids and the other arguments of `Transformer.forward`.
     """
     found: list[dict[str, float]] = []
     hooks = [
@@ -54,7 +48,7 @@ def concentration_by_layer(
         for layer in model.layers  # type: ignore[union-attr]
     ]
     try:
-        model(input_ids, positions=positions, document_ids=document_ids)
+        model(input_ids, **inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -64,11 +58,12 @@ def concentration_by_layer(
 def _measure(
     found: list[dict[str, float]], first_key: int, attention: Attention, inputs: tuple[Tensor], options: dict[str, Any]
 ) -> None:
-    (x,), ids = inputs, options["document_ids"]
+    (x,) = inputs
     q, k, _ = attention.project(x)
-    weights = attention.pair_weights(q, k, positions=options["positions"], document_ids=ids)
+    keys = {name: options[name] for name in ("positions", "document_ids", "sight")}
+    weights = attention.pair_weights(q, k, **keys)
     time = x.shape[1]
-    visible = visible_keys(time=time, time_k=time, device=x.device, document_ids=ids, window=attention.window)
+    visible = visible_keys(time=time, time_k=time, device=x.device, window=attention.window, **keys)
     chosen = (visible.sum(-1) >= first_key).expand(x.shape[0], -1)
     measures = concentration(weights, visible)
     found.append({name: float(value.mean(1)[chosen].mean()) for name, value in measures.items()})

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llm.contracts import AttentionGeometry, LayerCache
+from llm.contracts import CAUSAL, AttentionGeometry, LayerCache, Sight
 from llm.errors import ConfigError
 from llm.model.attention.attention_layer import QK_NORM_EPS
 from llm.model.attention.kernels.reference import visible_keys
@@ -58,6 +58,7 @@ class LinearAttention(RecurrentAttention):
     """
 
     option = "linear"
+    why_causal = "model.attention=linear sums only what came before a token"
     parameter_kinds: ClassVar = {"decay_logit": "vector"}
 
     def __init__(
@@ -144,6 +145,7 @@ class LinearAttention(RecurrentAttention):
         *,
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
+        sight: Sight = CAUSAL,
     ) -> Float[Tensor, "batch heads time time"]:
         """Return φ(q)·φ(k) with decay, divided by its sum where there is no output norm; see `Attention`."""
         phi_q, phi_k = features(q, self.feature_map), features(k, self.feature_map)
@@ -169,9 +171,10 @@ class LinearAttention(RecurrentAttention):
         *,
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
+        sight: Sight = CAUSAL,
     ) -> Float[Tensor, "batch time heads head_dim"]:
         """Mix as in `Attention`, and apply the output norm where `attend` does."""
-        mixed = super().reference_attend(q, k, v, positions=positions, document_ids=document_ids)
+        mixed = super().reference_attend(q, k, v, positions=positions, document_ids=document_ids, sight=sight)
         return mixed if self.out_norm is None else self.out_norm(mixed)
 
     def new_cache(self, *, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
@@ -184,7 +187,7 @@ class LinearAttention(RecurrentAttention):
         }
         return StateCache(batch=batch, states=states, device=device)
 
-    def mixing_flops_per_token(self, context_length: int) -> float:
+    def mixing_flops_per_token(self, context_length: int, sight: Sight = CAUSAL) -> float:
         """Count products inside a chunk (half of them masked) and products with the state."""
         chunk = min(self.chunk_size, context_length)
         inside = 2.0 * self.num_heads * chunk * 2 * self.head_dim

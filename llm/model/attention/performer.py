@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from llm.contracts import AttentionGeometry, LayerCache
+from llm.contracts import CAUSAL, AttentionGeometry, LayerCache, Sight
 from llm.errors import ConfigError
 from llm.model.attention.attention_layer import QK_NORM_EPS
 from llm.model.attention.kernels.reference import visible_keys
@@ -48,6 +48,7 @@ class PerformerAttention(RecurrentAttention):
     """
 
     option = "performer"
+    why_causal = "model.attention=performer sums only what came before a token"
     directions: Tensor
 
     def __init__(
@@ -107,6 +108,7 @@ class PerformerAttention(RecurrentAttention):
         *,
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
+        sight: Sight = CAUSAL,
     ) -> Float[Tensor, "batch heads time time"]:
         """Return the softmax of log weights, each the log-sum-exp over features; see `Attention`."""
         group, time = self.num_heads // self.num_kv_heads, q.shape[1]
@@ -129,7 +131,7 @@ class PerformerAttention(RecurrentAttention):
         }
         return StateCache(batch=batch, states=states, device=device)
 
-    def mixing_flops_per_token(self, context_length: int) -> float:
+    def mixing_flops_per_token(self, context_length: int, sight: Sight = CAUSAL) -> float:
         """Count features, products inside a chunk (half of them masked) and products with the state."""
         chunk = min(self.chunk_size, context_length)
         draw = 2.0 * (self.num_heads + self.num_kv_heads) * self.head_dim * self.num_features

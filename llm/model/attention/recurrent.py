@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llm.contracts import CAUSAL, Sight
 from llm.errors import ConfigError
 from llm.model.attention.attention_layer import Attention
 from llm.model.attention.states import StateCache
@@ -46,6 +47,7 @@ class RecurrentAttention(Attention):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
         cache: Any,
+        sight: Sight = CAUSAL,
     ) -> tuple[Float[Tensor, "batch time heads head_dim"], dict[str, Tensor], dict[str, Tensor]]:
         """Mix values chunk by chunk, starting from the states of the cache if one is given."""
         ids = torch.zeros_like(positions) if document_ids is None else document_ids

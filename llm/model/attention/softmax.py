@@ -1,13 +1,14 @@
-"""Causal softmax attention."""
+"""Softmax attention."""
 
 from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.contracts import AttentionGeometry
+from llm.contracts import CAUSAL, AttentionGeometry, Sight
 from llm.errors import ConfigError
 from llm.model.attention.attention_layer import QK_NORM_EPS, Attention
+from llm.model.attention.kernels import sighted_attention
 from llm.model.attention.kernels.reference import visible_keys
 from llm.model.attention.views import attend_views, pair_scores, softmax_weights
 from llm.model.position.position_module import Position
@@ -16,11 +17,13 @@ from llm.model.position.position_module import Position
 class SoftmaxAttention(Attention):
     """Causal attention with grouped-query heads: o_i = Σ_{j≤i} softmax_j(q_i·k_j / sqrt(head_dim)) v_j.
 
+    Under another sight the sum runs over the keys that it shows.
     It runs on the fastest available kernel (see `llm.model.attention.kernels`). Positions that score near and far
     pairs differently take two passes (see `llm.model.attention.views`).
 
     Args:
-        window: number of keys that a query sees, itself included, at least 1; None for all.
+        window: number of keys that a query sees, itself included, at least 1; None for all. A two-sided query sees
+            keys at a distance below it.
         geometry, position, layer_index, qk_norm, key_norm, qk_norm_eps: see `Attention`.
 
     Raises:
@@ -55,6 +58,18 @@ class SoftmaxAttention(Attention):
     def check_position(self, position: Position) -> None:
         """Accept every position."""
 
+    def check_sight(self, sight: Sight) -> None:
+        """Refuse a position that serves causal attention alone, and a window under a sight with blocks."""
+        if sight.kind == "causal":
+            return
+        if reason := self.position.why_one_sided():
+            name = type(self.position).__name__
+            raise ConfigError(f"model.position={name}: {reason}; use model/position=rope with log_n=none")
+        if sight.kind != "bidirectional" and self.window is not None:
+            raise ConfigError(
+                f"model.attention.window={self.window}: a window cuts through blocks; set model.attention.window=null"
+            )
+
     def attend(
         self,
         q: Float[Tensor, "batch time heads head_dim"],
@@ -64,11 +79,15 @@ class SoftmaxAttention(Attention):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
         cache: Any,
+        sight: Sight = CAUSAL,
     ) -> tuple[Float[Tensor, "batch time heads head_dim"], dict[str, Tensor], dict[str, Tensor]]:
         """Mix values by the softmax of scores."""
         views = self.position(q, k, positions)
         if cache is not None:
             views, v, document_ids = cache.append(views, v, document_ids)
+        if sight != CAUSAL:
+            options = {"sight": sight, "positions": positions, "document_ids": document_ids}
+            return sighted_attention(views[0].q, views[0].k, v, **options, scale=self.scale, window=self.window), {}, {}
         return attend_views(views, v, document_ids=document_ids, scale=self.scale, window=self.window), {}, {}
 
     def pair_weights(
@@ -78,15 +97,28 @@ class SoftmaxAttention(Attention):
         *,
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
+        sight: Sight = CAUSAL,
     ) -> Float[Tensor, "batch heads time time"]:
         """Return the softmax of all scores; see `Attention`."""
         time = q.shape[1]
         scores = pair_scores(self.position(q, k, positions)) * self.scale
-        visible = visible_keys(time=time, time_k=time, device=q.device, document_ids=document_ids, window=self.window)
+        sizes = {"time": time, "time_k": time, "device": q.device, "window": self.window}
+        visible = visible_keys(**sizes, document_ids=document_ids, sight=sight, positions=positions)
         return softmax_weights(scores, visible).flatten(1, 2)
 
-    def mixing_flops_per_token(self, context_length: int) -> float:
-        """Count scores and values over the mean number of visible keys, (context_length + 1) / 2 without a window."""
+    def mixing_flops_per_token(self, context_length: int, sight: Sight = CAUSAL) -> float:
+        """Count scores and values over the mean number of visible keys, (context_length + 1) / 2 without a window.
+
+        A bidirectional query sees context_length keys without a window. A pair of copies sees context_length +
+        block_length keys per clean token, half of them from each copy.
+        """
+        return 4.0 * self.num_heads * self.head_dim * self._mean_keys(context_length, sight)
+
+    def _mean_keys(self, context_length: int, sight: Sight) -> float:
+        """Return the number of keys that the queries of one clean token see, averaged over a window of one document."""
+        if sight.kind in ("block", "block_pair"):
+            pair = context_length + min(sight.block_length, context_length)
+            return pair if sight.kind == "block_pair" else pair / 2
         reach = context_length if self.window is None else min(self.window, context_length)
-        visible = reach - reach * (reach - 1) / (2 * context_length)
-        return 4.0 * self.num_heads * self.head_dim * visible
+        one_sided = reach - reach * (reach - 1) / (2 * context_length)
+        return one_sided if sight.kind == "causal" else 2 * one_sided - 1

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.contracts import AttentionGeometry, LayerCache
+from llm.contracts import CAUSAL, AttentionGeometry, LayerCache, Sight
 from llm.errors import ConfigError
 from llm.model.attention.attention_layer import QK_NORM_EPS, Attention
 from llm.model.attention.codebook import Codebook
@@ -43,6 +43,7 @@ class VQAttention(Attention):
     """
 
     needs_bare_keys = True
+    why_causal = "model.attention=vq counts only what came before a token"
     borrowed_parameters: ClassVar = ("codebook.codes", "codebook.mixing")
 
     def __init__(
@@ -99,6 +100,7 @@ class VQAttention(Attention):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
         cache: Any,
+        sight: Sight = CAUSAL,
     ) -> tuple[Float[Tensor, "batch time heads head_dim"], dict[str, Tensor], dict[str, Tensor]]:
         """Quantise keys and mix values block by block."""
         quantized = self.codebook(k)
@@ -123,6 +125,7 @@ class VQAttention(Attention):
         *,
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
+        sight: Sight = CAUSAL,
     ) -> Float[Tensor, "batch heads time time"]:
         """Return the softmax over quantised keys; those before the previous block are constants; see `Attention`."""
         time, keys = q.shape[1], self.codebook(k).keys
@@ -139,7 +142,7 @@ class VQAttention(Attention):
             batch=batch, block_size=self.block_size, codebook_size=self.codebook.codebook_size, device=device
         )
 
-    def mixing_flops_per_token(self, context_length: int) -> float:
+    def mixing_flops_per_token(self, context_length: int, sight: Sight = CAUSAL) -> float:
         """Count scores and values over the codes and 1.5 blocks, the choice of codes, and the sums of values."""
         seen = min((context_length + 1) / 2, 1.5 * self.block_size + self.codebook.codebook_size)
         choice = 2.0 * self.num_kv_heads * self.codebook.codebook_size * self.head_dim

@@ -22,6 +22,7 @@ class NoPosition(Position):
     """
 
     bare_keys_from = 0
+    one_sided = "without causality nothing tells the order of tokens"
 
     def __init__(self, *, head_dim: int, log_n: LogNMode, train_length: int | None) -> None:
         super().__init__(log_n=log_n, train_length=train_length)

@@ -44,6 +44,15 @@ class Position(nn.Module, ABC):
     is_for_evaluation: bool = False
     """Whether models are trained with another position and only read with this one."""
 
+    one_sided: str = "its far view is defined for keys before the query"
+    """The reason why keys after the query cannot be scored; empty where distance alone matters in both directions."""
+
+    def why_one_sided(self) -> str:
+        """Return the reason why this position serves only causal attention, empty where it serves every sight."""
+        if self.scales_queries:
+            return f"log_n={self.log_n.mode} scales a query by the number of keys before it"
+        return self.one_sided
+
     @property
     def scales_queries(self) -> bool:
         """Whether queries are also scaled by their position."""

@@ -24,6 +24,8 @@ class RoPE(Position):
     Source: Su et al., "RoFormer", arXiv:2104.09864, eq. 16 and 34; layout in halves as in GPT-NeoX and Llama.
     """
 
+    one_sided = ""
+
     def __init__(self, *, head_dim: int, base: float, log_n: LogNMode, train_length: int | None) -> None:
         super().__init__(log_n=log_n, train_length=train_length)
         self.base = base

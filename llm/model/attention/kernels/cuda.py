@@ -1,4 +1,4 @@
-"""Causal attention on a CUDA device: SDPA's flash kernel, variable-length flash for documents, else FlexAttention."""
+"""Attention on a CUDA device: SDPA's flash kernel, variable-length flash for documents, else FlexAttention."""
 
 import contextlib
 import functools
@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from llm.contracts import Sight
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -34,6 +36,30 @@ def cuda_attention(
     if not return_lse and whole and can_use_varlen(q, v):
         return varlen(q, k, v, document_ids=document_ids, scale=scale, window=window), q.new_empty(0)
     return flex(q, k, v, document_ids=document_ids, scale=scale, window=window, return_lse=return_lse)
+
+
+def sighted_cuda_attention(
+    q: Float[Tensor, "batch time heads head_dim"],
+    k: Float[Tensor, "batch time_k kv_heads head_dim"],
+    v: Float[Tensor, "batch time_k kv_heads value_dim"],
+    *,
+    sight: Sight,
+    spans: Int[Tensor, "rows time bounds"],
+    document_ids: Int[Tensor, "batch time_k"] | None,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Choose a kernel for a sight other than causal, and run it.
+
+    Bidirectional attention over whole rows runs on SDPA, and inside documents and windows in half precision on
+    variable-length flash attention. Everything else runs on FlexAttention.
+    """
+    whole = q.shape[1] == k.shape[1]
+    if sight.kind == "bidirectional" and document_ids is None and window is None:
+        return sdpa(q, k, v, scale=scale, is_causal=False, mask=None)
+    if sight.kind == "bidirectional" and whole and can_use_varlen(q, v):
+        return varlen(q, k, v, document_ids=document_ids, scale=scale, window=window, is_causal=False)
+    return flex_spans(q, k, v, spans=spans, scale=scale)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, is_causal: bool, mask: Tensor | None) -> Tensor:
@@ -64,7 +90,16 @@ def can_use_varlen(q: Tensor, v: Tensor) -> bool:
     return is_flash_shape and varlen_kernel() is not None and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, *, document_ids: Tensor | None, scale: float, window: int | None) -> Tensor:
+def varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    document_ids: Tensor | None,
+    scale: float,
+    window: int | None,
+    is_causal: bool = True,
+) -> Tensor:
     """Attend within each document of each row, as sequences that are concatenated.
 
     The list of starts has one element per token, and unused ones at its end are empty sequences. Its length does not
@@ -81,7 +116,11 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, *, document_ids: Tensor | None, scal
     offsets = F.pad(starts, (0, 1), value=batch * time).to(torch.int32)
     left = -1 if window is None else window - 1
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    options: dict[str, Any] = {"scale": scale, "window_size": (left, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+    options: dict[str, Any] = {
+        "scale": scale,
+        "window_size": (left, 0 if is_causal else left),
+        "enable_gqa": q.shape[1] != k.shape[1],
+    }
     out = varlen_kernel()(q, k, v, offsets, offsets, time, time, **options)
     return out.unflatten(0, (batch, time))
 
@@ -92,6 +131,23 @@ def compiled_flex() -> tuple[Any, Any]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     return torch.compile(flex_attention), torch.compile(create_block_mask)
+
+
+def flex_spans(q: Tensor, k: Tensor, v: Tensor, *, spans: Tensor, scale: float) -> Tensor:
+    """Run FlexAttention where each query sees one or two spans of keys; see `key_spans`."""
+    has_two = spans.shape[-1] == 4
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = spans[row, query]
+        seen = (key >= own[0]) & (key < own[1])
+        return seen | ((key >= own[2]) & (key < own[3])) if has_two else seen
+
+    attend, build_mask = compiled_flex()
+    rows = None if len(spans) == 1 else len(spans)
+    mask = build_mask(visible, rows, None, q.shape[1], k.shape[1], device=q.device)
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    result = attend(*heads, block_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
+    return result.transpose(1, 2)
 
 
 def flex(

@@ -4,9 +4,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llm.contracts import CAUSAL, Sight
 from llm.errors import ShapeError
 from llm.model.attention.kernels.blocked import blocked_attention
-from llm.model.attention.kernels.cuda import cuda_attention, sdpa
+from llm.model.attention.kernels.cuda import cuda_attention, sdpa, sighted_cuda_attention
+from llm.model.attention.kernels.key_spans import key_spans
 from llm.model.attention.kernels.reference import visible_keys
 
 FEW_QUERIES = 16
@@ -52,8 +54,52 @@ def causal_attention(
     if q.is_cuda:
         out, lse = cuda_attention(q, k, v, **options, return_lse=return_lse)
     else:
-        out, lse = blocked_attention(q, k, v, document_ids, scale, window, return_lse)
+        out, lse = blocked_attention(q, k, v, document_ids, scale, window, None, return_lse)
     return (out, lse) if return_lse else out
+
+
+def sighted_attention(
+    q: Float[Tensor, "batch time heads head_dim"],
+    k: Float[Tensor, "batch time_k kv_heads head_dim"],
+    v: Float[Tensor, "batch time_k kv_heads value_dim"],
+    *,
+    sight: Sight,
+    positions: Int[Tensor, "batch time_k"],
+    document_ids: Int[Tensor, "batch time_k"] | None = None,
+    scale: float,
+    window: int | None = None,
+) -> Float[Tensor, "batch time heads value_dim"]:
+    """Mix values by the softmax of scores, each query seeing the keys of a sight; see `causal_attention`.
+
+    A CPU computes each block of queries with the span of keys that they see. CUDA uses SDPA or variable-length flash
+    attention under `bidirectional`, and FlexAttention under sights with blocks. No time x time matrix is stored.
+
+    Args:
+        sight: which keys of its document a query sees.
+        positions: position of each key within its document; read under sights with blocks alone.
+        q, k, v, document_ids, scale, window: see `causal_attention`; window acts in both directions.
+
+    Raises:
+        ShapeError: shapes do not match, or a sight with blocks has fewer queries than keys.
+    """
+    if sight == CAUSAL:
+        mixed = causal_attention(q, k, v, document_ids=document_ids, scale=scale, window=window)
+        assert isinstance(mixed, Tensor)
+        return mixed
+    _check(q, k, v, window)
+    q, k, v = _cast(q, k, v)
+    spans = key_spans(
+        sight,
+        time=q.shape[1],
+        time_k=k.shape[1],
+        positions=positions,
+        document_ids=document_ids,
+        window=window,
+    )
+    if q.is_cuda:
+        options = {"sight": sight, "spans": spans, "document_ids": document_ids, "scale": scale, "window": window}
+        return sighted_cuda_attention(q, k, v, **options)
+    return blocked_attention(q, k, v, None, scale, None, spans, False)[0]
 
 
 def _decode(

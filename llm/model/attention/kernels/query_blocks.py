@@ -18,14 +18,29 @@ A batch of small products costs less than separate products per row, and the mas
 
 
 class QueryBlock(NamedTuple):
-    """Queries [start, stop) with their keys [key_start, key_stop); the last stop - start keys are their own."""
+    """Queries [start, stop) with their keys [key_start, key_stop); under causality the last of these are their own.
+
+    A noisy copy that is followed by its clean copy also has keys [own_start, own_stop) in the noisy copy.
+    """
 
     start: int
     stop: int
     key_start: int
     key_stop: int
     is_masked: bool
-    """Whether a document or a window hides one of these keys from one of these queries."""
+    """Whether a document, a window or a block hides one of these keys from one of these queries."""
+    own_start: int = 0
+    own_stop: int = 0
+
+    @property
+    def pieces(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The two ranges of keys."""
+        return (self.key_start, self.key_stop), (self.own_start, self.own_stop)
+
+    @property
+    def num_keys(self) -> int:
+        """Number of keys in both ranges."""
+        return self.key_stop - self.key_start + self.own_stop - self.own_start
 
 
 class RowPlan(NamedTuple):
@@ -70,6 +85,39 @@ def plan_rows(
         cuts = set().union(*boundaries)
         return [RowPlan(list(range(batch)), [_masked_by(cuts, b) for b in plan_row([], **sizes)], is_uniform=False)]
     return [RowPlan(rows, plan_row(cuts, **sizes), is_uniform=True) for cuts, rows in groups.items()]
+
+
+def plan_spans(spans: Int[Tensor, "rows time bounds"], *, batch: int, time_k: int, block: int) -> list[RowPlan]:
+    """Cut queries that see the given spans of keys into blocks, and group the rows; see `key_spans`.
+
+    Args:
+        spans: first key and the key after the last one of each query, once or twice; one row stands for all rows.
+        batch: number of rows.
+        time_k: number of keys.
+        block: largest number of queries in a block.
+    """
+    if bool((spans == spans[:1]).all()):
+        return [RowPlan(list(range(batch)), _span_blocks(spans[:1], block), is_uniform=True)]
+    if time_k <= SHORT_ROW:
+        return [RowPlan(list(range(batch)), _span_blocks(spans, block), is_uniform=False)]
+    groups: dict[bytes, list[int]] = {}
+    for row, own in enumerate(spans):
+        groups.setdefault(own.contiguous().numpy().tobytes(), []).append(row)
+    return [RowPlan(rows, _span_blocks(spans[rows[:1]], block), is_uniform=True) for rows in groups.values()]
+
+
+def _span_blocks(spans: Int[Tensor, "rows time bounds"], block: int) -> list[QueryBlock]:
+    """Return consecutive blocks of queries with all keys that one of them sees in one of the rows."""
+    blocks, start = [], 0
+    for part in spans.split(block, 1):
+        stop = start + part.shape[1]
+        lows, highs = part[..., ::2].flatten(0, 1), part[..., 1::2].flatten(0, 1)
+        low, high = lows.amin(0), highs.amax(0)
+        is_masked = bool((lows != low).any()) or bool((highs != high).any())
+        (key_start, *own_start), (key_stop, *own_stop) = low.tolist(), high.tolist()
+        blocks.append(QueryBlock(start, stop, key_start, key_stop, is_masked, *own_start, *own_stop))
+        start = stop
+    return blocks
 
 
 def _masked_by(cuts: Collection[int], block: QueryBlock) -> QueryBlock:

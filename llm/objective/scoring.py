@@ -1,0 +1,42 @@
+"""Decides which tokens every objective scores, and scores them exactly."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from llm.contracts import IGNORED_LABEL, Batch
+from llm.ops.loss import CHUNK_SCORES
+
+
+def scored_tokens(batch: Batch, bos_id: int) -> Bool[Tensor, "batch time"]:
+    """Return which input tokens are predicted by every objective: those with a label, except bos tokens.
+
+    The first token of a window is never scored. A bos token stays clean, since positions would give it away.
+    """
+    scored = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    scored[:, 1:] = batch["labels"][:, :-1] != IGNORED_LABEL
+    return scored & (batch["input_ids"] != bos_id)
+
+
+def shared_labels(batch: Batch, bos_id: int) -> Int[Tensor, "batch time"]:
+    """Return the labels of the tokens that every objective scores, `IGNORED_LABEL` elsewhere."""
+    labels = batch["labels"].masked_fill(batch["labels"] == bos_id, IGNORED_LABEL)
+    labels[:, -1] = IGNORED_LABEL
+    return labels
+
+
+@torch.no_grad()
+def nll_without(
+    model: Any, hidden: Float[Tensor, "batch time d_model"], labels: Int[Tensor, "batch time"], *, banned_id: int
+) -> Float[Tensor, "batch time"]:
+    """Return the cross-entropy per token where one token id has probability 0; 0 where a label is ignored."""
+    chunk = max(1, CHUNK_SCORES // model.vocab_size)
+    losses = []
+    for states, ids in zip(hidden.flatten(0, 1).split(chunk), labels.flatten().split(chunk), strict=True):
+        scores = model.logits(states[None])[0].float()
+        scores[:, banned_id] = -torch.inf
+        losses.append(F.cross_entropy(scores, ids, ignore_index=IGNORED_LABEL, reduction="none"))
+    return torch.cat(losses).view(labels.shape)
