@@ -17,7 +17,7 @@ from llm.commands.cli import run_plain_command
 from llm.config.settings import settings
 from llm.contracts import WHOLE_UPDATE
 from llm.errors import ConfigError
-from llm.evals.base import on_device
+from llm.evals.evaluation import on_device
 from llm.ops.noise import KeyedNoise
 from llm.run_folder.checkpoint_files import list_checkpoints
 from llm.run_folder.folder import RunFolder

@@ -40,7 +40,7 @@ class TalkConfig:
     stop: list[str]
     seed: int
     use_cache: bool
-    steps: int | None
+    steps: int | None = None
     stream: bool
     model: dict[str, Any] | None = None
 

@@ -209,7 +209,8 @@ class Words(Transformer):
         self.lm_head.weight.data = torch.eye(len(tokens) + 1)
         self.tokens = tokens
 
-    def forward(self, ids, *, positions, document_ids):
+    def forward(self, input_ids, *, positions, document_ids):
+        ids = input_ids
         hidden = torch.full((*ids.shape, len(self.tokens) + 1), -100.0)
         for place in torch.cartesian_prod(*map(torch.arange, ids.shape)).tolist():
             before = "".join(self.tokens[i] for i in ids[place[0], : place[1] + 1].tolist() if i < len(self.tokens))
