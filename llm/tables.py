@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an aligned table with a line under its header. Numbers are right-aligned, except in the first column."""
+def format_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, indent: str = "  ", underlined: bool = True
+) -> str:
+    """Return an aligned table, with a line under its header. Numbers are right-aligned, except in the first column."""
     table = [list(map(str, header)), *[list(map(str, row)) for row in rows]]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     numbers = {i for i in range(1, len(header)) if any(_is_number(row[i]) for row in table[1:])}
@@ -12,8 +14,9 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "  ".join(_align(cell, width, i in numbers) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
         for row in table
     ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(f"  {line.rstrip()}" for line in lines)
+    if underlined:
+        lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(f"{indent}{line.rstrip()}" for line in lines)
 
 
 def _is_number(cell: str) -> bool:

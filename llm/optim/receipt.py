@@ -1,13 +1,14 @@
 """The receipt: a table of each tensor's update rule, learning rate, weight decay and optimizer state."""
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from llm.contracts import DescribedOptimizer
+from llm.tables import format_table
 
 LAYER = re.compile(r"\.\d+\.")
 
@@ -37,10 +38,20 @@ class Line(NamedTuple):
         return torch.Size(self.shape).numel()
 
 
+@runtime_checkable
+class OptimizerWrapper(Protocol):
+    """An object of Lightning or DeepSpeed around an optimizer."""
+
+    @property
+    def optimizer(self) -> Any:
+        """The wrapped optimizer, or another wrapper."""
+        ...
+
+
 def unwrap(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the torch optimizer inside the wrappers that Lightning puts around one."""
-    while (inner := getattr(optimizer, "_optimizer", getattr(optimizer, "optimizer", None))) is not None:
-        optimizer = inner
+    """Return the torch optimizer inside the wrappers of Lightning and DeepSpeed."""
+    while isinstance(optimizer, OptimizerWrapper):
+        optimizer = optimizer.optimizer
     return optimizer
 
 
@@ -124,7 +135,10 @@ def receipt(optimizer: Any, *, lr_scale: float = 1.0, across_layers: bool = Fals
         for item in listed
     ]
     total_header = ("kind", "rule", "tensors", "parameters", "state bytes", "bytes per parameter")
-    return f"{_table([header, *rows])}\n\n{_table([total_header, *_totals(items)])}\n"
+    tables = [
+        format_table(h, r, indent="", underlined=False) for h, r in ((header, rows), (total_header, _totals(items)))
+    ]
+    return "\n\n".join(tables) + "\n"
 
 
 def _across_layers(items: list[Line]) -> list[Line]:
@@ -150,21 +164,3 @@ def _totals(items: list[Line]) -> list[tuple[str, ...]]:
         numel, held = sum(item.numel for item in members), sum(item.state_bytes for item in members)
         rows.append((kind, rule, f"{len(members):,}", f"{numel:,}", f"{held:,}", f"{held / max(numel, 1):.2f}"))
     return rows
-
-
-def _table(rows: Iterable[Sequence[str]]) -> str:
-    """Return rows as text with aligned columns: text is left-aligned, numbers are right-aligned."""
-    rows = list(rows)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    numeric = [all(_is_number(row[column]) for row in rows[1:]) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ).rstrip()
-        for row in rows
-    )
-
-
-def _is_number(cell: str) -> bool:
-    return cell.replace(",", "").replace(".", "").replace("-", "").replace("e", "").replace("+", "").isdigit()

@@ -26,8 +26,6 @@ MODELS = [(f"model={name}",) for name in options("model")] + [("model.attention.
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None, "seed": 0}
 
 FOREIGN = {
-    ("llm/optim/receipt.py", "_optimizer"): "Lightning's and DeepSpeed's wrappers of an optimizer",
-    ("llm/optim/receipt.py", "optimizer"): "DeepSpeed's wrapper of an optimizer",
     ("llm/optim/shard_steps.py", "_layouts"): "an optimizer that was unpickled without its own state",
     ("llm/model/ffn/grouped.py", "grouped_mm"): "a function of newer versions of torch",
     ("llm/ops/products.py", "_linear_pointwise"): "an operator of torch builds with oneDNN",
