@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
@@ -21,16 +22,22 @@ def is_group(name: str, loader: ConfigLoader) -> bool:
 
 def group_options(group: str, loader: ConfigLoader) -> list[str]:
     """Return the options of a group, sorted."""
-    return sorted(loader.get_group_options(group))
+    return sorted(_listed(group, ObjectType.CONFIG, loader))
 
 
 def all_groups(loader: ConfigLoader, parent: str = "") -> list[str]:
     """Return every group below `parent`: `model`, `model/attention`, `model/attention/position`, ..."""
     found = []
-    for name in loader.list_groups(parent):
+    for name in _listed(parent, ObjectType.GROUP, loader):
         group = f"{parent}/{name}" if parent else name
         found += [group, *all_groups(loader, group)]
     return found
+
+
+def _listed(group: str, kind: ObjectType, loader: ConfigLoader) -> list[str]:
+    """Return the names in a group of the search path. The loader's own method copies the whole repository per call."""
+    assert isinstance(loader, ConfigLoaderImpl)
+    return loader.repository.get_group_options(group, kind)
 
 
 def config_folders(loader: ConfigLoader) -> list[Path]:
@@ -82,7 +89,7 @@ def keys_set_by(group: str, option: str, loader: ConfigLoader) -> list[str]:
 
 def _content(group: str, option: str, loader: ConfigLoader) -> dict[str, Any] | None:
     """Return the content of an option's file, with its package header under `@package`; None without such a file."""
-    if option not in loader.get_group_options(group, ObjectType.CONFIG):
+    if option not in _listed(group, ObjectType.CONFIG, loader):
         return None
     for folder in config_folders(loader):
         path = folder / group / f"{option}.yaml"

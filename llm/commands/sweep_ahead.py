@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from llm.commands.arguments import CommandLine
 from llm.commands.compose import COMPOSITION_ERRORS, NotComposedError, compose_with_hydra, open_hydra, plain_part
 from llm.commands.diagnosis import diagnose
+from llm.commands.groups import group_options
 from llm.config.check import NAME_RULE, is_name
 from llm.errors import ConfigError
 from llm.sweep.manifest import SweepJob
@@ -151,7 +152,7 @@ def _other_options(given: Sequence[Override], loader: ConfigLoader) -> Iterator[
     """Yield the overrides with each further option of each swept group. Other swept keys keep their first value."""
     first = [_first(override) for override in given]
     for number, override in enumerate(given):
-        if override.is_discrete_sweep() and loader.get_group_options(override.key_or_group):
+        if override.is_discrete_sweep() and group_options(override.key_or_group, loader):
             for value in [*override.sweep_string_iterator()][1:]:
                 yield [*first[:number], f"{override.get_key_element()}={value}", *first[number + 1 :]]
 

@@ -1,5 +1,6 @@
 """Peak FLOP/s of devices, of which model FLOPs utilization (MFU) is a share."""
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -59,6 +60,7 @@ def table_peak(name: str, *, bf16: bool) -> float | None:
     return GPU_PEAKS[max(fitting, key=len)][0 if bf16 else 1] * TERA
 
 
+@functools.cache
 def measured_matmul_flops(dtype: torch.dtype, *, size: int = 1024, repeats: int = 6) -> float:
     """Return the best measured rate of this CPU for a product of two square matrices, in FLOP/s.
 

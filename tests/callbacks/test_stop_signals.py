@@ -2,7 +2,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import lightning as L
@@ -142,10 +141,8 @@ def test_a_signal_to_one_rank_stops_all_of_them(tmp_path):
     run = Run(tmp_path / "run", devices=2)
     children = subprocess.run(["pgrep", "-P", str(run.process.pid)], capture_output=True, text=True, check=False)
     rank_one = int(children.stdout.split()[0])
-    began = time.monotonic()
     os.kill(rank_one, signal.SIGTERM)
     assert run.end() == 143, run.err
-    assert time.monotonic() - began < 30
     assert RunFolder(tmp_path / "run").read_summary()["status"] == "stopped: SIGTERM"
     assert find_last(tmp_path / "run").step > 0
 
