@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm.commands.arguments import CommandLine
 from llm.commands.compose import COMPOSITION_ERRORS, NotComposedError, compose_with_hydra, open_hydra, plain_part
+from llm.commands.config_groups import group_options
 from llm.commands.diagnosis import diagnose
-from llm.commands.groups import group_options
 from llm.config.check import NAME_RULE, is_name
 from llm.errors import ConfigError
 from llm.sweep.manifest import SweepJob
