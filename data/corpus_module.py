@@ -51,6 +51,11 @@ class CorpusModule(LightningDataModule):
         return self._cache
 
     @property
+    def has_own_validation_set(self) -> bool:
+        """Whether the source has a validation set of its own, so that no share of the documents is held out."""
+        return self.source.validation is not None
+
+    @property
     def train_tokens(self) -> int:
         """Number of tokens in the training split."""
         return len(self.cache.train)

@@ -1,5 +1,6 @@
 import copy
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,26 @@ from omegaconf import OmegaConf
 from llm.commands.cli import run_command
 from llm.config.check import check
 from llm.config.files import to_plain
+from llm.distributed.launch import STOPPING
 from llm.training.train import train
 
 settings.register_profile("unhurried", deadline=None)  # a busy machine is slow, and that is no failure
 settings.load_profile("unhurried")
+
+WATCHED = (*STOPPING, signal.SIGCHLD)
+"""Signals whose handlers a test must put back."""
+
+
+@pytest.fixture(autouse=True)
+def signals_as_found():
+    """Fail a test that leaves a signal handler behind, which could stop a later test's run."""
+    before = {number: signal.getsignal(number) for number in WATCHED}
+    yield
+    after = {number: signal.getsignal(number) for number in WATCHED}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after == before, "a signal handler is left behind"
+
 
 TINY = (
     "model.d_model=32",

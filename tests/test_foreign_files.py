@@ -1,6 +1,7 @@
 """Tests that no file which the project did not write is removed, replaced or adopted."""
 
 import contextlib
+import logging
 
 import pytest
 import torch
@@ -139,3 +140,25 @@ def test_a_report_does_not_replace_a_foreign_page(tmp_path, foreign, name):
         write_report([tmp_path / "run"], out=tmp_path / "site")
     write_report([tmp_path / "run"])
     write_report([tmp_path / "run"])  # its own report is replaced
+
+
+def test_removing_a_folder_without_a_run_leaves_the_logs_of_the_program_open(tmp_path):
+    """A program that calls `llm.compose` logs to files of its own, which logging.shutdown() would close."""
+    folder, logger = tmp_path / "run", logging.getLogger()
+    remember_contents(folder)
+    folder.mkdir()
+    own, of_run = logging.FileHandler(tmp_path / "mine.log"), logging.FileHandler(folder / "train.log")
+    for handler in (own, of_run):
+        logger.addHandler(handler)
+    try:
+        discard_empty(folder)
+        assert not folder.exists()
+        assert own in logger.handlers
+        assert of_run not in logger.handlers
+        assert own.stream is not None
+        logger.warning("still here")
+        assert "still here" in (tmp_path / "mine.log").read_text()
+    finally:
+        for handler in (own, of_run):
+            logger.removeHandler(handler)
+            handler.close()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from llm.commands.in_process import composed_piece, keys_of_size
+from llm.config.cross_checks import check_rates
 from llm.config.piece_signature import keyword_parameters
 from llm.config.pieces import instantiate, piece_at
 from llm.config.signatures import MISSING, check_node, suggest, target_nodes
@@ -64,9 +65,7 @@ def _optimizer(choice: str, model: nn.Module, overrides: list[str], settings: di
     node = _node(choice, overrides)
     _merge("optimizer", node, settings, others={"kinds"})
     _refuse_invalid("optimizer", node)
-    for name in ("lr", "weight_decay"):
-        if not isinstance(node[name], int | float):
-            raise ConfigError(f"optimizer.{name}={node[name]!r}: must be a number; try {name}=0.01")
+    check_rates(node)
     groups = groups_of_any_module(model, lr=node["lr"], weight_decay=node["weight_decay"], kinds=kinds)
     try:
         return instantiate(node)(groups)

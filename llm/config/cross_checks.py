@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
+import yaml
 
 from llm.config.build import (
     build_averaging,
@@ -15,6 +16,7 @@ from llm.config.build import (
     build_rates,
     build_tokenizer,
 )
+from llm.config.conf import conf_folder
 from llm.config.piece_signature import keyword_parameters
 from llm.config.pieces import instantiate, piece_signature
 from llm.config.signatures import locate
@@ -63,6 +65,7 @@ def check_across_groups(cfg: Mapping[str, Any], *, invalid: Collection[str]) -> 
         ({"model", "rates", "optimizer", "objective"}, lambda: _check_tensors(cfg["optimizer"], model())),
         ({"optimizer", "rates"}, lambda: build_rates(cfg).check(instantiate(cfg["optimizer"]))),
         ({"data"}, lambda: instantiate(cfg["data"])),
+        ({"data", "loader"}, lambda: _check_held_out_share(cfg)),
         ({"tokenizer"}, lambda: build_tokenizer(cfg)),
         ({"spikes"}, lambda: instantiate(cfg.get("spikes") or {})),
         ({"eval"}, lambda: build_evaluations(cfg)),
@@ -156,17 +159,36 @@ def _check_probe(cfg: Mapping[str, Any]) -> None:
         )
 
 
+def _check_held_out_share(cfg: Mapping[str, Any]) -> None:
+    """Refuse a share to hold out that somebody has set, where the data has a validation set of its own."""
+    share = cfg["loader"]["val_fraction"]
+    default = yaml.safe_load((conf_folder() / "train.yaml").read_text(encoding="utf-8"))["loader"]["val_fraction"]
+    if share != default and instantiate(cfg["data"]).validation is not None:
+        raise ConfigError(
+            f"loader.val_fraction={share}: the data has a validation set of its own, so no share of it is held out; "
+            "remove loader.val_fraction"
+        )
+
+
+def check_rates(node: Mapping[str, Any]) -> None:
+    """Refuse a learning rate of an optimizer's node that is not above 0, and a negative weight decay."""
+    problems = []
+    for name, rule, is_valid, usual in (
+        ("lr", "above 0", lambda value: 0 < value < math.inf, "4e-3 suits adamw at tiny"),
+        ("weight_decay", "at least 0", lambda value: 0 <= value < math.inf, "0.1 is usual"),
+    ):
+        value = node[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not is_valid(value):
+            what = rule if is_number else f"a number {rule}"
+            problems.append(f"optimizer.{name}={value}: must be {what}; {usual}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
 def _check_optimizer(cfg: Mapping[str, Any]) -> None:
     node, policy = cfg["optimizer"], cfg["on_nonfinite"]
-    rates = []
-    is_number = isinstance(node["lr"], (int, float))
-    if not is_number or not 0 < node["lr"] < math.inf:
-        what = "above 0" if is_number else "a number above 0"
-        rates.append(f"optimizer.lr={node['lr']}: must be {what}; 4e-3 suits adamw at tiny")
-    if not 0 <= node["weight_decay"] < math.inf:
-        rates.append(f"optimizer.weight_decay={node['weight_decay']}: must be at least 0; 0.1 is usual")
-    if rates:
-        raise ConfigError("\n".join(rates))
+    check_rates(node)
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
     group = {"params": [parameter], "names": ["probe"], "kind": "matrix", "lr": node["lr"], "weight_decay": 0.0}
     try:

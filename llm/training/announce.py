@@ -26,6 +26,11 @@ def announce(checked: CheckedConfig, folder: RunFolder, module: LanguageModule, 
         *(f"{plan.batch_tokens:_}", plan.accumulation, plan.world_size, plan.micro_batch_size, plan.context_length),
     )
     log.info("steps        %s, %s tokens, %.2f epochs", f"{steps:_}", f"{tokens:_}", tokens / data.train_tokens)
+    if data.has_own_validation_set and data.val_tokens > data.max_val_tokens:
+        log.warning(
+            "loader.val_tokens=%d: each validation of the run reads so many of the set's %s tokens; eval.py reads all",
+            *(data.max_val_tokens, f"{data.val_tokens:_}"),
+        )
     for line in module.lr_derivation:
         log.info(line)
     for line in module.model.cautions(context_length=plan.context_length, is_training=True):

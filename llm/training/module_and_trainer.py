@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.callbacks import ProgressBar
 
 from llm.callbacks.checkpoint_io import FolderCheckpointIO
 from llm.config.build import (
@@ -69,6 +70,7 @@ def build_run_trainer(checked: CheckedConfig, folder: RunFolder) -> L.Trainer:
         "open_source": partial(open_source, checked, folder.path),
         "source_files": source_patterns(tree),
     }
+    callbacks = build_callbacks(tree, **supplied)
     manifest = {"world_size": sizes.world_size, "versions": versions(), "config_hash": config_hash(tree)}
     return build_trainer(
         tree,
@@ -81,7 +83,8 @@ def build_run_trainer(checked: CheckedConfig, folder: RunFolder) -> L.Trainer:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_model_summary=False,
-        callbacks=[*build_callbacks(tree, **supplied), *build_averaging(tree)],  # averaging sees an update's end last
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),  # not Lightning's own
+        callbacks=[*callbacks, *build_averaging(tree)],  # averaging sees an update's end last
         logger=build_loggers(tree, **supplied),
         plugins=[FolderCheckpointIO(manifest=manifest), *own_environment()],
     )

@@ -96,6 +96,8 @@ def rebuild(folder: Path, checkpoint: str, *, average: int = 1, **changes: Any) 
     data = build_data(checked.tree, checked.sizes)
     data.prepare_data()
     data.setup("validate")
+    if data.has_own_validation_set:  # published figures are those of the whole set
+        data.max_val_tokens = max(data.max_val_tokens, data.val_tokens)
     state = trained_state(folder, weights, average)
     check_vocabulary(state, data.tokenizer.vocab_size, weights)
     model = _model_with(checked.tree, data.tokenizer.vocab_size, state, weights)

@@ -203,7 +203,9 @@ def test_mistakes_name_the_choice_and_the_remedy(choice, settings, message):
     [
         ({"learning_rate": 1.0}, "did you mean lr"),
         ({"lr": "x"}, "must be a number"),
-        ({"lr": -1.0}, "Invalid learning rate|must be a number"),
+        ({"lr": -1.0}, r"optimizer\.lr=-1\.0: must be above 0"),
+        ({"lr": 0}, r"optimizer\.lr=0: must be above 0"),
+        ({"weight_decay": -0.1}, r"optimizer\.weight_decay=-0\.1: must be at least 0"),
     ],
 )
 def test_mistakes_in_the_settings_of_an_optimizer(settings, message):

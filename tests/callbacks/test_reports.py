@@ -13,6 +13,7 @@ from llm.callbacks.progress import ProgressLine
 from llm.callbacks.samples import Samples
 from llm.errors import ConfigError
 from llm.run_folder.folder import SUMMARY_KEYS
+from llm.training.train import train as run
 
 
 def samples(folder, **options):
@@ -141,3 +142,10 @@ def test_sample_settings_out_of_range_are_refused(folder, option):
         samples(folder, **option)
     with pytest.raises(ConfigError, match="every=0"):
         ProgressLine(every=0, refresh_seconds=1.0)
+
+
+def test_without_the_progress_callback_nothing_shows_progress(composed, tiny, tmp_path, capfd):
+    run(composed(*tiny, "callbacks.progress=null", "callbacks.samples=null", "max_steps=1", "val_every=1"), tmp_path)
+    shown = "".join(capfd.readouterr())
+    assert "Epoch" not in shown
+    assert "it/s" not in shown

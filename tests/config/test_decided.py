@@ -23,3 +23,23 @@ def test_a_setting_that_another_key_decides_is_refused_with_that_key(composed, p
 def test_a_seed_out_of_range_is_refused(composed, seed):
     with pytest.raises(ConfigError, match=rf"seed={seed}: must lie in \[0, 4294967296\)"):
         check(composed(f"seed={seed}"))
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        ("data=text", "data.files={}/a.txt", "data.val_files={}/b.txt"),
+        ("data=synthetic", "data.num_val_documents=9"),
+        ("data=python", "data.val_modules=[json]"),
+        ("data=hf", "data.path=a/b", "data.val_split=validation"),
+    ],
+    ids=lambda own: own[0],
+)
+def test_a_share_to_hold_out_is_refused_beside_a_validation_set_of_its_own(composed, tmp_path, own):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("text")
+    settings = [text.format(tmp_path) for text in own]
+    check(composed(*settings))  # the default share is nobody's choice
+    check(composed(*settings[:-1], "loader.val_fraction=0.1"))
+    with pytest.raises(ConfigError, match=r"loader\.val_fraction=0\.1: the data has a validation set of its own"):
+        check(composed(*settings, "loader.val_fraction=0.1"))

@@ -20,7 +20,7 @@ from llm.evals.held_out_loss import HeldOutLoss
 from llm.model.transformer import Head, Transformer, TransformerOutput
 from llm.objective.next_token import NextToken
 from llm.run_folder.checkpoint_mean import mean_state
-from llm.training.rebuild import rebuild_model
+from llm.training.rebuild import rebuild, rebuild_model
 from llm.training.train import train
 
 
@@ -84,6 +84,7 @@ def test_a_validation_set_of_its_own_is_what_a_run_and_its_evaluation_measure(
         (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i} and {i * i}\n" for i in range(200)))
     own = [f"{tmp_path}/val_{name}.txt" for name in "ab"]
     settings = [t for t in tiny if not t.startswith("data.files")]
+    settings = [t for t in settings if not t.startswith("loader.val")]
     settings += [f"data.files={tmp_path}/train.txt", f"data.val_files=[{','.join(own)}]", "loader.val_tokens=100000"]
     folder = tmp_path / "run"
     folder.mkdir()
@@ -98,6 +99,19 @@ def test_a_validation_set_of_its_own_is_what_a_run_and_its_evaluation_measure(
     given = {**saved, "data": {**saved["data"], "val_files": own[0]}}
     with pytest.raises(ConfigError, match=r"data\.val_files=.*: the run was made with"):
         merge_resumed(saved, given, [f"data.val_files={own[0]}"])
+
+
+def test_an_evaluation_reads_a_validation_set_of_its_own_whole(composed, tiny, tmp_path, caplog):
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i} and {i * i}\n" for i in range(200)))
+    settings = [t for t in tiny if not t.startswith(("data.files", "loader.val"))]
+    settings += [f"data.files={tmp_path}/train.txt", f"data.val_files={tmp_path}/val.txt", "loader.val_tokens=64"]
+    train(composed(*settings, "max_steps=1", "val_every=1", "callbacks.samples=null"), tmp_path / "run")
+    assert "loader.val_tokens=64: each validation of the run reads so many of the set's" in caplog.text
+    data = rebuild(tmp_path / "run", "last").data
+    read_tokens = sum(batch["labels"].numel() for batch in data.validation_batches())
+    assert data.val_tokens - 8 * 32 < read_tokens <= data.val_tokens  # whole windows of 32, in multiples of 8
+    assert read_tokens > 64
 
 
 def test_a_text_is_read_whole_by_default_and_by_share_1(trained, judging, tmp_path):
