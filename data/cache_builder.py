@@ -51,7 +51,7 @@ def build_cache(source: Source, tokenizer: Any, options: CacheOptions, final: Pa
         manifest["report"]["seconds"] = round(time.monotonic() - started, 3)
         tokenizer.save(folder)
         _write_durably(folder / MANIFEST, json.dumps(manifest, indent=1))
-        if final.exists():  # it is damaged, since it could not be opened
+        if final.exists():  # it is corrupt, since it could not be opened
             shutil.rmtree(final)
         os.rename(folder, final)
     finally:

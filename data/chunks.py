@@ -4,10 +4,10 @@ import io
 from collections.abc import Iterator
 
 _SHORT_LOOK = 4096
-"""Bytes in which nearly every line ends; only where none ends there are more read."""
+"""Bytes in which nearly every line ends; more are read only where none ends there."""
 _LEAST_LOOK, _MOST_LOOK = 1 << 10, 1 << 16
 _LONGEST_PART = 1 << 15
-"""Bytes of a part of a long line, at most: far enough below `loader.max_line_bytes` that no part is discarded."""
+"""Most bytes of a part of a long line: far enough below `loader.max_line_bytes` that no part is discarded."""
 
 
 def read_chunks(file: io.BufferedIOBase, *, size: int, first: int = 0, last: int | None = None) -> Iterator[bytes]:
@@ -38,7 +38,7 @@ def read_chunks(file: io.BufferedIOBase, *, size: int, first: int = 0, last: int
 
 
 class _Ahead:
-    """A file that is read from one position on, with bytes that are looked at before they are taken."""
+    """A file that is read from one position on, and whose next bytes can be read in advance."""
 
     def __init__(self, file: io.BufferedIOBase, *, start: int):
         self._file, self.position = file, start
@@ -47,7 +47,7 @@ class _Ahead:
             file.seek(start)
 
     def available(self, count: int) -> int:
-        """Read ahead until `count` bytes are at hand; return how many are, which is fewer only at the file's end."""
+        """Read ahead until `count` bytes are buffered; return their number, which is smaller only at the file's end."""
         if len(self.bytes) < count:
             self.bytes += self._file.read(count - len(self.bytes))
         return min(len(self.bytes), count)

@@ -60,7 +60,7 @@ def _zstd_window(path: str) -> int:
     with open(path, "rb") as file:
         header = file.read(18)
     if len(header) < 6 or header[:4] != _ZSTD_MAGIC:
-        return 0  # the decompressor says what is wrong
+        return 0  # the decompressor reports the error
     descriptor = header[4]
     if not descriptor & 0x20:
         base = 1 << (10 + (header[5] >> 3))

@@ -1,4 +1,4 @@
-"""The first half of the data module: builds or opens the token cache, and gives its windows."""
+"""The base of the data module: builds or opens the token cache, and returns its windows."""
 
 from collections.abc import Mapping
 from typing import Any

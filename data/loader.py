@@ -23,7 +23,7 @@ class WindowLoader(DataLoader):
         super().__init__(
             dataset,
             collate_fn=_keep,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=ignore_stop_signals,
             pin_memory=torch.cuda.is_available(),
             **settings,
         )
@@ -44,7 +44,7 @@ def _keep(batch: Any) -> Batch:
     return batch
 
 
-def _ignore_signals(_: int) -> None:
-    """Ignore signals that stop a run: the main process saves a checkpoint first and then ends its workers."""
+def ignore_stop_signals(_: int) -> None:
+    """Ignore the signals that stop a run: the main process saves a checkpoint first and then ends its workers."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -82,13 +82,13 @@ def _find_or_build(source: Source, tokenizer: Any, options: CacheOptions) -> Tok
 
 
 def _open(folder: Path, tokenizer: Any) -> TokenCache | None:
-    """Open a published corpus. Return None where there is none, or where it is damaged and must be built again."""
+    """Open a published corpus. Return None where there is none, or where it is corrupt and must be built again."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        _logger.warning("loader.cache_dir=%s: the manifest is damaged (%s); the cache is built again", folder, error)
+        _logger.warning("loader.cache_dir=%s: the manifest is corrupt (%s); the cache is built again", folder, error)
         return None
     dtype = np.dtype(manifest["dtype"])
     streams = {}

@@ -57,7 +57,7 @@ def check_shard(path: Path, *, dtype: np.dtype, count: int) -> None:
     except OSError as error:
         raise DataError(f"loader.cache_dir={path}: cannot be read ({error}); delete this cache") from error
     if header != _HEADER.pack(_MAGIC, dtype.itemsize, 0) + _COUNT.pack(count) or size != expected:
-        raise DataError(f"loader.cache_dir={path}: damaged ({size} bytes, {expected} expected); delete this cache")
+        raise DataError(f"loader.cache_dir={path}: corrupt ({size} bytes, {expected} expected); delete this cache")
 
 
 class TokenStream:

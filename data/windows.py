@@ -54,7 +54,7 @@ class WindowDataset(Dataset):
         path, offset = self.stream.place(indices[row] * self.context_length + int(column))
         raise DataError(
             f"loader.cache_dir={path}: token {windows[row, column]} at byte {offset} is outside the vocabulary of "
-            f"{self.vocab_size}: the file is damaged; delete this cache, and it is built again"
+            f"{self.vocab_size}: the file is corrupt; delete this cache, and it is built again"
         )
 
     def documents_in(self, windows: list[int]) -> list[tuple[int, int]]:

@@ -21,7 +21,7 @@ class DataError(CrucibleError):
 
 
 class CheckpointError(CrucibleError):
-    """A checkpoint that is missing, damaged, or made by another architecture."""
+    """A checkpoint that is missing, corrupt, or of another architecture."""
 
 
 class NonFiniteError(CrucibleError):

@@ -166,7 +166,7 @@ def test_a_sweep_gives_each_job_a_folder(tiny, tmp_path):
         ),
         (
             ["callbacks=noise_scale", "micro_batch_size=32"],
-            "micro_batch_size=32: leaves one micro-batch an update on one device, and callbacks.noise_scale compares "
+            "micro_batch_size=32: leaves one micro-batch per update on one device, and callbacks.noise_scale compares "
             "at least 2; set micro_batch_size=16",
         ),
         (["callbacks=noise_scale", "batch_tokens=256"], "compares at least 2; set batch_tokens=512 or more"),

@@ -126,7 +126,7 @@ def test_a_group_that_gets_no_name_of_an_option_is_answered_with_its_options(val
 @pytest.mark.parametrize("argument", ["optimizer=[]", "~optimizer", "~optimizer=adamw", "optimizer=null"])
 def test_a_group_that_a_run_needs_cannot_be_left_out(argument):
     (complaint,) = complaints(argument)
-    assert complaint == f"{argument}: optimizer cannot be left out; choose one of adamw, lion, muon, sgd, tiger"
+    assert complaint == f"{argument}: optimizer is needed; choose one of adamw, lion, muon, sgd, tiger"
 
 
 @pytest.mark.parametrize("argument", ["logger=[]", "~logger", "eval=[loss,samples]", "~optimizer.fused", "name=3"])

@@ -73,10 +73,10 @@ class Run:
         Args:
             checkpoint: `last`, `best`, or the name of a folder in `checkpoints/`.
             average: number of checkpoints, this one and those before it, whose mean is loaded.
-            device: where to compute, None for what the run's trainer would choose here.
+            device: device of the model; None for the one that the run's trainer would choose here.
 
         Raises:
-            CheckpointError: the checkpoint is missing, damaged, or of another model.
+            CheckpointError: the checkpoint is missing, corrupt, or of another model.
         """
         with process_state_restored():
             trained = rebuild_model(self.folder, checkpoint, average=average, device=device)
@@ -94,7 +94,7 @@ class Run:
         """Return each prompt with its continuation.
 
         Args:
-            prompts: one text or several, which are continued side by side.
+            prompts: one text or several, which are continued in one batch.
             checkpoint: see `load`.
             average: see `load`.
             sampling: settings of conf/generate.yaml: max_new_tokens, temperature, top_k, top_p, repetition_penalty,

@@ -29,9 +29,9 @@ PARTS_OF_A_RUN = ("callbacks", "experiment", "logger", "model/size", "trainer")
 def build(choice: str, /, *arguments: nn.Module | str, **settings: Any) -> Any:
     """Build one piece with its defaults from conf/: `llm.build("optimizer=muon", model, lr=3e-3)`.
 
-    An optimizer takes any module and groups its parameters by kind; see `llm.optim.foreign_kinds`. Batch rules and
-    schedules are no part of it. A function such as a schedule is returned with its settings bound. Weights of a module
-    are drawn from torch's generator.
+    An optimizer takes any module and groups its parameters by kind; see `llm.optim.foreign_kinds`. It has no batch rule
+    and no schedule. A function such as a schedule is returned with its settings bound. Weights of a module are drawn
+    from torch's generator.
 
     Args:
         choice: `<group>=<option>`, an option of conf/.
@@ -100,7 +100,7 @@ def _piece(choice: str, overrides: list[str], settings: dict[str, Any]) -> Any:
 
 
 def _of_an_attention(choice: str, piece: Any, overrides: list[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return geometry, position and layer of an attention that stands alone."""
+    """Return geometry, position and layer index for an attention without a model."""
     if absent := [name for name in ("d_model", "num_heads") if name not in settings]:
         raise ConfigError(
             f"{choice}: needs {' and '.join(absent)}; write llm.build({choice!r}, d_model=256, num_heads=4)"
@@ -120,7 +120,7 @@ def _of_an_attention(choice: str, piece: Any, overrides: list[str], settings: di
 
 
 def _node(choice: str, overrides: list[str]) -> dict[str, Any]:
-    """Return the node of an option with its defaults; what only the size of a model sets is missing."""
+    """Return the node of an option with its defaults, without the keys that only the size of a model sets."""
     group, _, option = choice.partition("=")
     is_list = group == "eval"
     others = [override for override in overrides if override != choice]

@@ -22,7 +22,7 @@ from llm.run_folder.ownership import HYDRA_NOTES, discard_empty, remember_conten
 from llm.training import train as training
 
 SIGNAL_STATUS = 128
-"""Exit status of a process that signal n ended, less n."""
+"""Exit status of a process that signal n ended, minus n."""
 
 
 def train_in_process(config: Configuration) -> Run:

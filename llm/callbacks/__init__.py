@@ -1,1 +1,1 @@
-"""What happens beside the training step: recording, checkpoints, signals, samples."""
+"""Callbacks of the training loop: recording, checkpoints, signals and samples."""

@@ -38,7 +38,7 @@ class RunningAverage(WeightAveraging):
         super().on_validation_epoch_start(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Save the average as the weights, and the raw weights beside it."""
+        """Save the average as the weights, and the raw weights as a further entry."""
         self._follow_raw_weights(pl_module)
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
@@ -49,15 +49,15 @@ class RunningAverage(WeightAveraging):
 
 
 class EMA(RunningAverage):
-    """Keeps an exponential moving average of the weights, updated after every optimizer update.
+    """An exponential moving average of the weights, updated after every optimizer update.
 
         w̄ ← d · w̄ + (1 − d) · w,   d = min(decay, (1 + n) / (10 + n)),   n = updates averaged before
 
-    The first averaged weights are taken as they are. The lower decay at the start keeps the average of a short run
-    from being dominated by the weights that the run started with.
+    The average starts as a copy of the first averaged weights. The lower decay at the start keeps the average of a
+    short run from being dominated by the weights that the run started with.
 
     Args:
-        decay: in [0, 1); the average reaches back about 1 / (1 − decay) updates.
+        decay: decay rate, in [0, 1); the average reaches back about 1 / (1 − decay) updates.
         start: number of updates before the first that enters the average; below the updates of the run.
 
     Raises:
@@ -102,7 +102,7 @@ class EMA(RunningAverage):
 
 
 class LastAverage(RunningAverage):
-    """Averages the last few snapshots of the weights, which are taken at a fixed interval of updates.
+    """A mean of the last few snapshots of the weights, which are taken at a fixed interval of updates.
 
     Args:
         count: number of snapshots in the average, at least 2; each takes the memory of the weights.

@@ -18,14 +18,14 @@ FILE = "bad_steps.jsonl"
 
 
 class BadSteps(Callback):
-    """Records each update that was not applied, with the losses, windows and documents of its micro-batches.
+    """A callback that records each update that was not applied, with the losses, windows and documents of its batch.
 
     One line per update: step, why, loss, grad_norm, and for each micro-batch of each rank its loss, the numbers of its
     windows, and the first and last document of the corpus in each of them. `python -m llm.replay` computes its losses
-    again, window by window. After a rollback, the metrics of each step have the number of rollbacks, `rollbacks`.
+    again, window by window. After a rollback, the metrics of each step include `rollbacks`, the number of rollbacks.
 
     Args:
-        run_folder: where the file goes.
+        run_folder: the folder in which bad_steps.jsonl is written.
     """
 
     def __init__(self, *, run_folder: RunFolder) -> None:
@@ -59,7 +59,7 @@ class BadSteps(Callback):
         line = {key: _number(value) for key, value in refused.items()} | {"micro_batches": parts}
         self.run_folder.append_text(FILE, json.dumps(line) + "\n")
         log.warning(
-            "step %d was refused (%s): noted in %s; look into it with python -m llm.replay run_dir=%s step=%d",
+            "step %d was refused (%s): recorded in %s; inspect it with python -m llm.replay run_dir=%s step=%d",
             refused["step"], refused["why"], FILE, self.run_folder.path, refused["step"],
         )  # fmt: skip
 

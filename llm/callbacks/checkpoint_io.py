@@ -23,16 +23,16 @@ from llm.run_folder.checkpoint_files import remove_checkpoint
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """Lets Lightning save and load checkpoints as folders (pass it in `Trainer(plugins=[...])`).
+    """A plugin for `Trainer(plugins=[...])` that saves and loads checkpoints as folders.
 
-    Saving holds training up for as long as a copy of the state in memory takes; a thread writes it. One copy at a time
-    is kept: where a checkpoint is due before the last one is written, training waits for that.
+    Saving stops training only while the state is copied in memory. A thread writes the copy. There is one copy at a
+    time, so training waits where a checkpoint is due before the last one is written.
 
     Args:
         manifest: what each manifest.json records about the run: world_size, versions, config_hash.
 
     Attributes:
-        writer: has a queue for what should follow when the checkpoint is there, and raises what went wrong.
+        writer: a queue of tasks that run after the checkpoint is written. It raises the errors of failed tasks.
     """
 
     def __init__(self, *, manifest: Mapping[str, Any]) -> None:
@@ -44,7 +44,9 @@ class FolderCheckpointIO(CheckpointIO):
     ) -> None:
         """Copy Lightning's dictionary; a thread writes it as a checkpoint folder at `path`."""
         if storage_options is not None:
-            raise CheckpointError(f"storage_options={storage_options}: a checkpoint folder has none; leave them out")
+            raise CheckpointError(
+                f"storage_options={storage_options}: a checkpoint folder has no such options; remove storage_options"
+            )
         state = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
         training = {name: value for name, value in checkpoint.items() if name != "state_dict"}
         training["state_dict_extra"] = {n: v for n, v in checkpoint["state_dict"].items() if n not in state}
@@ -74,10 +76,10 @@ class FolderCheckpointIO(CheckpointIO):
 
 
 def _write_finite(folder: Path, contents: Contents, *, manifest: Mapping[str, Any]) -> None:
-    """Write a checkpoint whose weights are finite. Others would replace a checkpoint that can be resumed."""
+    """Write a checkpoint if its weights are finite. Otherwise it would replace one that can be resumed."""
     if bad := names_not_finite(contents.tensors):
         raise CheckpointError(
-            f"checkpoint={folder}: {bad} holds values that are not finite, so it was not saved; go on from the one "
-            "before with a lower optimizer.lr, in a new run with init_from=<run folder>"
+            f"checkpoint={folder}: {bad} has values that are not finite, so it was not saved; continue from "
+            "the previous one with a lower optimizer.lr, in a new run with init_from=<run folder>"
         )
     write_contents(folder, contents, manifest=manifest)

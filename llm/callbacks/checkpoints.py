@@ -20,23 +20,26 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints(Checkpoint):
-    """Saves checkpoints at regular updates, at the last update, and at the best validation loss.
+    """A callback that saves checkpoints at regular updates, at the last update, and at the best validation loss.
 
-    A checkpoint is made between two updates, never inside one. Where validation follows the same update, it is made
-    after it, so that a run resumed from it repeats nothing; a run that is being stopped saves first. A thread writes
-    it; a failure to do so stops the run at the next update, and training never ends before the last one is written.
+    A checkpoint is saved between two updates. Where validation follows the same update, the checkpoint is saved after
+    it, so that a resumed run does not validate again. A run that is being stopped saves first. A thread writes the
+    files. If writing fails, the run stops at the next update. Training waits for the last checkpoint before it ends.
 
     Args:
-        run_folder: where checkpoints go.
+        run_folder: the folder in which checkpoints are saved.
         checkpoint_every: optimizer updates between checkpoints, at least 1.
-        keep: newest checkpoints that stay, at least 2: should one be damaged, there is another. The best stays too.
+        keep: number of newest checkpoints that are not deleted, at least 2, because one may be corrupt. The best is not
+            deleted either.
     """
 
     def __init__(self, *, run_folder: RunFolder, checkpoint_every: int, keep: int) -> None:
         if checkpoint_every < 1:
             raise ConfigError(f"checkpoint_every={checkpoint_every}: must be at least 1; try 200")
         if keep < 2:
-            raise ConfigError(f"callbacks.checkpoints.keep={keep}: must be at least 2, one may be damaged; try 2")
+            raise ConfigError(
+                f"callbacks.checkpoints.keep={keep}: must be at least 2, because one may be corrupt; try 2"
+            )
         self.run_folder = run_folder
         self.checkpoint_every, self.keep = checkpoint_every, keep
         self.best_loss = math.inf

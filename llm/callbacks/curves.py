@@ -14,17 +14,17 @@ from llm.run_folder.folder import RunFolder
 
 
 class Curves(Callback):
-    """Draws curves.png from metrics.jsonl when training ends, also where a signal ends it.
+    """A callback that draws curves.png from metrics.jsonl when training ends, also where a signal ends it.
 
     Args:
-        run_folder: where metrics.jsonl is and curves.png goes.
+        run_folder: the folder of metrics.jsonl, in which curves.png is drawn.
     """
 
     def __init__(self, *, run_folder: RunFolder) -> None:
         self.run_folder = run_folder
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw, once every line is written."""
+        """Draw after every line is written."""
         if trainer.is_global_zero:
             with self.run_folder.unless_full("curves.png"):
                 draw_curves(self.run_folder.read_metrics(), self.run_folder.path / "curves.png")
@@ -35,7 +35,7 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
 
     Args:
         lines: one mapping of metric to value per step.
-        path: the picture to write.
+        path: path of the picture.
     """
     figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
@@ -58,7 +58,7 @@ def _panel(axes: Axes, lines: list[dict[str, Any]], names: list[str], title: str
     for name in names:
         points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
         if points:
-            # a few points, as validation has, would vanish between the lines without a mark
+            # the few points of a validation need marks to be visible
             axes.plot(
                 *zip(*points, strict=True), label=name, linewidth=1.3, marker="o" if len(points) < 40 else None, ms=3
             )

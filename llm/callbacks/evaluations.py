@@ -16,18 +16,18 @@ log = logging.getLogger(__name__)
 
 
 class Evaluations(Callback):
-    """Runs what `eval=[…]` lists after every few validations; without a list it does nothing.
+    """A callback that runs the evaluations of `eval=[…]` after every few validations; without a list it does nothing.
 
-    The headline numbers join the line of their update in metrics.jsonl and in every logger, as `eval/<evaluation>/…`;
-    everything that an evaluation found is added to eval/<evaluation>.jsonl. With weights averaged in training, the
-    average is judged, as validation does. Every rank evaluates alike, so that sharded weights can be gathered; the
-    first one writes.
+    The headline numbers are added to the line of their update in metrics.jsonl and in every logger, as
+    `eval/<evaluation>/…`. All results of an evaluation are added to eval/<evaluation>.jsonl. Where training averages
+    the weights, the average is evaluated, as in validation. Every rank evaluates, so that sharded weights can be
+    gathered, and the first rank writes.
 
     Args:
-        run_folder: where files go.
+        run_folder: the folder in which results are written.
         every_validations: validations between evaluations, at least 1.
-        evaluations: by name.
-        precision: of the run.
+        evaluations: the evaluations, by name.
+        precision: precision of the run.
         open_source: see `llm.evals.evaluation.Subject`.
         source_files: likewise.
 
@@ -54,7 +54,7 @@ class Evaluations(Callback):
         self._found: tuple[int, dict[str, float]] = (-1, {})
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Evaluate when it is due, before averaged weights make way for the current ones."""
+        """Evaluate when it is due, while averaged weights are still in the model."""
         if trainer.sanity_checking or not self.evaluations:
             return
         self._validations += 1
@@ -88,7 +88,7 @@ class Evaluations(Callback):
         return self._found[1] if self._found[0] == trainer.global_step else {}
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many validations there were."""
+        """Return the number of validations."""
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:

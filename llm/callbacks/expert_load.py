@@ -27,16 +27,17 @@ MOST_ROWS_TIMES = 50
 
 
 class ExpertLoad(Callback):
-    """Reports each mixture-of-experts layer over the whole update: all its micro-batches and ranks.
+    """A callback that reports the load of experts over the whole update, which includes all its micro-batches and
+    ranks.
 
-    Adds to an update's line `train/layer<i>/expert_load_global`, each expert's share of the tokens' slots, and
-    `train/layer<i>/max_violation_global`, its largest load over the mean, minus one; the figures without `_global`
-    are those of a micro-batch. Warns of experts without a token for `alarm_after` updates, once for each time that
-    they fall idle. Draws expert_load.png when training ends. A model without experts costs nothing.
+    It adds two metrics to the line of an update. `train/layer<i>/expert_load_global` is each expert's share of the
+    tokens' slots, and `train/layer<i>/max_violation_global` is the largest load over the mean, minus one. The metrics
+    without `_global` are means over micro-batches. It warns once when an expert has received no token for `alarm_after`
+    updates. It draws expert_load.png when training ends. It does nothing for a model without experts.
 
     Args:
-        run_folder: where metrics.jsonl is and expert_load.png goes.
-        alarm_after: updates without a token after which an expert is called idle, at least 1.
+        run_folder: the folder of metrics.jsonl, in which expert_load.png is drawn.
+        alarm_after: number of updates without a token after which an expert is reported as idle, at least 1.
 
     Raises:
         ConfigError: an alarm_after below 1.
@@ -62,16 +63,16 @@ class ExpertLoad(Callback):
         for index, counts in expert_layers(pl_module):
             idle = self._idle[index]
             idle.add_(1).mul_(counts == 0)
-        if self._step % self.alarm_after == 0 and trainer.is_global_zero:  # reading them makes a GPU wait
+        if self._step % self.alarm_after == 0 and trainer.is_global_zero:  # reading them synchronizes with the GPU
             self._warn()
 
     def _warn(self) -> None:
         for index, idle in self._idle.items():
-            # between two checks an expert passes the limit once
+            # an expert exceeds the limit once between two checks
             experts = ((idle >= self.alarm_after) & (idle < 2 * self.alarm_after)).nonzero().flatten().tolist()
             if experts:
                 log.warning(
-                    "step %d: layer %d has had no token for experts %s in %d updates; try model/ffn/balance=loss_free, "
+                    "step %d: layer %d: experts %s received no token in %d updates; try model/ffn/balance=loss_free, "
                     "or a larger rate",
                     *(self._step, index, ", ".join(map(str, experts)), self.alarm_after),
                 )
@@ -95,7 +96,7 @@ class ExpertLoad(Callback):
 
 
 def load_rows(lines: list[dict[str, Any]]) -> list[list[Any]]:
-    """Return (step, layer, expert, load over an even share) at up to MOST_ROWS_TIMES steps, the last among them."""
+    """Return (step, layer, expert, load over an even share) at up to MOST_ROWS_TIMES steps, including the last one."""
     told = [line for line in lines if any(name.endswith(LOAD) for name in line)]
     stride = -(-len(told) // MOST_ROWS_TIMES) or 1
     return [
@@ -118,8 +119,8 @@ def draw_expert_load(lines: list[dict[str, Any]], path: Path) -> None:
     """Draw one panel per layer with experts over time; colour is the load, where 1 is an even share.
 
     Args:
-        lines: one mapping of metric to value a step, as in metrics.jsonl.
-        path: the picture to write; none where no line has a load.
+        lines: one mapping of metric to value per step, as in metrics.jsonl.
+        path: path of the picture, which is not drawn where no line has a load.
     """
     names = sorted({n for line in lines for n in line if n.endswith(LOAD)}, key=lambda n: int(n.split("/")[1][5:]))
     if not names:

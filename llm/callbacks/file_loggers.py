@@ -23,7 +23,7 @@ def csv_logger(*, run_folder: RunFolder, flush_every: int) -> CSVLogger:
     """Write `csv/version_N/metrics.csv`; a resumed run opens the next N, because Lightning starts a file anew.
 
     Args:
-        run_folder: where `csv/` goes. Its metrics.jsonl spans resumed runs.
+        run_folder: the folder in which `csv/` is created. Its metrics.jsonl includes the steps of all resumed runs.
         flush_every: records between writes, at least 1.
     """
     if flush_every < 1:
@@ -32,12 +32,13 @@ def csv_logger(*, run_folder: RunFolder, flush_every: int) -> CSVLogger:
 
 
 def tensorboard_logger(*, run_folder: RunFolder) -> TensorBoardLogger:
-    """Write `tensorboard/`; see it with `tensorboard --logdir <run folder>`.
+    """Write `tensorboard/`; view it with `tensorboard --logdir <run folder>`.
 
     A resumed run hides the steps that an earlier process logged after the checkpoint, because it logs them again.
 
     Args:
-        run_folder: where `tensorboard/` goes. Its metrics.jsonl ends at the step from which the run continues.
+        run_folder: the folder in which `tensorboard/` is created. Its metrics.jsonl ends at the step from which the run
+            continues.
 
     Raises:
         ConfigError: TensorBoard is not installed.

@@ -21,33 +21,35 @@ ALL = "all"
 
 
 class NoiseScale(Callback):
-    """Logs B_noise = tr Σ / |g|² in tokens, whole (`noise_scale`) and for each kind (`noise_scale/matrix`).
+    """A callback that logs the gradient noise scale, B_noise = tr Σ / |g|², in tokens.
 
-    The squared norm of each micro-batch's gradient on each rank is taken as the backward pass hands it over, before
-    it is added up or reduced, and compared with that of the update's gradient, before clipping. One pass over the
-    gradients a micro-batch, on every `every`-th update; no memory. The unit holds for batches of whole windows of
-    context_length: the tokens of one window are not independent.
+    It logs `noise_scale` for all parameters and for instance `noise_scale/matrix` per kind. It compares the squared
+    norm of the gradient of each micro-batch on each rank, before accumulation and reduction, with that of the update's
+    gradient before clipping. On every `every`-th update it reads the gradients once per micro-batch, without extra
+    memory. The unit is valid for batches of whole windows of context_length, because the tokens of one window are not
+    independent.
 
     Args:
         every: updates between measurements, at least 1.
-        decay: of the averages over measurements, in [0, 1).
-        accumulation: micro-batches an update on each device.
-        world_size: devices.
+        decay: decay rate of the averages over measurements, in [0, 1).
+        accumulation: micro-batches per update on each device.
+        world_size: number of devices.
 
     Raises:
-        ConfigError: a setting out of range, or one micro-batch an update on one device: nothing to compare.
+        ConfigError: a setting is out of range, or an update has one micro-batch on one device, so that nothing can be
+            compared.
     """
 
     least_micro_batches = 2
-    """An update has so many, over all devices, also where `micro_batch_size=auto` would leave one."""
+    """Least number of micro-batches per update over all devices; `micro_batch_size=auto` respects it."""
 
     def __init__(self, *, every: int, decay: float, accumulation: int, world_size: int) -> None:
         if every < 1:
             raise ConfigError(f"callbacks.noise_scale.every={every}: must be at least 1; try 1")
         if accumulation * world_size < self.least_micro_batches:
             raise ConfigError(
-                "callbacks.noise_scale: an update is one micro-batch on one device, and the noise scale compares at "
-                "least two; set micro_batch_size to half of what it is, or less"
+                "callbacks.noise_scale: an update has one micro-batch on one device, and the noise scale compares at "
+                "least two; set micro_batch_size to half of its value, or less"
             )
         self.every, self.batches = every, accumulation * world_size
         self.accumulation = accumulation
@@ -85,7 +87,7 @@ class NoiseScale(Callback):
         if trainer.world_size > 1:
             totals[: len(small)] = torch.as_tensor(trainer.strategy.reduce(totals[: len(small)], reduce_op="mean"))
         numbers = totals.tolist()
-        # each micro-batch's loss is divided by their number on the device; its own gradient is that much larger
+        # each micro-batch's loss is divided by their number on the device; its gradient is larger by this factor
         smalls = dict(zip(small, (n * self.accumulation for n in numbers[: len(small)]), strict=True))
         bigs = dict(zip(big, numbers[len(small) :], strict=True))
         tokens = pl_module.batch_tokens_at(trainer.global_step)
@@ -96,13 +98,13 @@ class NoiseScale(Callback):
         self._latest = trainer.global_step + 1
 
     def _squares_of_update(self, trainer: L.Trainer, kind: str) -> Tensor:
-        """|G|² of one kind over the whole update; a strategy that shares gradients out says it itself."""
+        """Return |G|² of one kind over the whole update; a strategy that shards gradients computes it."""
         if isinstance(trainer.strategy, ShardingStrategy):
             return trainer.strategy.squared_gradients(self._kinds[kind])
         gradients = [p.grad for p in self._kinds[kind] if p.grad is not None]
         if not gradients:
             raise ConfigError(
-                "callbacks.noise_scale: no gradient is left to measure before the update; set "
+                "callbacks.noise_scale: no gradient exists before the update; set "
                 "optimizer.accumulate=buffer, or a trainer that keeps gradients whole"
             )
         return torch.nn.utils.get_total_norm(gradients).float().square()

@@ -13,13 +13,14 @@ log = logging.getLogger(__name__)
 
 
 class OptimizerReceipt(Callback):
-    """Writes each tensor's kind, rule, lr, weight decay and state bytes to optimizer.txt, and their totals to the log.
+    """A callback that writes each tensor's kind, rule, rates and state bytes to optimizer.txt, and the totals to the
+    log.
 
-    The first lines say how the learning rate follows from the batch. The receipt describes the optimizer that the
+    The first lines show how the learning rate follows from the batch. The receipt describes the optimizer that the
     trainer steps, after a strategy has wrapped it.
 
     Args:
-        run_folder: where optimizer.txt goes.
+        run_folder: the folder in which optimizer.txt is written.
     """
 
     def __init__(self, *, run_folder: RunFolder) -> None:

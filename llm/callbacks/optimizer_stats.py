@@ -14,16 +14,16 @@ from llm.optim.stats import Move, kind_stats, moves_to_come, sampled_orthogonali
 
 
 class OptimizerStats(Callback):
-    """Adds to the metrics, for each kind: RMS of the update and of the weights, their ratio, and the gradient's norm.
+    """A callback that logs, per kind, the RMS of the update and of the weights, their ratio, and the gradient's norm.
 
-    A kind's tensors count together, also where `rates` gives them rates of their own.
-    For Muon's matrices, also how far the update is from orthogonal (`llm.optim.stats.orthogonality_error`, on a few of
-    them); for Tiger, how often tensors were shrunk for a gradient that was not finite. Measured on every `every`-th
-    update, from copies of the parameters made just before it: 4 bytes a parameter while it lasts.
+    All tensors of a kind are combined, also where `rates` gives them different rates. For Muon's matrices it also logs
+    the distance of some updates from orthogonal matrices (`llm.optim.stats.orthogonality_error`). For Tiger it logs how
+    often tensors were shrunk because a gradient was not finite. It measures every `every`-th update, from copies of the
+    parameters that are made before the update and take 4 bytes per parameter.
 
     Args:
         every: updates between measurements, at least 1.
-        orthogonality_samples: matrices looked at, at least 1.
+        orthogonality_samples: number of matrices whose orthogonality is measured, at least 1.
     """
 
     def __init__(self, *, every: int, orthogonality_samples: int) -> None:
@@ -39,12 +39,12 @@ class OptimizerStats(Callback):
         """Refuse strategies under which no rank has whole tensors, because their updates cannot be measured."""
         if isinstance(trainer.strategy, ShardingStrategy) and trainer.strategy.layouts:
             raise ConfigError(
-                "callbacks.optimizer_stats: reads whole tensors, and this run holds them in parts; use trainer.stage=0 "
-                "or trainer=ddp, or leave the callback out"
+                "callbacks.optimizer_stats: needs whole tensors, and this run shards them; use trainer.stage=0 "
+                "or trainer=ddp, or remove the callback"
             )
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
-        """Copy the parameters and measure the gradients before clipping, where the next update is measured."""
+        """Copy the parameters and measure the gradients before clipping, if this update is measured."""
         step = trainer.global_step + 1
         if step % self.every:
             return

@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 
 class ProgressLine(ProgressBar):
-    """Shows step, loss, tokens per second and the time left; validation's results stay on lines of their own.
+    """A callback that shows step, loss, tokens per second and remaining time; results of validation get their own
+    lines.
 
     Args:
         every: optimizer updates between plain lines where there is no terminal, at least 1.
@@ -42,7 +43,7 @@ class ProgressLine(ProgressBar):
         self._shown_loss = "–"
 
     def disable(self) -> None:
-        """Show nothing (Lightning asks this of every rank but the first)."""
+        """Show nothing. Lightning calls this on every rank except the first."""
         self._is_enabled = False
 
     def enable(self) -> None:
@@ -57,7 +58,7 @@ class ProgressLine(ProgressBar):
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
-                BarColumn(bar_width=16),  # leaves room for the rest on 80 columns
+                BarColumn(bar_width=16),  # the other columns need the rest of 80
                 TextColumn("{task.fields[loss]}  {task.fields[speed]}  {task.fields[left]}"),
                 console=Console(file=sys.stdout),
                 auto_refresh=False,
@@ -77,7 +78,7 @@ class ProgressLine(ProgressBar):
         now = time.monotonic()
         if self._bar is not None and now - self._drawn_at >= self.refresh_seconds:
             self._drawn_at = now
-            # the loss of the update before: the device has it, so that reading it does not wait
+            # the loss of the previous update, which is known without synchronizing with the device
             self._shown_loss = self._shown_loss if previous is None else f"{float(previous):.4f}"
             self._draw(trainer)
         elif self._bar is None and (self._step % self.every == 0 or self._step == trainer.max_steps):
@@ -93,14 +94,14 @@ class ProgressLine(ProgressBar):
             log.info("step %d  %s", trainer.global_step, "  ".join(f"{n} {v:.4f}" for n, v in metrics.items()))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Leave the bar as it is at the end."""
+        """Close the bar and keep its last state on the terminal."""
         if self._bar is not None and self._loss is not None:
             self._shown_loss = f"{float(self._loss):.4f}"
             self._draw(trainer)
         self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Give the terminal back."""
+        """Close the bar after an error."""
         self._close()
 
     def _draw(self, trainer: L.Trainer) -> None:
@@ -130,11 +131,11 @@ class ProgressLine(ProgressBar):
 
 
 def _redirected() -> Iterator[tuple[Any, Any]]:
-    """Send log lines through the bar's stand-in for standard output, so that they land above the bar."""
+    """Write log lines through the bar's replacement of standard output, so that they appear above the bar."""
     for handler in logging.getLogger().handlers:
         if not isinstance(handler, logging.StreamHandler) or isinstance(handler, logging.FileHandler):
             continue
-        if getattr(handler.stream, "closed", False):  # a stream that was left behind says nothing
+        if getattr(handler.stream, "closed", False):  # a stream that an earlier handler closed
             continue
         if getattr(handler.stream, "isatty", bool)():
             with contextlib.suppress(ValueError):

@@ -1,4 +1,4 @@
-"""Whether all ranks still hold the same model: a checksum of every tensor, compared across ranks now and then."""
+"""Checks at regular updates that all ranks have the same model, by a checksum of every tensor."""
 
 from typing import Any
 
@@ -13,23 +13,23 @@ from llm.errors import ConfigError, CrucibleError
 
 
 class RanksDivergedError(CrucibleError):
-    """Ranks that hold different weights or buffers: their averages mean nothing any more."""
+    """Ranks that have different weights or buffers, so that averages over ranks are meaningless."""
 
 
 class RankChecksum(Callback):
-    """Compares weights, and buffers such as codebooks and balancing biases, over all ranks; stops a run that diverged.
+    """A callback that compares weights and buffers over all ranks, and stops a run whose ranks differ.
 
-    Every tensor's elements are summed as whole numbers of their bits, so that equal tensors give equal sums in any
-    order and one changed bit changes the sum. Weights that a strategy holds in parts have no second copy to compare
-    with: then buffers alone are. One pass over the weights and a message of 16 bytes a tensor; a run on one device
-    does nothing.
+    Buffers are for example codebooks and balancing biases. The bits of a tensor's elements are summed as integers.
+    Equal tensors then give equal sums in any order, and one changed bit changes the sum. Sharded weights have no second
+    copy, so only buffers are compared. A comparison reads the weights once and sends 16 bytes per tensor. On one device
+    nothing is done.
 
     Args:
         every: updates between comparisons, at least 1.
 
     Raises:
         ConfigError: an `every` below 1.
-        RanksDivergedError: a tensor differs, by name.
+        RanksDivergedError: a tensor differs; the message names it.
     """
 
     def __init__(self, *, every: int) -> None:
@@ -38,12 +38,12 @@ class RankChecksum(Callback):
         self.every, self._step = every, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Begin with equal ranks."""
+        """Compare before the first update."""
         self._step = trainer.global_step
         self._compare(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """Compare after every so many updates."""
+        """Compare when it is due."""
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             if self._step % self.every == 0:
@@ -54,7 +54,7 @@ class RankChecksum(Callback):
         if trainer.world_size == 1:
             return
         held = {n: t for n, t in _tensors(pl_module).items() if t.numel() and not is_sharded(t)}
-        if not held:  # all in parts, and no buffers
+        if not held:  # all weights are sharded, and there are no buffers
             return
         sums = torch.stack([checksum(tensor) for tensor in held.values()])
         lowest, highest = sums.clone(), sums.clone()
@@ -65,17 +65,18 @@ class RankChecksum(Callback):
         names = [name for name, differs in zip(held, (lowest != highest).tolist(), strict=True) if differs]
         raise RanksDivergedError(
             f"callbacks.rank_checksum: ranks differ at step {trainer.global_step} in {len(names)} tensors, first "
-            f"{names[0]}; resume from a checkpoint, and look for what one rank alone does (a random draw, a condition)"
+            f"{names[0]}; resume from a checkpoint, and find the code that acts on one rank alone (a random draw, a "
+            "condition)"
         )
 
 
 def _tensors(pl_module: Any) -> dict[str, Tensor]:
-    """Every parameter and every buffer that is kept."""
+    """Return every parameter and every buffer of the state dict."""
     return {name: tensor for name, tensor in pl_module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Sum the bits of a tensor, as whole numbers that wrap around."""
+    """Return the sum of a tensor's bits as integers that wrap around."""
     bits = tensor.detach().contiguous().flatten().view(torch.uint8)
     for dtype in (torch.int32, torch.int16):
         if bits.numel() % dtype.itemsize == 0 and bits.data_ptr() % dtype.itemsize == 0:

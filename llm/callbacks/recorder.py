@@ -13,16 +13,15 @@ from llm.run_folder.folder import RunFolder
 
 
 class Recorder(Callback):
-    """Collects what the module and the callbacks report for an update and writes it one update later.
+    """A callback that collects the metrics of an update and writes them one update later.
 
-    Contributions come from `pl_module.step_metrics` and from each callback that has a method
-    `step_metrics(trainer, pl_module) -> dict`; validation's metrics join the line of their update. Numbers stay tensors
-    until the next update, when the device has them ready. Nothing of an update that a checkpoint holds is lost in a
-    kill: the line is written before the checkpoint.
+    Metrics come from `pl_module.step_metrics` and from each callback that is a `StepReporter`. Metrics of a validation
+    are added to the line of their update. Numbers stay tensors until the next update, when the device has computed
+    them. The line is written before a checkpoint, so a kill loses no line of an update that a checkpoint contains.
 
     Args:
-        run_folder: its metrics.jsonl gets a line each.
-        log_every: optimizer updates between lines, at least 1; the first update and each validation have one as well.
+        run_folder: the folder of metrics.jsonl.
+        log_every: optimizer updates between lines, at least 1. The first update and each validation have a line too.
     """
 
     def __init__(self, *, run_folder: RunFolder, log_every: int) -> None:
@@ -39,7 +38,7 @@ class Recorder(Callback):
         self._step, self._first, self._pending, self._last = trainer.global_step, True, None, None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        """Collect this update's metrics when they are due, after writing those of the one before."""
+        """Collect this update's metrics when they are due, after writing those of the previous one."""
         if trainer.global_step == self._step:
             return
         self._flush(trainer)
@@ -89,7 +88,9 @@ class Recorder(Callback):
         numbers = {name: _number(value) for name, value in metrics.items()}
         self.run_folder.append_metrics(step, numbers)
         scalars = {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
-        if trainer.should_stop or step == trainer.max_steps:  # saved before it is validated: log both together
+        if (
+            trainer.should_stop or step == trainer.max_steps
+        ):  # the checkpoint is saved before validation: log both together
             self._last = (step, {**(self._last[1] if self._last else {}), **scalars})
         else:
             _log(trainer, step, scalars)

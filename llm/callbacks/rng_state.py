@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class RngState(Callback):
-    """Saves and restores the random states of Python, NumPy, torch and the GPU, each rank its own.
+    """A callback that saves and restores the random states of Python, NumPy, torch and the GPU on each rank.
 
     Validation and sampling do not change them, so their frequency does not affect training. Numbers that loggers and
     loaders draw before the first batch do not change them either.
@@ -26,13 +26,13 @@ class RngState(Callback):
         self._step = -1
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Restore at the first batch, after all loggers and loaders were built: building them draws numbers."""
+        """Restore at the first batch, because building loggers and loaders draws random numbers."""
         if self._at_start is not None:
             set_rng_state(self._at_start)
             self._at_start = None
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Save the states after each update, before a validation may follow."""
+        """Save the states after each update, because a validation may follow."""
         if trainer.global_step != self._step:
             self._step, self._before = trainer.global_step, get_rng_state()
 
@@ -50,13 +50,13 @@ class RngState(Callback):
         return {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep this rank's states until training starts."""
+        """Store this rank's states until training starts."""
         ranks = state_dict["ranks"]
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         if rank < len(ranks):
             self._at_start = ranks[rank]
         else:
-            log.warning("the checkpoint has random states of %d ranks: rank %d draws from its seed", len(ranks), rank)
+            log.warning("the checkpoint has random states of %d ranks: rank %d starts from its seed", len(ranks), rank)
 
 
 def get_rng_state() -> dict[str, Any]:
@@ -80,7 +80,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `get_rng_state` returned; a state of a GPU waits for a machine that has one."""
+    """Restore the states of `get_rng_state`; without a GPU, the state of a GPU is ignored."""
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     keys = numpy["keys"].numpy().astype(np.uint32)

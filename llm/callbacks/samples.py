@@ -15,17 +15,17 @@ log = logging.getLogger(__name__)
 
 
 class Samples(Callback):
-    """Writes generated text to samples.txt after every few validations and at the end, there also to the console.
+    """A callback that writes generated text to samples.txt after every few validations, and to the log at the end.
 
     Args:
-        run_folder: its samples.txt grows.
+        run_folder: the folder of samples.txt.
         every_validations: validations between samples, at least 1.
         prompts: texts to continue; an empty one starts a document.
-        max_new_tokens: tokens drawn for each prompt.
-        temperature: 0 takes the likeliest token.
-        top_k: draw among the k likeliest, or None.
-        top_p: draw among the fewest whose probabilities reach p, or None.
-        seed: of the draws; the same at each sample, so that texts differ by what was learned.
+        max_new_tokens: tokens per prompt.
+        temperature: temperature of sampling; 0 takes the most likely token.
+        top_k: number of most likely tokens to sample from, or None.
+        top_p: sample from the smallest set whose probabilities sum to p, or None.
+        seed: seed of the random numbers. It is the same for each sample, so that texts differ only by the weights.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class Samples(Callback):
             self._sample(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Show a last sample, unless a signal stopped the run."""
+        """Log a last sample, unless a signal stopped the run."""
         if trainer.global_step == trainer.max_steps:
             text = self._sample(trainer, pl_module)
             if trainer.is_global_zero:
                 log.info("%s", text)
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many validations there were."""
+        """Return the number of validations."""
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:

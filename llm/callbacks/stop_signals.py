@@ -1,4 +1,4 @@
-"""Ctrl-C, a scheduler's SIGTERM and their like: the run ends between two updates, with a checkpoint."""
+"""Ends a run between two updates, with a checkpoint, at Ctrl-C or a scheduler's SIGTERM."""
 
 import contextlib
 import os
@@ -18,13 +18,14 @@ from llm.distributed.lightning_private import take_sigterm, validation_follows
 
 
 class StopSignals(Callback):
-    """Turns a signal to any rank into the same clean stop on all of them; the checkpoint callback then saves.
+    """A callback that stops all ranks after the current update when one of them receives a signal.
 
-    A second signal ends the run at once, without another checkpoint; earlier ones stay valid. Lightning's own handlers
-    are replaced meanwhile: on SIGTERM they would stop inside an update and save nothing.
+    The checkpoint callback then saves. A second signal ends the run at once, without another checkpoint; earlier ones
+    stay valid. Lightning's own handlers are replaced during training, because on SIGTERM they would stop inside an
+    update and save nothing.
 
     Attributes:
-        signal: what stopped the run, None while nothing has; leave with `128 + signal`.
+        signal: the signal that stopped the run, or None; the process then exits with `128 + signal`.
     """
 
     def __init__(self) -> None:
@@ -36,10 +37,10 @@ class StopSignals(Callback):
         self._group: Any = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen from now on; a SIGTERM that Lightning has already noted counts."""
+        """Install the handlers; a SIGTERM that Lightning has already received counts."""
         self._step = trainer.global_step
         if trainer.world_size > 1:
-            # the CPU agrees on its own, so that no update waits for the device to be done
+            # ranks agree through the CPU, so that no update synchronizes with the device
             self._group = dist.new_group(backend="gloo")
         if take_sigterm(trainer):
             self._received = signal.SIGTERM
@@ -47,7 +48,7 @@ class StopSignals(Callback):
             self._previous = {number: signal.signal(number, self._note) for number in STOPPING}
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Between two updates, stop if any rank was told to; skip validation, for the sender may not wait long."""
+        """Stop between two updates if any rank received a signal, and skip validation, because time may be short."""
         if trainer.global_step == self._step or self.signal is not None:
             return
         self._step = trainer.global_step
@@ -59,24 +60,24 @@ class StopSignals(Callback):
             trainer.should_stop = True
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Stop listening; a second SIGINT counts as what stopped the run."""
+        """Restore the handlers; a second SIGINT counts as the signal that stopped the run."""
         if isinstance(exception, KeyboardInterrupt) and self.signal is None:
             self.signal = signal.SIGINT
         self._restore()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stop listening."""
+        """Restore the handlers."""
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        """Remember the signal; only what is safe inside a handler happens here."""
+        """Store the signal; a handler may not do more safely."""
         if self._received is None:
             self._received, self._received_at = signal.Signals(number), time.monotonic()
             again = "press Ctrl-C again" if number == signal.SIGINT else "send it again"
             plan = "saving a checkpoint after this update, then stopping"
             text = f"\n{self._received.name}: {plan}; {again} to end at once\n"
             with contextlib.suppress(OSError):
-                os.write(2, text.encode())  # a logger could be in the middle of a line
+                os.write(2, text.encode())  # a logger may hold its lock now
         elif number == signal.SIGINT or time.monotonic() - self._received_at > SAME_SIGNAL_SECONDS:
             self.signal = signal.Signals(number)
             raise KeyboardInterrupt
@@ -92,15 +93,6 @@ class StopSignals(Callback):
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
-            if signal.getsignal(number) == self._note:  # Lightning may have put its own back already
+            if signal.getsignal(number) == self._note:  # Lightning may have restored its own already
                 signal.signal(number, handler)
         self._previous = {}
-
-
-def ignore_stop_signals(worker_id: int) -> None:
-    """Make a data loader's worker outlive the signals that stop a run (pass it as `worker_init_fn`).
-
-    Launchers signal the whole process group; a worker that died first would turn a clean stop into an error.
-    """
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Keeps summary.json: the state of a run, and its final figures."""
+"""Updates summary.json: the state of a run, and its final figures."""
 
 import time
 from typing import Any
@@ -17,12 +17,12 @@ _FINAL = {"val/loss": "val/loss", "val/bits_per_byte": "bits_per_byte", "val/per
 
 
 class Summary(Callback):
-    """Keeps summary.json up to date: running, finished, `stopped: SIGTERM`, or `failed: why`.
+    """A callback that updates summary.json: running, finished, `stopped: SIGTERM`, or `failed: why`.
 
-    Figures come from the module, the trainer, and each callback that has `final_figures(trainer, pl_module) -> dict`.
+    Figures come from the module, the trainer, and each callback that is a `FinalReporter`.
 
     Args:
-        run_folder: where summary.json goes.
+        run_folder: the folder of summary.json.
     """
 
     def __init__(self, *, run_folder: RunFolder) -> None:

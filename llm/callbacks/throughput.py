@@ -1,4 +1,4 @@
-"""Measures tokens per second, and their share of the peak of the device."""
+"""Measures tokens per second, and the share of the device's peak that they use."""
 
 import time
 from collections import deque
@@ -10,18 +10,18 @@ from lightning.pytorch.callbacks import Callback
 
 
 class Throughput(Callback):
-    """Counts tokens over elapsed time: all of a step, its data too; not validation, checkpoints or the first update.
+    """A callback that measures tokens per second over whole steps, including the loading of data.
 
-    The first update of a process compiles and allocates. Validation and checkpointing are left out with the data
-    fetch after them.
+    The first update of a process is excluded, because it compiles and allocates. Validation and checkpointing are
+    excluded too, with the data fetch after them.
 
         tokens_per_second = tokens of the last `window` updates / their seconds
         mfu = tokens_per_second · flops_per_token / (peak_flops · devices)
 
     Args:
-        peak_flops: what one device can do, FLOPs a second, dense, in the precision of the run; None where it is not
-            known: then no mfu is reported.
-        window: updates that the running figure looks back over, at least 1.
+        peak_flops: dense FLOPs per second of one device in the precision of the run; None where it is unknown, so that
+            no mfu is reported.
+        window: number of last updates that the running figure covers, at least 1.
     """
 
     def __init__(self, *, peak_flops: float | None, window: int) -> None:
@@ -115,7 +115,7 @@ class Throughput(Callback):
         if self._since is not None:
             _wait(pl_module)
             if self._recent and not self._is_first:
-                # what the device still had to do belongs to the update just counted
+                # pending work of the device belongs to the update just counted
                 rest = time.perf_counter() - self._since
                 tokens, seconds = self._recent[-1]
                 self._recent[-1] = (tokens, seconds + rest)

@@ -30,28 +30,28 @@ FILES = ("plan.txt", "optimizer.txt", "samples.txt", "curves.png", "expert_load.
 """Files of a run folder that are uploaded at the end, where they exist."""
 _ID_FILE = "wandb_run_id.txt"
 TABLES_AGAIN_AFTER = 600.0
-"""Seconds without tables once one could not be sent: W&B asks its server about each, and waits for its answer."""
+"""Seconds without tables after one could not be sent, because W&B waits for its server's answer for each table."""
 
 
 class WandbRunLogger(WandbLogger):
-    """Logs to W&B; a resumed run goes on in the W&B run that its folder names, and secrets never leave.
+    """A logger for W&B. A resumed run continues the W&B run that its folder names, and secrets are never sent.
 
-    The key comes from `wandb login` or WANDB_API_KEY, never from a configuration. Metrics are drawn against
-    tokens_seen under the names of metrics.jsonl; samples and expert load are tables; the plan and the optimizer's
-    receipt are files. The jobs of a sweep share a group, and have the swept values as tags. Where the network or W&B's
-    own process is lost on the way, training goes on, with one warning.
+    The key comes from `wandb login` or WANDB_API_KEY, never from a configuration. Metrics are drawn against tokens_seen
+    under the names of metrics.jsonl; samples and expert load are tables; the plan and the optimizer's receipt are
+    files. The jobs of a sweep share a group, and have the swept values as tags. If the network or W&B's own process
+    fails during the run, training continues with one warning.
 
     Args:
-        run_folder: holds the run's id and `wandb/`.
-        name: shown name of the run.
-        config: the resolved configuration; what looks like a secret is redacted.
-        describe: gives the text of the run's plan.
+        run_folder: the folder that stores the run's id and `wandb/`.
+        name: displayed name of the run.
+        config: the resolved configuration; values that look like secrets are redacted.
+        describe: returns the text of the run's plan.
         project: W&B project.
-        entity: user or team, None for the key's own.
+        entity: user or team; None for the user of the key.
         mode: `auto` is online with a key and a network, else offline with one warning; `online` raises without them.
-            The environment's WANDB_MODE goes before `auto`.
+            The environment variable WANDB_MODE takes precedence over `auto`.
         timeout: seconds, above 0, to wait for the server at the start.
-        finish_timeout: seconds, above 0, to wait for uploads at the end; what is left can be uploaded later.
+        finish_timeout: seconds, above 0, to wait for uploads at the end; the rest can be uploaded later.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class WandbRunLogger(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log numbers."""
+        """Log numbers by name."""
         _ = self.experiment  # an error at the start is an error
         self._try(lambda: super(WandbRunLogger, self).log_metrics(metrics, step))
 
@@ -136,10 +136,10 @@ class WandbRunLogger(WandbLogger):
         """Call a function that may fail without a network or after W&B's process ended; return whether it succeeded."""
         try:
             send()
-        except Exception as error:  # of many kinds: none of them is worth a training run
+        except Exception as error:  # errors of any kind, because none may end a training run
             if not self._has_failed:
                 why = next(iter(str(error).splitlines()), "") or type(error).__name__
-                log.warning("W&B failed (%s): training goes on, and metrics.jsonl has everything", why)
+                log.warning("W&B failed (%s): training continues, and metrics.jsonl has all metrics", why)
             self._has_failed = True
             return False
         return True
@@ -170,7 +170,7 @@ class WandbRunLogger(WandbLogger):
         wanted = {"init_timeout": self.timeout, "finish_timeout": self.finish_timeout, "console": "off"}
         known = getattr(wandb.Settings, "model_fields", wanted)
         settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in known})
-        resume = "allow" if mode == "online" else None  # an offline run cannot ask the server, and would warn
+        resume = "allow" if mode == "online" else None  # an offline run cannot reach the server, and would warn
         return wandb.init(**self._wandb_init | {"id": run_id, "mode": mode, "resume": resume, "settings": settings})
 
     def _resolved_mode(self) -> str:
@@ -219,7 +219,7 @@ def is_reachable(host: str, *, timeout: float) -> bool:
             return
         answered.set()
 
-    # looking up a name has no timeout of its own, so it happens beside us
+    # a name lookup has no timeout, so a thread does it
     asker = threading.Thread(target=ask, daemon=True)
     asker.start()
     asker.join(timeout)

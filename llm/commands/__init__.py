@@ -1,4 +1,4 @@
-"""The command line: one module per command, and what the commands share."""
+"""The command line: one module per command, and modules that several commands share."""
 
 from llm.commands.streams import open_closed_streams
 

@@ -33,7 +33,7 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 
 
 def eval_folder(run_dir: str | list[str] | None, checkpoint: str) -> str:
-    """Return the folder of an evaluation: inside its run, or beside the runs where several are compared."""
+    """Return the folder of an evaluation: inside its run, or next to the runs where several are compared."""
     if run_dir is None:
         return str(Path(checkpoint).resolve().parent.parent / "eval")
     if isinstance(run_dir, str):
@@ -59,7 +59,7 @@ def compose_with_hydra(line: CommandLine) -> DictConfig:
     """Return the configuration that a command line composes to, with Hydra's own part under `hydra`.
 
     Raises:
-        NotComposedError: it does not compose, or leaves out a group that a run needs.
+        NotComposedError: it does not compose, or lacks a group that a run needs.
     """
     with open_hydra(line) as loader:
         try:
@@ -79,7 +79,7 @@ class NotComposedError(ConfigError):
     """A command line that does not compose.
 
     Args:
-        diagnosis: its mistakes, and what the other overrides compose to.
+        diagnosis: its mistakes, and the configuration of the other overrides.
     """
 
     def __init__(self, diagnosis: Diagnosis) -> None:

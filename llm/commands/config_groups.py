@@ -1,4 +1,4 @@
-"""Answers questions about the groups of conf/ and of further folders in Hydra's search path."""
+"""Lists the groups and options of conf/ and of further folders in Hydra's search path."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,13 +60,13 @@ def unnamed_options(overrides: Iterable[Override], loader: ConfigLoader) -> Iter
         is_no_name = not override.is_delete() and not all(isinstance(name, str) for name in names)
         options = f"choose one of {', '.join(group_options(group, loader))}"
         if (group in NEEDED_GROUPS or "/" in group) and (override.is_delete() or is_no_name or value == []):
-            yield override, f"{text}: {group} cannot be left out; {options}"
+            yield override, f"{text}: {group} is needed; {options}"
         elif is_no_name:
             yield override, f"{text}: names no option; {options}, or write {group}=[] for none"
 
 
 def options_with(group: str, loader: ConfigLoader) -> list[str]:
-    """Return the options, as overrides, that bring a group along: `model/ffn=moe` for `model/ffn/router`."""
+    """Return the options, as overrides, that contain a group: `model/ffn=moe` for `model/ffn/router`."""
     parent, _, name = group.rpartition("/")
     found = []
     for option in group_options(parent, loader) if parent else []:

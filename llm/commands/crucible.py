@@ -15,7 +15,7 @@ COMMANDS = {
     "prepare": "tokenize a corpus ahead of time",
     "replay": "compute the losses of one update's windows again",
 }
-"""What each subcommand does, in one line."""
+"""One-line descriptions of the subcommands."""
 
 MODULES = {"generate": "talk"}
 """Modules of `llm.commands` whose name differs from their subcommand."""

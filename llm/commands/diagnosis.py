@@ -31,14 +31,14 @@ class Diagnosis:
 
     Args:
         problems: one line per mistake.
-        config: what the other overrides compose to; None if nothing composes, or if no other override is left to check.
+        config: the configuration of the other overrides; None if they do not compose, or if there are none.
     """
 
     problems: list[str] = field(default_factory=list)
     config: DictConfig | None = None
 
     def remaining(self) -> dict[str, Any] | None:
-        """Return the plain configuration without the mistakes, for further checks; None where nothing is left.
+        """Return the plain configuration without the mistakes, for further checks; None where there is none.
 
         Resolving it imports the optimizer, whose family some values follow from.
         """
@@ -59,7 +59,7 @@ def diagnose(line: CommandLine, loader: ConfigLoader, error: Exception | None) -
         line: the command line.
         loader: Hydra's loader for it.
         error: the error of its composition, which is reported where nothing more specific is found; None if it composes
-            but leaves out a group that a run needs.
+            but lacks a group that a run needs.
     """
     found = Diagnosis()
     readable = list(_readable(line, found))
@@ -76,7 +76,7 @@ def diagnose(line: CommandLine, loader: ConfigLoader, error: Exception | None) -
     values = [o for o in overrides if o not in choices and not _belongs_to(o, choices, chosen)]
     values = list(_known_keys(values, config, loader, found))
     rest = [*chosen, *map(_text, values)]
-    if set(rest) & set(line.overrides):  # else every override is a mistake, and the defaults are known to be valid
+    if set(rest) & set(line.overrides):  # otherwise every override is a mistake, and the defaults are valid
         found.config = _compose(line, rest)
     if not found.problems and error is not None:
         found.problems.append(_own_words(error))
@@ -172,7 +172,9 @@ def _known_keys(
         else:
             unknown = unknown_key(key, tree, all_groups(loader) if "/" in key else ())
             found.problems.append(unknown.problem)
-            if unknown.meant is not None and not override.is_delete():  # else a missing value would be reported as well
+            if (
+                unknown.meant is not None and not override.is_delete()
+            ):  # otherwise a missing value would be reported as well
                 yield parse_override(f"{unknown.meant}={override.get_value_string()}")
 
 

@@ -37,21 +37,21 @@ class EvalConfig:
     """Evaluations by name, each a node with its settings."""
     context_length: int | None = None
     model: dict[str, Any] | None = None
-    """`position`: the node of another position to read with; none of them has weights."""
+    """`position`: the node of another position to evaluate with; positions have no weights."""
 
 
 def evaluate(config: EvalConfig | Mapping[str, Any], path: Path) -> float | None:
     """Evaluate each run, print tables, and write `<name>.json` and `<name>.png`.
 
-    Results of one run are written to `path`; those of several into `eval/` in each run folder, and what compares them
-    to `path`.
+    Results of one run are written to `path`; those of several into `eval/` in each run folder, and their comparison to
+    `path`.
 
     Returns:
         The validation loss of the first run, if it was measured.
 
     Raises:
-        ConfigError: an unknown key or evaluation, or a folder that holds no run.
-        CheckpointError: weights that are missing, damaged, or of another architecture.
+        ConfigError: an unknown key or evaluation, or a folder without a run.
+        CheckpointError: weights that are missing, corrupt, or of another architecture.
     """
     if not isinstance(config, EvalConfig):
         config = check_eval(config)

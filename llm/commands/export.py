@@ -84,7 +84,7 @@ def export(config: ExportConfig) -> Path:
 def require_transformers() -> None:
     """Raise ConfigError where `transformers`, with which an export is compared, is not installed."""
     if not has_transformers():
-        raise ConfigError("transformers: not installed, and an export is proved with it; pip install '.[eval]'")
+        raise ConfigError("transformers: not installed, and exports are verified with it; pip install '.[eval]'")
 
 
 def round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:

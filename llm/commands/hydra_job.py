@@ -112,7 +112,7 @@ def _run_in_folder(cfg: DictConfig, line: CommandLine, work: Callable[[], float 
     def job(_: DictConfig) -> float | None:
         try:
             return work()
-        except SystemExit as error:  # Hydra's callbacks hear of exceptions alone
+        except SystemExit as error:  # Hydra's callbacks are called for exceptions alone
             raise CommandStoppedError(error.code if isinstance(error.code, int) else 1) from None
 
     callbacks = Callbacks(cfg)

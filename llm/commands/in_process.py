@@ -102,7 +102,7 @@ def composed_defaults(config_name: str) -> dict[str, Any]:
 def composed_piece(choice: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Return `conf/train.yaml` composed with one option and overrides.
 
-    An option of a group that the defaults lack is composed with the first option that brings its group along:
+    An option of a group that the defaults lack is composed with the first option that contains its group:
     `model/ffn/router=softmax` with `model/ffn=moe`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`-m`: Hydra's sweepers choose the jobs, its launchers place them; each job is a run of its own."""
+"""Runs a sweep for `-m`: Hydra's sweepers choose the jobs, and its launchers start each one as a run of its own."""
 
 import contextlib
 import logging
@@ -108,7 +108,7 @@ def _plan(ahead: Ahead, folder: Path, line: CommandLine) -> SweepPlan:
 
 
 def _devices() -> tuple[str, ...]:
-    """Return the GPUs that jobs share out among them, none where there is at most one."""
+    """Return the GPUs that are divided among the jobs; none where there is at most one."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")

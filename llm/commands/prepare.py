@@ -37,7 +37,7 @@ def prepare(cfg: Mapping[str, Any]) -> Any:
 
 
 def prepare_and_report(cfg: Mapping[str, Any]) -> None:
-    """Build the token cache and print what it has."""
+    """Build the token cache and print its size and contents."""
     started = time.monotonic()
     module = prepare(cfg)
     for key, value in module.report.items():

@@ -45,7 +45,7 @@ class Replayed:
         window: its number in the corpus.
         documents: first and last document in it.
         loss: nats per token, with the losses of sublayers.
-        grad_norm: of this window alone.
+        grad_norm: norm of the gradient of this window alone.
         bad: the first module whose output is not finite, `""` for none.
     """
 
@@ -57,14 +57,14 @@ class Replayed:
 
 
 def replay(config: ReplayConfig) -> list[Replayed]:
-    """Return each window of a step as the decoder of the nearest checkpoint before it sees it.
+    """Compute each window of a step with the weights of the nearest earlier checkpoint.
 
-    Those of an update that was refused are read from bad_steps.jsonl: the run may have gone back and past them since.
-    Where that checkpoint is older than the step before, the weights are not quite those of the time; then
-    `resume=<run folder>` reaches the step again, with the same windows and numbers.
+    The windows of a refused update are read from bad_steps.jsonl, because the run may have rolled back since. If the
+    checkpoint is older than the previous step, the weights differ from those of the run at that step. `resume=<run
+    folder>` then reaches the step again, with the same windows and numbers.
 
     Raises:
-        ConfigError: no such step, or no checkpoint before it.
+        ConfigError: the step does not exist, or has no earlier checkpoint.
     """
     folder = Path(config.run_dir)
     name = config.checkpoint or _before(folder, config.step)

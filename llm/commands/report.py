@@ -16,11 +16,16 @@ def main() -> None:
         prog="python -m llm.report",
         description="Read run folders, finished or not, and write report/leaderboard.csv and report/index.html.",
     )
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold some (a sweep's)")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, help="run folders, or folders that contain some, such as a sweep's"
+    )
     parser.add_argument("--out", type=Path, help="folder of the report (report/ in the first folder)")
     parser.add_argument("--loss", type=float, help="count tokens and seconds to this loss (the middle setting's final)")
     parser.add_argument(
-        "--watch", type=float, metavar="SECONDS", help="write it anew every so many seconds until all runs end"
+        "--watch",
+        type=float,
+        metavar="SECONDS",
+        help="write the report again after this many seconds until all runs end",
     )
     arguments = parser.parse_args()
     reader = RunReader()

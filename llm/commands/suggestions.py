@@ -9,7 +9,7 @@ from llm.config.source_signatures import read_signature
 from llm.errors import did_you_mean
 
 MAX_PLACES = 4
-"""Keys that a suggestion lists at most, where a last name stands in several groups."""
+"""Most keys that a suggestion lists, where a last name exists in several groups."""
 
 
 class UnknownKey(NamedTuple):
@@ -20,7 +20,7 @@ class UnknownKey(NamedTuple):
 
 
 def unknown_key(key: str, config: Mapping[str, Any], groups: Collection[str]) -> UnknownKey:
-    """Return what to say about a key that the chosen options lack.
+    """Return the complaint about a key that the chosen options lack.
 
     Args:
         key: a dotted key, or a group with slashes.
@@ -42,7 +42,7 @@ def unknown_key(key: str, config: Mapping[str, Any], groups: Collection[str]) ->
 
 
 def _unknown(path: list[str], rest: list[str], config: Mapping[str, Any], node: Any) -> UnknownKey:
-    """Compare the last part of `path` with the names beside it, and with the last parts of all keys."""
+    """Compare the last part of `path` with its sibling names, and with the last parts of all keys."""
     key, last = ".".join(path), path[-1]
     names = [str(name) for name in node if name not in HYDRA_KEYS] if isinstance(node, Mapping) else []
     places = [] if rest else _places(last, config)

@@ -1,4 +1,4 @@
-"""Looks at a sweep before it starts: Hydra's settings, the keys that are swept, and the jobs where they are fixed."""
+"""Checks a sweep before it starts: Hydra's settings, the swept keys, and the jobs where they are known."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace

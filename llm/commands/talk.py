@@ -1,4 +1,4 @@
-"""Talk to a trained model: `python -m llm.generate run_dir=runs/<folder> prompt="def "`; no prompt, a dialogue."""
+"""Continues prompts with a trained model: `python -m llm.generate run_dir=runs/<folder> prompt="def "`."""
 
 import math
 import sys
@@ -99,7 +99,7 @@ def check_lengths(trained: TrainedModel, prompts: list[str], max_new_tokens: int
 
 
 def half_precision(trained: TrainedModel) -> AbstractContextManager[Any]:
-    """Multiply in the precision that the run was trained in."""
+    """Return the context that multiplies in the precision of training."""
     return torch.autocast(trained.device.type, dtype=torch.bfloat16, enabled=trained.precision == "bf16-mixed")
 
 
@@ -127,7 +127,7 @@ def speak(trained: TrainedModel, prompts: list[str], config: TalkConfig) -> None
 
 def converse(trained: TrainedModel, config: TalkConfig) -> None:
     """Continue one line after another until the input ends."""
-    sys.stderr.write("a text to go on from, \\n for a line end; Ctrl-D ends\n")
+    sys.stderr.write("enter a text to continue; write \\n for a line break, and Ctrl-D to quit\n")
     while True:
         sys.stderr.write("> ")
         sys.stderr.flush()

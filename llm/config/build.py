@@ -95,7 +95,7 @@ def module_factories(cfg: Mapping[str, Any], ramp: BatchRamp) -> dict[str, Any]:
 
 
 def retuned_optimizer(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return the optimizer's node for the batch of the run, and what became of its half-lives in tokens."""
+    """Return the optimizer's node for the batch of the run, and a note on its half-lives in tokens."""
     node, base = dict(cfg["optimizer"]), cfg["scaling"].get("base_batch_tokens")
     ratio = cfg["batch_tokens"] / base
     lr_scale = instantiate(cfg["scaling"])(cfg["batch_tokens"])
@@ -119,7 +119,7 @@ def build_averaging(cfg: Mapping[str, Any]) -> list[Any]:
     """Build the callback that averages weights, in a list; an empty one where none was chosen.
 
     Raises:
-        ConfigError: a setting out of its range, or weights that are sharded.
+        ConfigError: a setting is out of its range, or the weights are sharded.
     """
     if not cfg.get("averaging"):
         return []
@@ -131,7 +131,7 @@ def build_averaging(cfg: Mapping[str, Any]) -> list[Any]:
 
 
 def uses_deepspeed(trainer: Mapping[str, Any]) -> bool:
-    """Whether a trainer node runs DeepSpeed: through this project's factory, or through Lightning's own strategy."""
+    """Return whether a trainer node runs DeepSpeed, by this project's factory or by Lightning's own strategy."""
     strategy = trainer.get("strategy")
     name = strategy.get("_target_", "").rpartition(".")[2] if isinstance(strategy, Mapping) else str(strategy)
     return isinstance(piece_at(trainer["_target_"]), TrainerChecker) or name.lower().startswith("deepspeed")
@@ -155,7 +155,7 @@ def finish(piece: Any, **supplied: Any) -> Any:
 
 
 def build_trainer(cfg: Mapping[str, Any], sizes: Sizes, **arguments: Any) -> Any:
-    """Build the Lightning trainer of the chosen node; `arguments` are what the run decides."""
+    """Build the Lightning trainer of the chosen node; `arguments` are those that the run decides."""
     node = dict(cfg["trainer"])
     node["precision"] = sizes.precision
     if not isinstance(node.get("devices"), list):

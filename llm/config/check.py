@@ -1,4 +1,4 @@
-"""Validates a configuration before any data or model is built, and returns it with what follows from it."""
+"""Validates a configuration before any data or model is built, and derives its sizes."""
 
 import copy
 import re
@@ -28,10 +28,10 @@ NAME_RULE = "letters, digits, dot, dash and underscore only; try name=my-run"
 
 
 def check(cfg: Mapping[str, Any]) -> CheckedConfig:
-    """Validate a plain configuration before any data or model is built, and return it with what follows from it.
+    """Validate a plain configuration before any data or model is built, and return it with its sizes.
 
     Raises:
-        ConfigError: one line a problem, each naming key, value, rule and remedy.
+        ConfigError: one line per mistake, each with key, value, rule and remedy.
     """
     problems = key_problems(cfg)
     known = _without_unknown_keys(cfg, problems)

@@ -1,4 +1,4 @@
-"""A configuration that passed every check, with what follows from it."""
+"""Defines a configuration that passed every check, with the sizes that follow from it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,12 +10,12 @@ from llm.config.sizes import Sizes
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedConfig:
-    """The one argument that training is given; `check` returns it.
+    """A valid configuration, the one argument of training; `check` returns it.
 
     Args:
-        tree: the plain configuration, by group; builders in `llm.config.build` read its nodes. Never changed.
+        tree: the plain configuration, by group; builders in `llm.config.build` read its nodes. It is never changed.
         run: the run-level keys.
-        sizes: what follows from the configuration by arithmetic.
+        sizes: the values that follow from the configuration by arithmetic.
     """
 
     tree: Mapping[str, Any]

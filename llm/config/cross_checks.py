@@ -38,7 +38,7 @@ from llm.scaling.batching import check_ramp
 from llm.scaling.noise_estimate import PROBE_REMEDY
 
 REMEDIES = {"base_batch_tokens": "the tokens per update at which optimizer.lr was tuned"}
-"""Keys that a batch rule needs, with what to set."""
+"""Keys that a batch rule needs, with the value to set."""
 
 
 def check_across_groups(cfg: Mapping[str, Any], *, invalid: Collection[str]) -> list[str]:
@@ -92,7 +92,7 @@ def _check_micro_batches(cfg: Mapping[str, Any]) -> None:
     smaller = [n for n in micro_batch_sizes(cfg) if plan.windows // n >= least]
     remedy = f"micro_batch_size={smaller[0]}" if smaller else f"batch_tokens={least * cfg['context_length']} or more"
     raise ConfigError(
-        f"micro_batch_size={cfg['micro_batch_size']}: leaves one micro-batch an update on one device, and "
+        f"micro_batch_size={cfg['micro_batch_size']}: leaves one micro-batch per update on one device, and "
         f"callbacks.{callback} compares at least {least}; set {remedy}"
     )
 
@@ -198,8 +198,8 @@ def _check_optimizer(cfg: Mapping[str, Any]) -> None:
     shrinks = isinstance(optimizer, NonFiniteShrinker) and optimizer.shrink_ratio is not None
     if shrinks != (policy == "tiger"):
         raise ConfigError(
-            f"on_nonfinite={policy}: goes with a shrink_ratio and only with it; "
-            "set optimizer=tiger optimizer.shrink_ratio=0.99 on_nonfinite=tiger together, or none"
+            f"on_nonfinite={policy}: on_nonfinite=tiger and optimizer.shrink_ratio need each other; "
+            "set optimizer=tiger optimizer.shrink_ratio=0.99 on_nonfinite=tiger together, or none of them"
         )
     if isinstance(optimizer, GradientFolder) and optimizer.folds_gradients:
         if world_size(cfg["trainer"]) > 1 or "stage" in cfg["trainer"]:

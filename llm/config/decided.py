@@ -13,7 +13,7 @@ DECIDED: Mapping[str, Mapping[str, str]] = {
         "val_check_interval": "set val_every",
         "check_val_every_n_epoch": "set val_every",
         "num_sanity_val_steps": "no validation runs before training",
-        "use_distributed_sampler": "the loader shares windows out among the ranks",
+        "use_distributed_sampler": "the loader divides the windows among the ranks",
         "enable_model_summary": "plan=true prints the parameters",
         "enable_checkpointing": "set callbacks.checkpoints",
         "enable_progress_bar": "set callbacks.progress",

@@ -24,13 +24,13 @@ def save(cfg: Mapping[str, Any], path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Return a configuration that `save` wrote, also in an older version, with present `_target_`s.
+    """Return a configuration that this or an older version saved, with present `_target_`s.
 
     Raises:
-        ConfigError: a file that is missing or is no mapping.
+        ConfigError: the file is missing, or is not a mapping.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: not found; name a run folder, which holds a config.yaml")
+        raise ConfigError(f"{path}: not found; name a run folder, which has a config.yaml")
     cfg = yaml.safe_load(path.read_text())
     if not isinstance(cfg, dict):
         raise ConfigError(f"{path}: not a configuration; name a run folder that train.py made")

@@ -1,4 +1,4 @@
-"""Describes one mistake in a configuration: the line that a user reads, and the key that it is about."""
+"""Describes one mistake in a configuration: its message and its key."""
 
 
 class Problem(str):

@@ -46,7 +46,7 @@ def merge_resumed(
         composed: what this command line composes to.
         overrides: this command line's overrides, `key=value` or `group=option`.
         keys_of: dotted keys that `group=option` sets where the group has no key of its own: `model/size=small` sets
-            `model.d_model` and others, an experiment whatever it likes.
+            `model.d_model` and others, and an experiment may set any key.
 
     Raises:
         ConfigError: overrides that contradict the saved run, all of them with both values.
@@ -72,7 +72,7 @@ def merge_resumed(
                     f"{where}={a}: the run was made with {b}" for where, a, b in _differ(each, given, kept)
                 ]
     if contradictions:
-        remedy = "leave them out, or start a new run from its weights with init_from=<run folder>"
+        remedy = "remove these settings, or start a new run from its weights with init_from=<run folder>"
         raise ConfigError("\n".join(f"{line}; {remedy}" for line in dict.fromkeys(contradictions)))
     return {**merged, "resume": composed.get("resume")}
 

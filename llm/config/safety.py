@@ -1,4 +1,4 @@
-"""What a configuration must not hold: secrets, which would be written down, and paths out of the run folder."""
+"""Refuses secrets, which would be saved with the configuration, and paths that lead out of the run folder."""
 
 import os
 import re
@@ -19,11 +19,11 @@ PLAIN_KEYS = re.compile(
 """Keys that end in `token` or `tokens` and count or name tokens of a text."""
 
 NUMBERS = re.compile(r"[\d_.,eE+\s\[\]-]+")
-"""Values of counts of tokens, which have many names; no secret is made of digits alone and called `tokens`."""
+"""Values of counts of tokens, whose keys have many names. A secret called `tokens` does not consist of digits."""
 
 SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
 SHORTEST_SECRET = 8
-"""Characters below which the value of a variable is too common to be told from an ordinary setting."""
+"""Number of characters below which the value of a variable may equal an ordinary setting by chance."""
 
 URL_USER = re.compile(r"://[^/@\s:]+:[^/@\s]+@")
 PATH_KEYS = frozenset({"filename", "dirpath", "save_dir", "root_dir", "log_dir", "default_root_dir", "dump_dir"})
@@ -31,16 +31,16 @@ REMEDY = "secrets do not belong in a configuration, which is saved; set an envir
 
 
 def is_secret_key(key: str) -> bool:
-    """Tell whether a key names a secret: `api_key`, `hf_token`, `password`; a count such as `batch_tokens` does not."""
+    """Return whether a key names a secret, as `api_key` does; a count such as `batch_tokens` does not."""
     last = key.rsplit(".", 1)[-1]
     return bool(SECRET_KEY.search(last)) and not PLAIN_KEYS.search(last)
 
 
 def secrets_in(config: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> list[Problem]:
-    """Return a complaint for each value that must not be written down; the value itself is never shown.
+    """Return a complaint for each value that must not be saved; the value itself is never shown.
 
-    That is what a key calls a secret, a URL with a password in it, and whatever equals a secret of the environment,
-    however it came here (`${oc.env:…}`).
+    Such values are those whose key names a secret, URLs with a password, and values that equal a secret of the
+    environment, for example through `${oc.env:…}`.
 
     Args:
         config: plain configuration.
@@ -62,7 +62,7 @@ def secrets_in(config: Mapping[str, Any], environment: Mapping[str, str] | None 
 
 
 def secrets_on_the_command_line(arguments: Iterable[str]) -> list[str]:
-    """Return a complaint for each override that names a secret, before anything writes the command line down."""
+    """Return a complaint for each override that names a secret, before the command line is logged."""
     problems = []
     for argument in arguments:
         key, _, value = argument.partition("=")

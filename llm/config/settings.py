@@ -1,4 +1,4 @@
-"""A plain mapping as one of the dataclasses that describe a command, every mistake named."""
+"""Converts a plain mapping to the dataclass of a command, and reports every mistake in it."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING as DEFAULTLESS
@@ -12,10 +12,10 @@ Settings = TypeVar("Settings")
 
 
 def settings(kind: type[Settings], given: Mapping[str, Any]) -> Settings:
-    """Return `kind` filled with `given`.
+    """Return the dataclass `kind` with the values of `given`.
 
     Raises:
-        ConfigError: unknown, missing and ill-typed keys, all of them.
+        ConfigError: keys are unknown, missing or ill-typed; the message has one line for each.
     """
     hints = get_type_hints(kind)
     names = {field.name: field.default is not DEFAULTLESS for field in fields(kind)}  # type: ignore[arg-type]

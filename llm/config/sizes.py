@@ -16,7 +16,7 @@ from llm.scaling.batching import BatchPlan, BatchRamp, micro_batch_candidates, p
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Everything that follows from the configuration by arithmetic; computed once and handed down.
+    """The values that follow from the configuration by arithmetic, computed once and passed down.
 
     Args:
         accelerator: kind of device, cpu or cuda.
@@ -25,7 +25,7 @@ class Sizes:
         num_nodes: number of nodes.
         plan: how one update becomes micro-batches.
         ramp: tokens of each update of the run.
-        micro_batch_sizes: what `micro_batch_size=auto` may choose from, largest first.
+        micro_batch_sizes: candidates of `micro_batch_size=auto`, largest first.
         needs_probe: whether the learning rate depends on a noise scale that is still to be measured.
     """
 
@@ -102,7 +102,7 @@ def accelerator(trainer: Mapping[str, Any]) -> str:
 def topology(trainer: Mapping[str, Any]) -> tuple[int, int]:
     """Return the devices per node and the number of nodes.
 
-    What the trainer node leaves open follows from the launcher that started this process.
+    A value that the trainer node does not set follows from the launcher that started this process.
 
     Raises:
         ConfigError: more devices than are visible, or another number than a launcher has started processes for.
@@ -118,7 +118,7 @@ def topology(trainer: Mapping[str, Any]) -> tuple[int, int]:
     if launch and int(count) * nodes != launch.world_size:
         raise ConfigError(
             f"trainer.devices={devices}: {launch.name} has started {launch.world_size} processes, {launch.devices} on "
-            "each node; use trainer=ddp or trainer=deepspeed, and leave trainer.devices and trainer.num_nodes out"
+            "each node; use trainer=ddp or trainer=deepspeed, and remove trainer.devices and trainer.num_nodes"
         )
     return int(count), nodes
 
@@ -149,7 +149,7 @@ def least_micro_batches(cfg: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def micro_batch_sizes(cfg: Mapping[str, Any]) -> list[int]:
-    """Return what `micro_batch_size=auto` may be, largest first."""
+    """Return the candidates of `micro_batch_size=auto`, largest first."""
     return micro_batch_candidates(
         batch_tokens=cfg["batch_tokens"],
         context_length=cfg["context_length"],
@@ -170,7 +170,7 @@ def batch_plan(cfg: Mapping[str, Any]) -> BatchPlan:
 
 
 def needs_probe(cfg: Mapping[str, Any], ramp: BatchRamp) -> bool:
-    """Whether a noise scale is to be measured, and an update has another size than the base batch."""
+    """Return whether a noise scale must be measured, and an update has another size than the base batch."""
     node = cfg["scaling"]
     sizes = {batch_tokens for _, _, batch_tokens in ramp.stages}
     return node.get("noise_scale") == "measured" and sizes != {node.get("base_batch_tokens")}

@@ -17,7 +17,7 @@ from typing import Any
 
 from llm.config.piece_signature import Signature
 
-IMPORTS_LIGHTNING = ("lightning.", "llm.callbacks.", "llm.distributed.strategy.", "data.data_module.")
+IMPORTS_LIGHTNING = ("lightning.", "llm.callbacks.", "llm.distributed.deepspeed_trainer.", "data.data_module.")
 """Prefixes of the pieces whose modules import Lightning."""
 
 IMPORTED = ("typing", "collections", "pathlib", "datetime", "types", "os")

@@ -1,4 +1,4 @@
-"""Builds Lightning's Trainer around the DeepSpeed strategy: what `trainer=deepspeed` names."""
+"""Builds Lightning's Trainer around the DeepSpeed strategy, for `trainer=deepspeed`."""
 
 import inspect
 import os

@@ -24,12 +24,12 @@ AT_START = dict(os.environ)
 """Environment variables of the launcher. Lightning removes some of them when a trainer ends."""
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""SIGUSR1 is what Slurm sends ahead of the end of a job's time (`--signal=USR1@120`)."""
+"""Signals that stop a run. Slurm sends SIGUSR1 before a job's time ends (`--signal=USR1@120`)."""
 SAME_SIGNAL_SECONDS = 0.3
 """Seconds within which a repeated signal counts once: a scheduler signals the group, and a launcher forwards it."""
 
 PATIENCE = 10.0
-"""Seconds after the failure of a rank in which other ranks may fail too and note the reason; then they are killed."""
+"""Seconds after the failure of a rank in which other ranks may write their own reason, before they are killed."""
 
 
 class Launch(NamedTuple):
@@ -43,12 +43,12 @@ class Launch(NamedTuple):
 
     @property
     def local_rank(self) -> int:
-        """Number of this process among those of its node."""
+        """Rank of this process on its node."""
         return self.rank % max(1, self.devices)
 
     @property
     def num_nodes(self) -> int:
-        """Nodes with as many processes each."""
+        """Number of nodes with this many processes each."""
         return max(1, self.world_size // max(1, self.devices))
 
 
@@ -80,8 +80,8 @@ def adopt(launch: Launch) -> None:
 def start_processes(command: Sequence[str], *, processes: int) -> int:
     """Run `command` once per device of this machine, as ranks of one group; return the exit status.
 
-    Signals go to every rank. When one fails, the others have PATIENCE seconds to notice, and then are ended; what
-    failed first is printed last.
+    Signals are forwarded to every rank. When a rank fails, the others have PATIENCE seconds to fail too, and are then
+    killed. The first failure is printed last.
     """
     with tempfile.TemporaryDirectory(prefix="crucible-") as notes, _port() as port:
         shared = os.environ | {
@@ -122,7 +122,7 @@ def _wait(ranks: list[Any]) -> int | None:
     while any(rank.poll() is None for rank in ranks):
         failed = [i for i, rank in enumerate(ranks) if rank.poll()]
         if failed and first is None:
-            # several seen at once: one that a signal ended noted nothing, the others fail for want of it
+            # if several ended at once, report one that a signal ended, because the others fail without it
             first = min(failed, key=lambda i: ranks[i].returncode)
             deadline = time.monotonic() + PATIENCE
         if time.monotonic() > deadline:
@@ -175,6 +175,6 @@ def note_failure(error: BaseException) -> None:
 
 
 def first_failure(folder: Path) -> dict[str, Any] | None:
-    """Return the earliest note."""
+    """Return the earliest reason."""
     notes = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     return min(notes, key=lambda note: note["time"], default=None)

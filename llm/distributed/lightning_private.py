@@ -1,4 +1,4 @@
-"""The private names of Lightning that this project uses: pyproject.toml bounds its version, and a test names each."""
+"""Wraps private names of Lightning that this project uses; pyproject.toml bounds its version, and tests name them."""
 
 import lightning as L
 
@@ -28,7 +28,7 @@ def is_last_micro_batch(trainer: L.Trainer) -> bool:
 
 
 def take_sigterm(trainer: L.Trainer) -> bool:
-    """Return whether Lightning has noted a SIGTERM, and have it forget that."""
+    """Return whether Lightning has received a SIGTERM, and reset its flag."""
     received = trainer.received_sigterm
     trainer._signal_connector.received_sigterm = False
     return received

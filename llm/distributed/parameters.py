@@ -30,6 +30,6 @@ def _active_share(module: nn.Module) -> float:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return the number of parameters, and of those that act on one token."""
+    """Return the number of parameters, and of those that are active for one token."""
     counts = [(numel, active) for _, numel, active in own_parameters(model)]
     return sum(numel for numel, _ in counts), sum(active for _, active in counts)

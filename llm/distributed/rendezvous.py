@@ -18,10 +18,10 @@ def agree(text: str, launch: Launch, *, about: str = "run folder", patience: tim
     """Return the first rank's `text` on every rank.
 
     Args:
-        text: what the first rank says; that of the others is not read.
-        launch: who started this process.
-        about: what it is about: each thing is agreed on once.
-        patience: after which a rank that waits for the first gives up.
+        text: the first rank's text; that of other ranks is ignored.
+        launch: the launcher of this process.
+        about: key of the agreement; each key is used once.
+        patience: time after which a rank stops waiting for the first one.
     """
     if launch.world_size == 1:
         return text

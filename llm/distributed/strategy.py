@@ -128,7 +128,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         check_trainable(model, self._names, stage=self.stage)
         import deepspeed.runtime.torch_autocast as engine_autocast
 
-        engine_autocast.TORCH_AUTOCAST_INITIALIZED = False  # left set by an earlier run of this process
+        engine_autocast.TORCH_AUTOCAST_INITIALIZED = False  # an earlier run of this process may have set it
         engine, wrapped = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
         if self.stage == 3:
             self._lend_parameters(model)
@@ -161,7 +161,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Do nothing: at the end of a micro-batch the engine decides by its boundary what to send."""
+        """Do nothing: the engine synchronizes gradients only at the last micro-batch, as `backward` sets."""
         yield
 
     @property

@@ -1,1 +1,1 @@
-"""What a trained model is judged by: one file and one YAML each, the same in eval.py and along a training run."""
+"""Evaluations of a trained model, one file and one YAML each, used by eval.py and during training."""

@@ -68,7 +68,7 @@ class HarnessModel(TemplateLM):
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return None where no template is asked for; otherwise raise ConfigError, since runs have no chat template."""
         if chat_template:
-            raise ConfigError("apply_chat_template: a run's tokenizer has no chat template; leave this option out")
+            raise ConfigError("apply_chat_template: a run's tokenizer has no chat template; remove this option")
         return None
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:

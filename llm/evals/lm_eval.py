@@ -9,7 +9,7 @@ from llm.errors import ConfigError, did_you_mean
 from llm.evals.evaluation import Result, Subject, require_causal
 
 BOOTSTRAP_SAMPLES = 1000
-"""Resamples behind the standard error of measures that have no closed form: about 2 % off, within seconds."""
+"""Resamples for the standard error of measures without a closed form: about 2 % error, within seconds."""
 
 
 class LMEval:
@@ -64,7 +64,7 @@ class LMEval:
             autocast=subject.autocast(),
         )
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else each bootstrap starts a process per core
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")  # otherwise each bootstrap starts a process per core
         found: Any = simple_evaluate(
             model=model,
             tasks=list(self.tasks),

@@ -26,7 +26,7 @@ class Decoding:
         temperature: 0 is greedy.
         top_k: see `filter_logits`.
         top_p: see `filter_logits`.
-        seed: of the draw.
+        seed: seed of the random numbers.
         repetition_penalty: see `penalize_repetition`.
         use_cache: read each token once; False reads the whole text again for every token, which is the definition.
 

@@ -116,7 +116,7 @@ class Continuation:
 
     Args:
         model: a decoder; its training mode is restored at the end.
-        prompts: texts, or lists of ids that are read as they are; an empty text starts a document.
+        prompts: texts, or lists of ids that are not changed; an empty text starts a document.
         tokenizer: with `bos_id`, `encode_batch` and `decode`.
         stop: strings that end a text and are not part of it.
         decode: draws the tokens, as `llm.contracts.Objective.decode` does; None for one token per pass.
@@ -186,7 +186,7 @@ class Continuation:
 
 
 def generate(model: Any, prompts: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> Generation:
-    """Continue prompts side by side; see `Continuation`."""
+    """Continue prompts in one batch; see `Continuation`."""
     continuation = Continuation(model, prompts, **options)
     for _ in continuation:
         pass

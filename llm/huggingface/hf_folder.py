@@ -28,7 +28,7 @@ class SavedTokenizer(Protocol):
 
 
 def is_hf_folder(folder: Path) -> bool:
-    """Whether a folder has a configuration and weights in Hugging Face's layout."""
+    """Return whether a folder has a configuration and weights in Hugging Face's layout."""
     return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in (WEIGHTS, INDEX))
 
 

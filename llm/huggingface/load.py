@@ -26,12 +26,12 @@ def load_hf_weights(folder: Path, model: Transformer, *, context_length: int, bo
 
     Args:
         folder: with config.json and safetensors.
-        model: the decoder that will take the weights; it must compute what the folder's model does.
-        context_length: of the run.
-        bos_id: of the run's tokenizer.
+        model: the decoder that will receive the weights; it must compute the same as the folder's model.
+        context_length: tokens per window of the run.
+        bos_id: the id of the run's tokenizer that begins a document.
 
     Raises:
-        CheckpointError: the folder holds another architecture; the message lists the settings that differ.
+        CheckpointError: the folder has another architecture; the message lists the settings that differ.
     """
     config = read_hf_config(folder)
     model_type = config.get("model_type")

@@ -1,4 +1,4 @@
-"""Proves that a decoder equals its Hugging Face folder: compares its logits with those of `transformers`."""
+"""Verifies that a decoder equals its Hugging Face folder, by the logits of `transformers`."""
 
 import importlib.util
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def has_transformers() -> bool:
-    """Whether `transformers`, an optional dependency, is installed."""
+    """Return whether `transformers`, an optional dependency, is installed."""
     return importlib.util.find_spec("transformers") is not None
 
 

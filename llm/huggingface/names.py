@@ -70,7 +70,7 @@ def layer_names(layer: str, model_type: str, *, count: int) -> dict[str, str | l
 
 
 def is_tied(state: Mapping[str, Tensor]) -> bool:
-    """Whether the head is the embedding's own matrix."""
+    """Return whether the head shares the embedding's matrix."""
     return state["lm_head.weight"].data_ptr() == state["token_embedding.weight"].data_ptr()
 
 
@@ -103,7 +103,7 @@ def _absent_parts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_ours(
     theirs: Mapping[str, Tensor], expected: Mapping[str, Tensor], model_type: str
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """Return the weights that a decoder expects, as far as they are present, and the names that remain unused.
+    """Return the weights that a decoder expects and that are present, and the names that remain unused.
 
     Args:
         theirs: weights by Hugging Face name.

@@ -1,4 +1,4 @@
-"""Rotary positions in the words of config.json, in both directions."""
+"""Converts rotary positions to and from the settings of config.json."""
 
 import math
 from collections.abc import Mapping
@@ -83,7 +83,7 @@ def rope_settings(config: Mapping[str, Any], *, default_base: float) -> dict[str
 
 
 def _attention_factor(factor: float, rope: Mapping[str, Any]) -> float:
-    """Return YaRN's factor on queries and keys where the file leaves it to be derived."""
+    """Return YaRN's factor on queries and keys where config.json does not state it."""
     scale, scale_all = rope.get("mscale"), rope.get("mscale_all_dim")
     if scale and scale_all:
         return yarn_amplitude(factor, scale) / yarn_amplitude(factor, scale_all)
@@ -91,7 +91,7 @@ def _attention_factor(factor: float, rope: Mapping[str, Any]) -> float:
 
 
 def is_same(a: Any, b: Any) -> bool:
-    """Whether two settings are equal; numbers may differ by the rounding of a decimal text."""
+    """Return whether two settings are equal; numbers may differ by the rounding of a decimal text."""
     if isinstance(a, float) and isinstance(b, int | float):
         return math.isclose(a, b, rel_tol=1e-9)
     return a == b

@@ -36,7 +36,7 @@ OVERRIDES = {
     "intermediate_size": "model.ffn.d_ff",
     "moe_intermediate_size": "model.ffn.d_ff (with model.ffn.match=none)",
 }
-"""The key that sets each of their settings here."""
+"""The key of this project for each setting of config.json."""
 
 HINTS = {
     "llama": "a llama has model.attention.qk_norm=false and no experts",
@@ -56,7 +56,7 @@ REFUSALS = {
     "expert_groups": "n_group and topk_group: its router chooses among {value} groups of experts, and no router here "
     "has groups",
 }
-"""Reasons why a setting cannot be honoured, where it is known what the setting does."""
+"""Reasons why a setting of config.json is unsupported."""
 
 
 def setting_problems(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

@@ -71,5 +71,5 @@ onednn_linear.register_autograd(_backward, setup_context=_save)
 
 
 def plain_linear(x: Float[Tensor, "*shape d_in"], weight: Float[Tensor, "d_out d_in"]) -> Tensor:
-    """Return x Wᵀ by torch's own product: the definition."""
+    """Return x Wᵀ by torch's own product, which defines `linear_product`."""
     return F.linear(x, weight)

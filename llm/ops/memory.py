@@ -1,4 +1,4 @@
-"""Counts the bytes of training: optimizer state by small stand-ins, activations by the tensors that autograd saves."""
+"""Counts the bytes of training: optimizer state by small proxies, activations by the tensors that autograd saves."""
 
 import resource
 import sys
@@ -52,8 +52,8 @@ def optimizer_state_bytes(
 ) -> dict[str, int]:
     """Return the bytes of optimizer state per kind of parameter.
 
-    The optimizer takes one step on stand-ins with the same number of axes and a few elements. Each axis of the state
-    that is as long as the axis of the stand-in is then counted with its true length.
+    The optimizer takes one step on small proxies with the same number of axes. An axis of the state that is as long as
+    the axis of the proxy is then counted with its true length.
     """
     proxies = [{**group, "params": [_stand_in(p) for p in group["params"]]} for group in groups]
     optimizer = build(proxies)  # type: ignore[arg-type]

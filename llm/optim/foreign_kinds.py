@@ -14,7 +14,7 @@ HEAD_NAMES = frozenset({"head", "lm_head", "output", "output_layer", "classifier
 """Usual names of the projection from hidden states to scores of tokens or classes."""
 
 PRECEDENCE: tuple[ParameterKind, ...] = ("embedding", "head", "matrix", "vector")
-"""The kind of a tensor that several modules share is the first of these that one of them gives it."""
+"""Kinds in order of precedence, for a tensor that several modules share."""
 
 
 class _Use(NamedTuple):
@@ -33,10 +33,10 @@ def groups_of_any_module(
     weights with more than two dimensions, such as those of convolutions, decay.
 
     Args:
-        model: the module; its frozen parameters are left out.
+        model: the module; its frozen parameters are excluded.
         lr: peak learning rate.
         weight_decay: decoupled weight decay.
-        kinds: kinds by name or pattern, such as `{"*.pos_embed": "embedding"}`, which win over all of that.
+        kinds: kinds by name or pattern, such as `{"*.pos_embed": "embedding"}`, which take precedence.
 
     Raises:
         ConfigError: an unknown kind, a pattern that fits no parameter, or nothing to train.

@@ -21,7 +21,7 @@ class WholeGradients:
 
     @property
     def exist(self) -> bool:
-        """Whether any gradient exists. An optimizer may already have added them all to its momentum."""
+        """Whether any gradient exists. An optimizer may already have added all gradients to its momentum."""
         return bool(self._parameters)
 
     def norm(self) -> Tensor:

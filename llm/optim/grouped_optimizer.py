@@ -21,8 +21,9 @@ CHUNK = 2**19
 cache. A rule of several elementwise operations therefore passes over main memory once, as a fused kernel does."""
 
 WIDTH = {"matrix": (2, 3), "embedding": (2, 3), "head": (2,)}
-"""Numbers of dimensions that each kind of tensor may have. A matrix with 3 dimensions is a stack of experts, and an
-embedding with 3 dimensions has the codes of each head."""
+"""Supported numbers of dimensions per kind of tensor. A matrix with 3 dimensions is a stack of experts, and an
+embedding with 3 dimensions has the codes of each head.
+"""
 
 
 class Slab(NamedTuple):
@@ -82,7 +83,7 @@ class GroupedOptimizer(ShardSteps, torch.optim.Optimizer):
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy needs: torch's part, and the settings of the rule. Layouts of shards stay behind."""
+        """Return the state for a copy: torch's part and the settings of the rule, without the layouts of shards."""
         return super().__getstate__() | {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -146,11 +147,11 @@ def check_shapes(group: dict[str, Any]) -> None:
             f"param_groups[{kind}]: {len(names)} tensors arrived merged into {len(params)}; "
             "choose a strategy that keeps each parameter whole (trainer=ddp)"
         )
-    legal = WIDTH.get(kind)
+    allowed = WIDTH.get(kind)
     for name, parameter in zip(names, params, strict=True):
-        if legal is not None and parameter.ndim not in legal:
+        if allowed is not None and parameter.ndim not in allowed:
             raise ShapeError(
-                f"{name}={tuple(parameter.shape)}: a {kind} must have {' or '.join(map(str, legal))} dimensions, a "
+                f"{name}={tuple(parameter.shape)}: a {kind} must have {' or '.join(map(str, allowed))} dimensions, a "
                 "strategy has flattened it; choose one that keeps each parameter whole (trainer=ddp)"
             )
 

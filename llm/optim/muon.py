@@ -1,4 +1,4 @@
-"""Muon: it orthogonalises the momentum of hidden matrices, and updates other parameters by AdamW or Lion."""
+"""Muon: orthogonalises the momentum of hidden matrices, and updates other parameters by AdamW or Lion."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal

@@ -30,8 +30,9 @@ PAPER_POLYNOMIALS = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
-"""Best odd polynomials of degree 5 for singular values in [1e-3, 1], one after the other; each maps its interval to
-[1 - e, 1 + e] with the least e."""
+"""Best odd polynomials of degree 5 for singular values in [1e-3, 1], in order; each maps its interval to [1 - e, 1 + e]
+with the least e.
+"""
 
 PAPER_SAFETY = 1.01
 """Algorithm 1 evaluates each polynomial at x/1.01, so that rounding errors cannot leave the interval."""

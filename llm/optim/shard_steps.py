@@ -55,7 +55,7 @@ class ShardSteps:
             self.update(group, [flat])
             return
         raise ConfigError(
-            f"optimizer={type(self).__name__}: has no `update_shard`, so it cannot step tensors that are cut up; use "
+            f"optimizer={type(self).__name__}: has no `update_shard`, so it cannot step sharded tensors; use "
             "trainer=ddp or trainer.stage=0"
         )
 

@@ -1,4 +1,4 @@
-"""Muon's scales: the factor on an orthogonal matrix by shape, and the rates of the tensors beside the matrices."""
+"""Muon's scales: the factor on an orthogonal matrix by shape, and the rates of other tensors."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

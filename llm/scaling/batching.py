@@ -144,7 +144,7 @@ def check_ramp(*, plan: BatchPlan, ramp: BatchRamp) -> None:
             below = batch_tokens // unit * unit
             near = " or ".join(str(v) for v in (below, below + unit) if 0 < v <= plan.batch_tokens)
             raise ConfigError(
-                f"batch_schedule: {batch_tokens} tokens an update from {seen} tokens on: must be a multiple of "
+                f"batch_schedule: {batch_tokens} tokens per update from {seen} tokens on: must be a multiple of "
                 f"context_length {plan.context_length} x accumulation {plan.accumulation} x devices "
                 f"{plan.world_size} = {unit}, up to batch_tokens={plan.batch_tokens}; try {near}, or a larger "
                 "micro_batch_size"

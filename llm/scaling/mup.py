@@ -35,7 +35,7 @@ class MuP(WidthRates):
         scale_final_norm(model, self.base_d_model / initialized(model).d_model)
 
     def own_rate(self, tensor: RatedTensor, *, lr: float, weight_decay: float, d_model: int, update: Update) -> Rate:
-        """Divide by how much wider the model is, as the kind of step asks for."""
+        """Divide the rate by the growth of the spectral norm of a step relative to the base width."""
         m = d_model / self.base_d_model
         factor = 1.0
         if tensor.kind == "matrix":

@@ -26,7 +26,7 @@ def two_batch_estimate(small_square: float, big_square: float, *, small: float, 
     if not 0 < small < big:
         raise ConfigError(
             f"micro_batch_size: the noise scale compares gradients of {small:g} tokens with those of {big:g}; take at "
-            "least two micro-batches an update, by a smaller micro_batch_size, or two devices"
+            "least two micro-batches per update, by a smaller micro_batch_size or two devices"
         )
     signal = (big * big_square - small * small_square) / (big - small)
     trace = (small_square - big_square) / (1 / small - 1 / big)

@@ -1,4 +1,4 @@
-"""Prints what a run is about to do, and its result."""
+"""Prints the settings of a run before it starts, and its result."""
 
 import logging
 from typing import Any

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from llm.distributed.launch import SAME_SIGNAL_SECONDS, STOPPING
 
 GRACE_SECONDS = 5.0
-"""Seconds that a run has to end by itself after a second signal."""
+"""Seconds after a second signal in which a run may still end cleanly."""
 
 
 @contextlib.contextmanager
@@ -61,7 +61,7 @@ def _watch(reader: int, grace_seconds: float) -> None:
 
 def _leave(number: signal.Signals) -> None:
     with contextlib.suppress(OSError):
-        os.write(2, f"\n{number.name}: the run did not end by itself; its processes are killed\n".encode())
+        os.write(2, f"\n{number.name}: the run did not end in time; its processes are killed\n".encode())
     _kill_workers()
     os._exit(128 + number)
 

@@ -1,4 +1,4 @@
-"""Limits of the operating system that data workers need: open files and shared memory."""
+"""Checks the limits of the operating system that data workers need: open files and shared memory."""
 
 import errno
 import os

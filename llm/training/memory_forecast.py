@@ -48,16 +48,16 @@ def process_bytes() -> int:
 
 
 def held_bytes(model: nn.Module, sizes: Sizes, *, state: int) -> dict[str, int]:
-    """Return the bytes that a device holds from update to update."""
+    """Return the bytes that stay allocated between updates."""
     size, parameters = 2 if sizes.precision == "bf16-true" else 4, sum(p.numel() for p in model.parameters())
     return {"weights": parameters * size, "gradients": parameters * size, "optimizer state": state}
 
 
 def _parts_on_cpu(model: Transformer, sizes: Sizes, *, state: int, passing: int, process: int) -> dict[str, int]:
-    """Return what a CPU's memory holds as well.
+    """Return the further parts of a CPU's memory.
 
-    Mixed precision copies the weights
-    to bf16 again for a validation. The allocator keeps freed blocks and reuses a part of them.
+    Mixed precision copies the weights to bf16 again for a validation. The allocator keeps freed blocks and reuses a
+    part of them.
     """
     parameters = sum(p.numel() for p in model.parameters())
     checkpoint = 4 * parameters + state

@@ -22,10 +22,10 @@ def find_micro_batch_size(
     """Return the largest candidate that fits. The answer depends on memory alone, never on a timing.
 
     Args:
-        trial: runs forward and backward on n windows; returns the bytes that its activations took.
+        trial: runs forward and backward on n windows, and returns the bytes of its activations.
         candidates: sizes that divide an update, largest first.
-        device: where the model runs.
-        context_length: tokens a window.
+        device: device of the model.
+        context_length: tokens per window.
 
     Raises:
         ConfigError: not even one window fits.

@@ -26,7 +26,7 @@ from llm.training.validation import ValidatedModule
 
 
 class LanguageModule(ValidatedModule):
-    """Trains a decoder on the loss of an objective plus the losses of the sublayers.
+    """A LightningModule that trains a decoder on the loss of an objective plus the losses of the sublayers.
 
         lr(step) = group.lr x scaling(batch_tokens at step) x schedule(step)
 
@@ -194,14 +194,14 @@ class LanguageModule(ValidatedModule):
         """Run the micro-batch and the update, then hand statistics to the layers that gathered them."""
         super().optimizer_step(*arguments, **options)
         statistics = self._update.take_statistics()
-        if self._verdict.is_dropped:  # nothing may change
+        if self._verdict.is_dropped:  # a dropped update changes no state
             return
         for index, layer in enumerate(self.model.blocks()):
             own = self._update.statistics_of_layer(index, statistics)
             hand_statistics(layer, own, only_finite=bool(self._verdict.reason))
 
     def take_refused(self) -> dict[str, Any] | None:
-        """Return what is known of the last update that was refused, and forget it; None where there is none."""
+        """Return the record of the last refused update once; None where there is none."""
         refused, self._refused = self._refused, None
         return refused
 

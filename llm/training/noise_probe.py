@@ -1,4 +1,4 @@
-"""`scaling.noise_scale=measured`: a short training on a copy of the model, at the base batch, before the run."""
+"""Measures the noise scale for `scaling.noise_scale=measured`: trains a copy of the model at the base batch."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +24,7 @@ SKIPPED_UPDATES = 8
 PROBE_PATIENCE = timedelta(hours=1)
 """Seconds that other ranks wait for the rank that measures."""
 DECAY = 0.9
-"""Decay of the averages, so that the end of the probe counts most: the noise scale still grows."""
+"""Decay of the averages. The end of the probe counts most, because the noise scale still grows."""
 
 
 def measure_noise_scale(
@@ -88,8 +88,8 @@ def _measured(smoothed: SmoothedNoiseScale, windows_per_update: int) -> float:
     found = smoothed.value("all")
     if found is None:
         raise ConfigError(
-            f"scaling.noise_scale=measured: {PROBE_UPDATES} updates of {windows_per_update} windows show none, because "
-            f"the run is too short or its gradients are too noisy; {PROBE_REMEDY}"
+            f"scaling.noise_scale=measured: {PROBE_UPDATES} updates of {windows_per_update} windows show no "
+            f"noise scale, because the run is too short or its gradients are too noisy; {PROBE_REMEDY}"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""`plan=true`: what a run would take — parameters, memory, FLOPs, steps, time — without training anything."""
+"""Computes the plan of a run for `plan=true`: parameters, memory, FLOPs, steps and time, without training."""
 
 import contextlib
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ DEVICE_GIGABYTES = (8, 16, 24, 40, 48, 80, 141, 192)
 QUICK_PASS = 1 << 34
 """Multiplications of a forward pass up to which it runs for real, which takes less time than loading fake tensors."""
 USABLE = 0.9
-"""Share of a device's memory that a run can count on; the rest goes to the driver, buffers and fragments."""
+"""Share of a device's memory that a run can use; the driver, buffers and fragmentation take the rest."""
 
 ASSUMED_MFU = 0.4
 """Share of the device's peak that the estimated time assumes; a finished run states its own."""
@@ -145,7 +145,7 @@ def _work(sizes: Sizes, flops: float) -> str:
             f"x micro_batch_size {plan.micro_batch_size}",
         ],
         ["tokens", f"{tokens:_}"],
-        ["training FLOPs a token", format_count(flops)],
+        ["training FLOPs per token", format_count(flops)],
         ["training FLOPs", format_count(flops * tokens)],
         ["device peak", "n/a: unknown device" if peak is None else f"{peak / 1e12:.2f} TFLOP/s"],
     ]

@@ -26,7 +26,7 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The configuration of a run folder, and the device and precision to use for it here."""
+    """The configuration of a run folder, with the device and precision of this machine."""
 
     folder: Path
     config: CheckedConfig
@@ -60,7 +60,7 @@ def rebuild_model(
         folder: the run folder.
         checkpoint: name of a checkpoint in it.
         average: take the mean of so many checkpoints, this one and those before it.
-        device: where to, or None for what the run's trainer would choose here.
+        device: device of the model; None for the one that the run's trainer would choose here.
         changes: see `read_config`.
 
     Raises:
@@ -121,7 +121,7 @@ def read_config(
     Args:
         folder: the run folder.
         position: node of another position to read with, or None for the run's own.
-        context_length: tokens a window, or None for the run's own.
+        context_length: tokens per window, or None for the run's own.
     """
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"run_dir={folder}: holds no config.yaml; name a run folder, such as runs/<folder>")
@@ -163,7 +163,7 @@ def saved_tokenizer(folder: Path, cfg: Mapping[str, Any]) -> Any:
     """Return the tokenizer that the run saved."""
     file = folder / TOKENIZER
     if not file.is_file():
-        raise CheckpointError(f"{file}: missing, and without it tokens have no text; restore it from a copy")
+        raise CheckpointError(f"{file}: missing, so tokens cannot be decoded; restore it from a copy")
     tokenizer = build_tokenizer(cfg)
     if not tokenizer.is_trained:
         tokenizer.load(file.read_text(encoding="utf-8"))

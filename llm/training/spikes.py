@@ -9,16 +9,17 @@ from llm.errors import ConfigError
 
 
 class SpikeGuard:
-    """Says which updates to leave out: those far above what the last ones were.
+    """A detector of spikes: updates whose loss or gradient norm is far above that of the last updates.
 
         refuse  x  where  x > mean + sigma std,  over the last `window` accepted updates, x = loss, then gradient norm
 
-    Too many in a row are a change and no spike: then the updates are taken again, and counted from anew.
+    After `max_in_a_row` refused updates, the next one is accepted and the statistics start anew, because the level of
+    the loss itself has changed.
 
     Args:
         sigma: standard deviations above the mean, > 0.
-        window: accepted updates that mean and deviation are taken over, at least 2; none is refused before so many.
-        max_in_a_row: updates left out one after the other, at least 1.
+        window: number of accepted updates for mean and deviation, at least 2. No update is refused before that many.
+        max_in_a_row: number of consecutive updates that may be refused, at least 1.
 
     Raises:
         ConfigError: a value out of its range.
@@ -72,23 +73,23 @@ class SpikeGuard:
 
 
 class RollbackGuard(SpikeGuard):
-    """Sends the run back to its newest good checkpoint at a spike, and past the windows that led there.
+    """A spike detector that rolls the run back to its newest valid checkpoint and excludes the windows read since then.
 
-    What is refused is what `SpikeGuard` refuses, and whatever else would stop the run for a loss or gradient that is
-    not finite. The windows of the updates between the checkpoint and the spike, both ends included, are left out from
-    then on; a spike is seldom the doing of its own windows alone.
+    It refuses the updates that `SpikeGuard` refuses, and those whose loss or gradient is not finite and would stop the
+    run. The windows of all updates after the checkpoint up to the spike are excluded from then on, because a spike is
+    seldom caused by its own windows alone.
 
     Args:
         sigma: standard deviations above the mean, > 0.
         window: accepted updates that mean and deviation are taken over, at least 2; none is refused before so many.
-        past: updates after the spike whose windows are left out too, at least 0.
-        max_rollbacks: returns in the whole run, at least 1; what would need one more stops it.
+        past: number of updates after the spike whose windows are excluded too, at least 0.
+        max_rollbacks: rollbacks per run, at least 1; the run stops where it would need one more.
 
     Raises:
         ConfigError: a value out of its range.
 
     Source: Chowdhery et al., "PaLM", arXiv:2204.02311, section 5.1.
-    Differs: there 200 to 500 batches around the spike are left out by hand, from a checkpoint some 100 steps before.
+    Differs: the paper skips 200 to 500 batches around the spike by hand, from a checkpoint about 100 steps before.
     """
 
     goes_back: ClassVar[bool] = True

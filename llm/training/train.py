@@ -1,4 +1,4 @@
-"""One training run, from a configuration to a finished run folder."""
+"""Runs one training, from a configuration to a finished run folder."""
 
 import gc
 import logging
@@ -137,7 +137,7 @@ def _fit(
 
 
 def quiet_lightning() -> None:
-    """Silence Lightning's own messages, and all ranks except the first; warnings about the run stay."""
+    """Silence Lightning's own messages, and all ranks except the first; warnings about the run are still shown."""
     if rank_zero_only.rank != 0:
         logging.getLogger("llm").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -12,7 +12,7 @@ STATISTIC = "stat/"
 """Part of the name of a metric that is not logged.
 
 Such a metric is summed over the micro-batches and ranks of an update, and handed back to the layer that returned it
-through `after_optimizer_step`: expert counts, codebook sums.
+through `after_optimizer_step`. Examples are expert counts and codebook sums.
 """
 
 Reduce = Callable[[Tensor, Literal["sum", "mean"]], Tensor]

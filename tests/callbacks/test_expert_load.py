@@ -54,7 +54,7 @@ def test_an_expert_without_a_token_is_named_once(folder, caplog):
         for _ in range(20):
             harness.step([4, 0, 4])
     assert len(caplog.records) == 1
-    assert "layer 1 has had no token for experts 1 in 5 updates" in caplog.text
+    assert "layer 1: experts 1 received no token in 5 updates" in caplog.text
 
 
 def test_an_expert_that_has_a_token_now_and_then_is_not_named(folder, caplog):

@@ -7,7 +7,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 
-from llm.callbacks.stop_signals import STOPPING, StopSignals, ignore_stop_signals
+from data.loader import ignore_stop_signals
+from llm.callbacks.stop_signals import STOPPING, StopSignals
 from llm.run_folder.checkpoint import find_last
 from llm.run_folder.folder import RunFolder
 
@@ -18,7 +19,8 @@ import torch
 spec = importlib.util.spec_from_file_location("tiny", sys.argv[1])
 tiny = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny)
-from llm.callbacks.stop_signals import StopSignals, ignore_stop_signals
+from data.loader import ignore_stop_signals
+from llm.callbacks.stop_signals import StopSignals
 from llm.run_folder.folder import RunFolder
 
 class Loud(L.Callback):

@@ -223,7 +223,7 @@ def test_a_damaged_cache_is_built_anew(make_text, write_lines, texts, tmp_path, 
     path = tmp_path / "cache" / "tokens" / key / name
     path.write_bytes(path.read_bytes()[:-3])
     cache = open_or_build(source, ByteTokenizer(), options(tmp_path / "cache"))
-    assert "damaged" in caplog.text
+    assert "corrupt" in caplog.text
     assert sorted(documents_of(cache.train, ByteTokenizer()) + documents_of(cache.val, ByteTokenizer())) == sorted(
         texts
     )

@@ -80,7 +80,7 @@ def test_a_damaged_shard_is_refused(tmp_path, damage):
     path, count = write(tmp_path / "a.bin", range(10))
     check_shard(path, dtype=np.dtype(np.uint16), count=count)
     damage(path)
-    with pytest.raises(DataError, match=r"a\.bin: (damaged|cannot be read)"):
+    with pytest.raises(DataError, match=r"a\.bin: (corrupt|cannot be read)"):
         check_shard(path, dtype=np.dtype(np.uint16), count=count)
 
 
@@ -88,5 +88,5 @@ def test_a_shard_that_was_never_closed_is_refused(tmp_path):
     writer = ShardWriter(tmp_path / "a.bin", np.dtype(np.uint16))
     writer.write(np.arange(10))
     writer.abandon()
-    with pytest.raises(DataError, match="damaged"):
+    with pytest.raises(DataError, match="corrupt"):
         check_shard(tmp_path / "a.bin", dtype=np.dtype(np.uint16), count=10)

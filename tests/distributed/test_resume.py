@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def session(runs):
-    """Runs of 4 updates, and runs that go on from their 2nd: on as many ranks, on fewer, on more, at other stages."""
+    """Runs of 4 updates, and runs that resume from their 2nd: on as many ranks, on fewer, on more, at other stages."""
     runs.alone("one", *MUON)
     runs.plan("two", *MUON, "trainer.stage=2")
     runs.plan("three", *MUON, "trainer.stage=3")
@@ -78,7 +78,7 @@ STRATEGIES = {"ddp": (), **{f"zero-{stage}": (f"trainer.stage={stage}",) for sta
 
 @pytest.fixture(scope="module", params=product(STRATEGIES, MODELS), ids="-".join)
 def resumed(request, runs, ddp):
-    """Runs of 4 updates of one model on two ranks under one strategy, and runs that go on from their 2nd."""
+    """Runs of 4 updates of one model on two ranks under one strategy, and runs that resume from their 2nd."""
     strategy, model = request.param
     for again in ("", "-again"):
         for row in ROWS[model]:

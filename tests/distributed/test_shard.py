@@ -1,4 +1,4 @@
-"""Flat shards, cut up by hand in one process: the arithmetic of slices, blocks and owners."""
+"""Flat shards that are cut by hand in one process: the arithmetic of slices, blocks and owners."""
 
 import pytest
 import torch
@@ -141,7 +141,7 @@ def test_an_optimizer_that_does_not_know_shards_says_so():
     for group, cut in zip(optimizer.param_groups, flat, strict=True):
         group["params"] = cut["params"]
         group["params"][0].grad = torch.zeros_like(group["params"][0])
-    with pytest.raises(ConfigError, match="cannot step tensors that are cut up"):
+    with pytest.raises(ConfigError, match="cannot step sharded tensors"):
         optimizer.step()
 
 

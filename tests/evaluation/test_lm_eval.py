@@ -260,5 +260,5 @@ def test_a_chat_template_is_refused_in_one_line(trained):
 
     model = CrucibleLM(run_dir=str(trained[0]))
     assert model.chat_template(False) is None
-    with pytest.raises(ConfigError, match="has no chat template; leave this option out"):
+    with pytest.raises(ConfigError, match="has no chat template; remove this option"):
         model.chat_template(True)

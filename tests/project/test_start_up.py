@@ -82,7 +82,7 @@ def test_a_member_that_a_check_asks_for_is_found_in_the_source():
 
 
 def test_a_signature_that_its_module_computes_is_not_read_from_source():
-    assert read_signature("llm.distributed.strategy.deepspeed_trainer") is None
+    assert read_signature("llm.distributed.deepspeed_trainer.deepspeed_trainer") is None
 
 
 def test_the_pieces_of_a_default_run_that_import_lightning_are_read_from_source():

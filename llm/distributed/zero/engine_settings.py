@@ -46,14 +46,14 @@ def engine_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": 1,  # only its throughput log reads it
-        "gradient_clipping": 0.0,  # the module clips; left out, the engine would clip at 1
+        "gradient_clipping": 0.0,  # the module clips; without this key the engine would clip at 1
         "steps_per_print": NEVER,
     }
 
 
 def precision_config(precision: str) -> dict[str, Any]:
     """Return the engine's settings of precision. Mixed precision is autocast around fp32 weights."""
-    if precision == "bf16-mixed":  # gradients are reduced in fp32, as those of fp32 weights are elsewhere
+    if precision == "bf16-mixed":  # gradients are reduced in fp32, as without DeepSpeed
         return {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}}
     if precision == "bf16-true":
         return {
@@ -77,11 +77,11 @@ def check_settings(trainer: Mapping[str, Any], *, precision: str, compiled: bool
 
     Args:
         trainer: the trainer's node.
-        precision: resolved.
-        compiled: whether compilation is asked for.
+        precision: the resolved precision.
+        compiled: whether the model is compiled.
 
     Raises:
-        ConfigError: with every problem found, or DeepSpeed is not installed.
+        ConfigError: a setting is unsupported, with one line per problem, or DeepSpeed is not installed.
     """
     require_deepspeed()
     stage, problems = trainer["stage"], []
@@ -108,7 +108,7 @@ def check_settings(trainer: Mapping[str, Any], *, precision: str, compiled: bool
 
 
 def check_trainable(model: nn.Module, names: Mapping[int, str], *, stage: int) -> None:
-    """Raise ConfigError for a parameter that stage 3 would cut up though no optimizer group has it."""
+    """Raise ConfigError for a parameter that stage 3 would shard although no optimizer group has it."""
     left = [name for name, parameter in model.named_parameters() if id(parameter) not in names]
     if stage == 3 and left:
         raise ConfigError(

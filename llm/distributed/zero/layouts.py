@@ -1,7 +1,7 @@
-"""Reads off a ZeRO engine which slice of which parameter each element of its flat shards is.
+"""Reads from a ZeRO engine which slices of which parameters its flat shards store.
 
-These are private attributes of the engine: pyproject.toml pins the one release that they were read in, and
-`llm.optim.shard.check_coverage` proves after each start that the reading makes sense.
+It reads private attributes of the engine. pyproject.toml therefore pins one release, and
+`llm.optim.shard.check_coverage` checks the result at each start.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ def read_layouts(zero: Any, names: Mapping[int, str]) -> list[ShardLayout]:
 
     Args:
         zero: DeepSpeed's ZeRO optimizer, of stage 1, 2 or 3.
-        names: of the parameters, by `id`.
+        names: names of the parameters, by `id`.
 
     Raises:
         ShapeError: an engine of another kind.
@@ -43,7 +43,9 @@ def _layout(flat: Any, own: list[Slice], group: Any) -> ShardLayout:
 
 
 def _stage_2_slices(group: list[Any], names: Mapping[int, str]) -> list[Slice]:
-    """Stages 1 and 2 lay the parameters of a group end to end and cut the whole into equal parts."""
+    """Return the slices of stages 1 and 2, which concatenate the parameters of a group and cut the result into equal
+    parts.
+    """
     slices = []
     for parameter in group:
         held = parameter._hp_mapping
@@ -55,7 +57,9 @@ def _stage_2_slices(group: list[Any], names: Mapping[int, str]) -> list[Slice]:
 
 
 def _stage_3_slices(zero: Any, index: int, names: Mapping[int, str]) -> list[Slice]:
-    """Stage 3 cuts each parameter into equal parts, the last one padded, and lays a rank's parts end to end."""
+    """Return the slices of stage 3, which cuts each parameter into equal parts, pads the last, and concatenates a
+    rank's parts.
+    """
     rank = dist.get_rank(zero._get_sub_group_process_group(index))
     slices = []
     for parameter in zero.fp16_groups[index]:

@@ -9,7 +9,7 @@ class RankBytes(NamedTuple):
     weights: float
     gradients: float
     state: float
-    """The optimizer's state, and fp32 masters where the engine keeps them apart from the weights."""
+    """The optimizer's state, and fp32 masters where they are not the weights themselves."""
 
     @property
     def total(self) -> float:
@@ -22,16 +22,17 @@ def bytes_per_rank(
 ) -> RankBytes:
     """Return the bytes that one of `ranks` ranks keeps on its device.
 
-    Stage 0 splits nothing; 1 the state, 2 the gradients too, 3 the weights too. From stage 1 on the engine steps fp32
-    masters of its own: a copy of the rank's part of the weights, except at stage 3 under autocast, where they are one.
+    Stage 0 shards nothing, stage 1 the state, stage 2 also the gradients, and stage 3 also the weights. From stage 1 on
+    the engine updates fp32 masters. They are a copy of the rank's part of the weights, except at stage 3 under
+    autocast, where they are the weights.
 
     Args:
-        parameters: of the whole model.
-        state_bytes: of the optimizer over the whole model.
-        stage: of ZeRO.
-        ranks: devices that share the model.
-        precision: as `trainer.precision`; bf16-true holds bf16 weights.
-        offload_optimizer: state and masters are in the host's memory; gradients are handed over as they come.
+        parameters: number of parameters of the whole model.
+        state_bytes: bytes of optimizer state for the whole model.
+        stage: stage of ZeRO.
+        ranks: number of devices that share the model.
+        precision: value of `trainer.precision`; weights are bf16 with bf16-true.
+        offload_optimizer: whether state and masters are in the host's memory, to which gradients are copied.
 
     Source: Rajbhandari et al., "ZeRO", arXiv:1910.02054, section 5 and figure 1.
     """
@@ -48,10 +49,10 @@ def bytes_per_rank(
 
 
 def bytes_sent_per_update(*, parameters: int, stage: int, ranks: int, accumulation: int, precision: str) -> float:
-    """Return the bytes that each rank sends in an update, by ring algorithms, without an optimizer's own messages.
+    """Return the bytes that each rank sends per update, by ring algorithms, without the optimizer's own messages.
 
-    A reduction over all ranks sends 2(R−1)/R of its data, one whose result is split (R−1)/R, and so does gathering.
-    Stage 0 and 1 reduce once an update, stages 2 and 3 after each micro-batch; 1 and 2 gather the new weights, stage 3
+    An all-reduce over R ranks sends 2(R−1)/R of its data; a reduce-scatter or an all-gather sends (R−1)/R. Stages 0 and
+    1 reduce once per update, stages 2 and 3 after each micro-batch. Stages 1 and 2 gather the new weights, and stage 3
     gathers them for every forward and backward pass.
 
     Source: arXiv:1910.02054, section 7.

@@ -11,17 +11,18 @@ from torch import Tensor
 from llm.optim.shard import ShardLayout, Slice
 
 OVERFLOW = -1.0
-"""The norm by which DeepSpeed's engine knows gradients that are not finite: it then drops them and makes no update."""
+"""The norm with which DeepSpeed's engine marks gradients that are not finite, which it discards without an update."""
 
 
 class ShardedGradients:
-    """Measures, clips and drops the averaged, accumulated gradients of a ZeRO engine, before any update rule.
+    """The averaged, accumulated gradients of a ZeRO engine, which are measured, clipped or dropped before the update
+    rule.
 
-    The engine would measure them a second time to clip and to look for overflow; it is told the answer instead.
+    The engine would measure them again for clipping and for overflow, so it receives the result.
 
     Args:
         zero: DeepSpeed's ZeRO optimizer, of stage 1, 2 or 3.
-        layouts: of its shards.
+        layouts: layouts of its shards.
     """
 
     def __init__(self, zero: Any, layouts: list[ShardLayout]) -> None:
@@ -39,7 +40,7 @@ class ShardedGradients:
         return True
 
     def norm(self) -> Tensor:
-        """2-norm of the whole gradient, over all tensors and ranks."""
+        """Return the 2-norm of the whole gradient, over all tensors and ranks."""
         self._is_dropped = False
         totals = {}
         for index, layout in enumerate(self.layouts):
@@ -49,7 +50,7 @@ class ShardedGradients:
         return torch.stack(list(totals.values())).sum().sqrt().float()
 
     def squares_of(self, names: set[str]) -> Tensor:
-        """Sum of squares of the gradients of some parameters, over all ranks."""
+        """Return the sum of squares of the gradients of some parameters, over all ranks."""
         total = torch.zeros((), dtype=torch.float64, device=self.layouts[0].comm_device)
         for index in range(len(self.layouts)):
             for piece, part in self._pieces(index):
@@ -87,7 +88,7 @@ class ShardedGradients:
             self.zero.check_grad_overflow = self._checks_overflow
 
     def _parts(self, index: int) -> list[Tensor]:
-        """This rank's gradients of one shard."""
+        """Return this rank's gradients of one shard."""
         if getattr(self.zero, "cpu_offload", False) or getattr(self.zero, "offload_optimizer", False):
             wait = getattr(self.zero, "_wait_for_offload_copies", None)
             if wait is not None:

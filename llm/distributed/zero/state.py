@@ -1,7 +1,7 @@
 """Gathers the weights and optimizer state of flat shards by parameter name to save, and scatters them to load.
 
-A checkpoint that ZeRO's shards wrote is therefore the very one that a single process would have written, and any
-stage, with any number of ranks, reads it.
+A checkpoint of ZeRO's shards therefore equals that of a single process, and any stage with any number of ranks can read
+it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -77,7 +77,7 @@ def gather_optimizer_state(
 
 
 def _gather_owned(optimizer: Any) -> dict[str, dict[str, Tensor]]:
-    """Join the ranks' state of whole tensors."""
+    """Merge the ranks' state of whole tensors."""
     held_here = optimizer.owned_state if isinstance(optimizer, ShardedOptimizer) else {}
     own = {name: {key: value.cpu() for key, value in held.items()} for name, held in held_here.items()}
     ranks: list[Any] = [None] * dist.get_world_size()
@@ -86,7 +86,7 @@ def _gather_owned(optimizer: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def optimizer_state_dict(groups: Sequence[Mapping[str, Any]], state: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what `torch.optim.Optimizer.state_dict` would, had no strategy cut the parameters up."""
+    """Return the result of `torch.optim.Optimizer.state_dict` as if the parameters were not sharded."""
     saved, packed, index = [], {}, 0
     for group in groups:
         names = group["names"]
@@ -98,10 +98,10 @@ def optimizer_state_dict(groups: Sequence[Mapping[str, Any]], state: Mapping[str
 
 
 def state_by_name(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return a saved optimizer state by parameter name, and take over the groups' settings.
+    """Return a saved optimizer state by parameter name, and set the groups' settings from it.
 
     Raises:
-        CheckpointError: it belongs to other parameters.
+        CheckpointError: the state belongs to other parameters.
     """
     own = [name for group in groups for name in group["names"]]
     saved = [name for group in state_dict["param_groups"] for name in group.get("names", [])]
