@@ -71,7 +71,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     checkpoint_io, checkpoints = FolderCheckpointIO(manifest={}), tmp_path / "checkpoints"
     checkpoint_io.save_checkpoint(checkpoint(1, torch.ones(3)), step_folder(checkpoints, 1))
     checkpoint_io.save_checkpoint(checkpoint(2, torch.tensor([1.0, float("nan")])), step_folder(checkpoints, 2))
-    with pytest.raises(CheckpointError, match="step-00000002: w holds values that are not finite"):
+    with pytest.raises(CheckpointError, match="step-00000002: w has values that are not finite"):
         checkpoint_io.teardown()
     assert find_last(tmp_path).step == 1
     assert len(list(checkpoints.iterdir())) == 1

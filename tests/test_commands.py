@@ -158,7 +158,7 @@ def test_a_sweep_gives_each_job_a_folder(tiny, tmp_path):
         (["scaling.noise_scale=41000"], "scaling.noise_scale: unknown key"),
         (
             ["batch_schedule=doubling", "batch_schedule.start_share=0.015625"],
-            "batch_schedule: 128 tokens an update from 0 tokens on: must be a multiple of context_length 256",
+            "batch_schedule: 128 tokens per update from 0 tokens on: must be a multiple of context_length 256",
         ),
         (
             ["batch_schedule=stages", "batch_schedule.shares=[0.3,0.5,1]"],
@@ -210,7 +210,7 @@ def test_help_lists_every_group_and_option(tmp_path):
 def test_a_plan_counts_and_trains_nothing(tmp_path):
     result = call("train.py", "plan=true", "model/size=124m", "tokenizer.vocab_size=50304", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    for part in ("123_587_328", "optimizer state", "training FLOPs a token", "token_embedding.weight"):
+    for part in ("123_587_328", "optimizer state", "training FLOPs per token", "token_embedding.weight"):
         assert part in result.stdout, part
     assert not list(tmp_path.glob("runs/*"))
 

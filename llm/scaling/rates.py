@@ -1,4 +1,4 @@
-"""Derives the learning rate and weight decay of each tensor from its kind and shape: the base class, and plain rates."""
+"""Derives the learning rate and weight decay of each tensor from its kind and shape: base class and plain rates."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, get_args

@@ -116,7 +116,7 @@ def test_a_ramped_run_that_is_resumed_in_a_stage_equals_an_uninterrupted_one_bit
 def test_a_stage_that_does_not_divide_is_refused_before_anything_is_built(composed, tiny, tmp_path):
     plan = plan_batch(batch_tokens=256, context_length=32, world_size=1, micro_batch_size=4)
     with pytest.raises(
-        ConfigError, match=r"batch_schedule: 96 tokens an update from 0 tokens on: .* = 64.*try 64 or 128"
+        ConfigError, match=r"batch_schedule: 96 tokens per update from 0 tokens on: .* = 64.*try 64 or 128"
     ):
         check_ramp(plan=plan, ramp=BatchRamp(((0, 0, 96),), 3))
     with pytest.raises(ConfigError, match="batch_schedule: 32 tokens an update"):
