@@ -159,7 +159,7 @@ def table(results: dict[str, Any], base: int) -> str:
             f"### {name}: noise scale {result['noise_scale']:,.0f} tokens, best lr ∝ B^{statistics.mean(p):.2f} "
             f"({min(p):.2f} to {max(p):.2f})",
             "",
-            "| tokens an update | " + " | ".join(f"{b:,}" for b in result["best_lr"]) + " | mean regret |",
+            "| tokens per update | " + " | ".join(f"{b:,}" for b in result["best_lr"]) + " | mean regret |",
             "|---" * (len(result["best_lr"]) + 2) + "|",
             "| best lr | "
             + " | ".join(f"{statistics.geometric_mean(v):.2g}" for v in result["best_lr"].values())
@@ -212,7 +212,7 @@ def picture(results: dict[str, Any], base: int, path: Path) -> None:
             list(result["best_lr"]), means, yerr=spread, fmt="kx", capsize=4, label="best, range of seeds", zorder=3
         )
         axes.axvline(result["noise_scale"], color="grey", linestyle=":", linewidth=1)
-        axes.set(xscale="log", yscale="log", title=name, xlabel="tokens an update")
+        axes.set(xscale="log", yscale="log", title=name, xlabel="tokens per update")
         axes.set_ylim(min(ys) / 2, max(ys) * 2)
     panels[0].set_ylabel("learning rate")
     panels[0].legend(fontsize=7)

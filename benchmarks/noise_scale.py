@@ -56,7 +56,7 @@ class Watch(Callback):
 
 
 def measure(size: str, parts: int, updates: int, folder: Path, further: list[str]) -> tuple[float, float]:
-    """Return seconds an update, and the share of it that the callback takes: medians."""
+    """Return seconds per update, and the share of it that the callback takes: medians."""
     length = [f"max_steps={updates}", f"val_every={updates}", f"checkpoint_every={updates}"]
     quiet = ["callbacks.samples=null", "callbacks.curves=null"]
     cfg = composed([f"model/size={size}", "callbacks=noise_scale", *length, *quiet, *further])
@@ -78,7 +78,7 @@ def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="tiny,small")
-    parser.add_argument("--parts", default="2,8", help="micro-batches an update")
+    parser.add_argument("--parts", default="2,8", help="micro-batches per update")
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("override", nargs="*", help="further overrides for every run")
     arguments = parser.parse_args()
@@ -88,7 +88,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 seconds, share = measure(size, parts, arguments.updates, Path(folder), arguments.override)
             rows.append([size, str(parts), f"{seconds:.2f}", f"{share:.2%}"])
-    print(format_table(["model/size", "micro-batches", "seconds an update", "of them measuring"], rows))
+    print(format_table(["model/size", "micro-batches", "seconds per update", "of them measuring"], rows))
 
 
 if __name__ == "__main__":

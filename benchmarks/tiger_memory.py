@@ -66,7 +66,7 @@ def main() -> None:
         process.start()
         process.join()
     weights = arguments.layers * arguments.width**2 * 4
-    print(f"weights {weights / 2**20:.0f} MiB, {MICRO_BATCHES} micro-batches an update")
+    print(f"weights {weights / 2**20:.0f} MiB, {MICRO_BATCHES} micro-batches per update")
     for side in SIDES:
         peak = results[side]
         print(f"accumulate={side:10}{peak / 2**20:8.0f} MiB at the peak, {peak / weights:.2f} x the weights")

@@ -16,7 +16,7 @@ from llm.config.signatures import MISSING, check_node, suggest, target_nodes
 from llm.contracts import AttentionGeometry
 from llm.errors import ConfigError
 from llm.model.attention.attention_layer import Attention
-from llm.model.transformer import resolve_head_dim
+from llm.model.decoder_checks import resolve_head_dim
 from llm.optim.foreign_kinds import groups_of_any_module
 
 GEOMETRY = ("d_model", "num_heads", "num_kv_heads", "head_dim")

@@ -140,7 +140,7 @@ def _work(sizes: Sizes, flops: float) -> str:
         ["updates", f"{steps:_}"],
         ["tokens per update", f"{plan.batch_tokens:_}"],
         [
-            "windows an update",
+            "windows per update",
             f"{plan.windows} = accumulation {plan.accumulation} x devices {plan.world_size} "
             f"x micro_batch_size {plan.micro_batch_size}",
         ],

@@ -35,7 +35,7 @@ class Rows(Dataset):
 
 
 class TinyData(L.LightningDataModule):
-    """Starts at the row that the run goes on from."""
+    """Starts at the row from which the run continues."""
 
     def __init__(self, rows_a_step: int, workers: int = 0) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Averaged weights: what is validated and saved is the average, and a resumed run goes on exactly."""
+"""Averaged weights: validation and checkpoints use the average, and a resumed run equals an uninterrupted one."""
 
 import json
 

@@ -132,7 +132,7 @@ def test_a_server_gets_one_run_with_its_axis_and_a_resumed_run_goes_on_in_it(tmp
     assert told == [("tokens_seen", None), ("*", 1)]
     rows = [(r["_step"], r["tokens_seen"], r.get("train/loss"), r.get("val/loss")) for r in server.history(run_id)]
     once = [(64, 1, None), (128, None, 0.5), (128, None, None)]
-    assert rows == [(step, *row) for step, row in enumerate([*once, *once])]  # the second goes on behind the first
+    assert rows == [(step, *row) for step, row in enumerate([*once, *once])]  # the second continues after the first
     assert server.files[run_id, "plan.txt"] == b"the plan\n"
     assert server.files[run_id, "optimizer.txt"] == b"the receipt"
     assert server.artifacts == [f"run-{run_id}-samples"] * 2

@@ -8,13 +8,13 @@ from data.cleaning import Cleaner, digest, is_validation
     ("raw", "reason"),
     [(b"", "empty"), (" \n\t\u00a0", "empty"), (b"caf\xe9", "invalid_utf8"), ("\ud800", "invalid_utf8")],
 )
-def test_a_document_that_is_no_text_is_left_out_and_counted(raw, reason):
+def test_a_document_that_is_not_text_is_discarded_and_counted(raw, reason):
     cleaner = Cleaner(max_line_bytes=None)
     assert cleaner(raw) is None
     assert cleaner.counts == {reason: 1}
 
 
-def test_a_document_with_an_over_long_line_is_left_out_and_counted():
+def test_a_document_with_a_too_long_line_is_discarded_and_counted():
     cleaner = Cleaner(max_line_bytes=10)
     assert cleaner("0123456789\n") is None
     assert cleaner("short\n" + "é" * 6) is None  # 12 bytes, 6 characters
@@ -27,7 +27,7 @@ def test_bytes_and_text_of_one_document_are_the_same_document():
     assert cleaner("naïve") == cleaner("naïve".encode()) == cleaner(b"\xef\xbb\xbf" + "naïve".encode())
 
 
-def test_the_share_of_validation_documents_is_the_one_asked_for():
+def test_the_share_of_validation_documents_is_val_fraction():
     sides = [is_validation(digest(f"{i}".encode()), 0.05) for i in range(20_000)]
     assert abs(np.mean(sides) - 0.05) < 5 * np.sqrt(0.05 * 0.95 / 20_000)  # five standard errors
 

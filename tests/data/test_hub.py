@@ -66,7 +66,7 @@ def test_a_mixture_draws_by_weight_and_repeats_nothing(folders, read_all, stream
     assert documents != read_all(make(mixture=mixture, streaming=streaming, seed=1))[0]
 
 
-def test_a_missing_column_is_answered_with_the_columns_there(folders):
+def test_the_error_for_a_missing_column_lists_the_columns(folders):
     with pytest.raises(DataError, match=r"data\.field=text: not in .*right; its columns are content"):
         make(folders[1]).pieces()
 
@@ -97,7 +97,7 @@ def test_the_fingerprint_follows_the_files(folders):
         ({"path": "a", "max_documents": 0}, "data.max_documents=0: must be at least 1"),
     ],
 )
-def test_settings_that_cannot_be_honoured_are_refused(settings, message):
+def test_unsupported_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         make(**settings)
 
@@ -122,7 +122,7 @@ def test_a_local_file_is_read(tmp_path, write_lines, read_all, streaming):
 
 
 @pytest.mark.parametrize("path", ["./missing", "missing.jsonl", "/nowhere/set", "a/b/c"])
-def test_a_path_that_can_only_be_local_is_not_looked_for_on_the_hub(path, monkeypatch):
+def test_a_local_path_is_not_requested_from_the_hub(path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(DataError, match=r"data\.path=.*: no such file or folder"):
         make(path).fingerprint()

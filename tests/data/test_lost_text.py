@@ -59,7 +59,7 @@ def test_a_tokenizer_that_loses_a_little_is_warned_of_at_every_start(
     assert "lost" not in caplog.text
 
 
-def test_what_a_normaliser_changes_is_lost_too(unigram):
+def test_characters_that_a_normaliser_changes_count_as_lost(unigram):
     tokenizer = unigram(normalizers.Lowercase())
     lost = lost_characters(tokenizer, ["Aha a"], tokenizer.encode_batch(["Aha a"]))
     assert lost == {"A": 1}
@@ -91,7 +91,7 @@ def test_an_ordinary_added_token_as_the_separator_never_comes_out_of_text(tmp_pa
     assert special.encode(text).tolist() == ids.tolist()
 
 
-def test_a_separator_that_the_model_has_as_a_word_is_spelled_out(unigram):
+def test_a_separator_in_the_models_vocabulary_is_encoded_as_characters(unigram):
     tokenizer = unigram()
     ids = tokenizer.encode("a <s> b<s>")
     assert tokenizer.bos_id not in ids

@@ -64,7 +64,7 @@ def test_sizes_and_fingerprint_are_known_before_a_trainer_exists(module, texts):
     assert len(module.fingerprint) == 32
 
 
-def test_windows_side_by_side_give_every_token_as_a_label_once(module):
+def test_consecutive_windows_have_every_token_as_a_label_once(module):
     module.prepare_data()
     windows = module.windows("train")
     labels = torch.cat([windows[i]["labels"].flatten() for i in range(len(windows))])
@@ -81,7 +81,7 @@ def test_a_trainer_sees_the_windows_of_the_run_in_order(module, tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_run_sees_what_the_uninterrupted_one_sees(module, tmp_path, num_workers):
+def test_a_resumed_run_reads_the_windows_of_an_uninterrupted_one(module, tmp_path, num_workers):
     """Past the end of an epoch, with accumulation, resumed twice, with and without worker processes."""
     module.prepare_data()
     steps = module.num_windows // 4 + 5
@@ -168,7 +168,7 @@ def test_settings_out_of_range_are_named(make_module, make_text, setting, value)
         make_module(make_text("unused"), **{setting: value})
 
 
-def test_a_dataset_sent_to_a_worker_carries_no_tokens(module):
+def test_a_dataset_that_is_sent_to_a_worker_contains_no_tokens(module):
     module.prepare_data()
     windows = module.windows("train")
     windows[0]

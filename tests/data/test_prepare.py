@@ -42,7 +42,7 @@ def test_prepare_runs_as_a_command_and_builds_once(tmp_path, texts, monkeypatch,
         ("tokenizer=pretrained tokenizer.path=/nowhere", "tokenizer.path=/nowhere: cannot be read"),
     ],
 )
-def test_a_mistake_is_one_message_and_status_two(overrides, message, monkeypatch, capsys):
+def test_a_mistake_gives_one_message_and_exit_status_two(overrides, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["prepare", *overrides.split()])
     with pytest.raises(SystemExit) as stopped:
         prepare.main()
@@ -52,7 +52,7 @@ def test_a_mistake_is_one_message_and_status_two(overrides, message, monkeypatch
     assert others == []
 
 
-def test_help_says_what_it_does(monkeypatch, capsys):
+def test_help_describes_the_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["prepare", "--help"])
     prepare.main()
     assert "overrides of train.py" in capsys.readouterr().out

@@ -31,7 +31,7 @@ def test_permute_is_a_bijection(size, key):
 
 
 @given(st.integers(1, 2**62), seeds, st.data())
-def test_permute_stays_inside_sizes_that_no_memory_could_hold(size, key, data):
+def test_permute_works_for_sizes_beyond_any_memory(size, key, data):
     index = data.draw(st.integers(0, size - 1))
     image = permute(np.array([index]), size=size, key=key)
     assert 0 <= image[0] < size
@@ -73,7 +73,7 @@ def test_the_order_looks_random():
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 24), (1, 1), (2, 3), (3, 4), (4, 6), (24, 1)])
-def test_a_step_sees_the_same_windows_however_they_are_shared_out(world_size, micro_batch_size):
+def test_a_step_reads_the_same_windows_for_any_number_of_ranks(world_size, micro_batch_size):
     whole = np.array([n for batch in make(micro_batch_size=24) for n in batch]).reshape(9, 24)
     shares = [
         list(make(world_size=world_size, micro_batch_size=micro_batch_size, rank=rank)) for rank in range(world_size)
@@ -87,7 +87,7 @@ spans = st.lists(st.tuples(st.integers(0, 120), st.integers(0, 120)), max_size=6
 
 
 @given(spans)
-def test_united_spans_hold_the_same_numbers_ascending_and_apart(some):
+def test_united_spans_have_the_same_numbers_in_ascending_separate_spans(some):
     whole = united(some)
     assert {n for start, stop in whole for n in range(start, stop)} == {n for a, b in some for n in range(a, b)}
     assert all(before[1] < after[0] for before, after in itertools.pairwise(whole))
@@ -99,7 +99,7 @@ def test_spans_may_be_united_in_any_order_and_twice(some, more):
 
 
 @given(spans)
-def test_what_is_left_out_is_missing_and_all_else_follows_in_order(some):
+def test_excluded_windows_are_missing_and_all_others_follow_in_order(some):
     left_out = united(some)
     kept = [n for n in range(400) if not any(start <= n < stop for start, stop in left_out)]
     assert numbers_at(np.arange(200), left_out).tolist() == kept[:200]
@@ -107,7 +107,7 @@ def test_what_is_left_out_is_missing_and_all_else_follows_in_order(some):
 
 @settings(max_examples=30)
 @given(spans, st.integers(0, 8), st.sampled_from([1, 2, 4]))
-def test_a_sampler_that_leaves_numbers_out_deals_the_others_to_any_ranks_from_any_step(some, step, world_size):
+def test_a_sampler_with_excluded_windows_divides_the_others_over_any_ranks_from_any_step(some, step, world_size):
     left_out = united(some)
     whole = run_windows(0, 600, num_windows=101, seed=7).tolist()
     kept = [whole[n] for n in range(600) if not any(start <= n < stop for start, stop in left_out)]

@@ -54,7 +54,7 @@ def test_documents_are_pure_functions_of_settings_and_number(kind, settings, rea
     assert len(read_all(kind(**settings))[0]) == settings["num_documents"]
 
 
-def test_every_question_has_its_answer_far_enough_back_and_no_where_else():
+def test_every_question_has_one_answer_at_the_required_distance():
     source = AssociativeRecall(**RECALL)
     for number in range(50):
         data, is_scored = source.document(number)
@@ -68,7 +68,7 @@ def test_every_question_has_its_answer_far_enough_back_and_no_where_else():
             assert data.count(key) == 2
 
 
-def test_with_one_token_a_pair_the_question_names_the_key_of_one_symbol_at_the_front():
+def test_with_one_token_per_pair_each_question_asks_for_a_symbol_of_the_first_part():
     source = AssociativeRecall(**RECALL | {"pair_tokens": 1})
     owners = {}
     for number in range(300):

@@ -44,7 +44,7 @@ def test_json_lines_are_read_plain_and_compressed(make_text, write_lines, read_a
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
-def test_plain_text_is_one_document_a_file(make_text, tmp_path, read_all, ending):
+def test_each_file_of_plain_text_is_one_document(make_text, tmp_path, read_all, ending):
     path = tmp_path / "a.txt"
     path.write_text(TEXTS[0])
     path = compress(path, ending) if ending else path
@@ -76,7 +76,7 @@ def test_a_compressed_table_is_read(make_text, tmp_path, read_all):
     assert read_all(make_text(compress(write_table(tmp_path, "csv"), ".gz")))[0] == TEXTS
 
 
-def test_a_json_file_with_one_object_a_line_is_read_as_lines(make_text, write_lines, read_all):
+def test_a_json_file_with_one_object_per_line_is_read_as_lines(make_text, write_lines, read_all):
     assert read_all(make_text(write_lines(TEXTS, name="a.json")))[0] == TEXTS
 
 
@@ -87,7 +87,7 @@ def test_several_patterns_keep_their_order_and_name_each_file_once(make_text, tm
     assert decoded(read_all(source)[0]) == ["c.txt", "a.txt", "b.txt"]
 
 
-def test_large_files_are_cut_into_ranges_that_lose_and_double_nothing(make_text, write_lines, read_all, monkeypatch):
+def test_large_files_are_cut_into_ranges_that_cover_each_document_once(make_text, write_lines, read_all, monkeypatch):
     texts = [f"{i} " + "é" * (i * 37 % 400) for i in range(300)]
     source = make_text(write_lines(texts))
     monkeypatch.setattr(text_files, "piece_bytes", lambda total: 999)
@@ -131,7 +131,7 @@ def test_one_large_text_becomes_about_five_hundred_documents_on_auto(make_text, 
     assert b"".join(documents) == (tmp_path / "a.txt").read_bytes()
 
 
-def test_many_files_stay_whole_on_auto(make_text, tmp_path, read_all):
+def test_many_files_are_not_cut_on_auto(make_text, tmp_path, read_all):
     for i in range(500):
         (tmp_path / f"{i:03}.txt").write_text(f"{i}\n" * 400)
     assert len(read_all(make_text(str(tmp_path / "*.txt"), document_bytes="auto"))[0]) == 500
@@ -159,7 +159,7 @@ def test_a_glob_without_a_match_is_named(make_text, tmp_path):
         make_text(str(tmp_path / "*.txt")).pieces()
 
 
-def test_a_folder_is_answered_with_a_glob(make_text, tmp_path):
+def test_the_error_for_a_folder_suggests_a_glob(make_text, tmp_path):
     with pytest.raises(DataError, match=r"is a folder; name its files with a glob such as .*\*\*/\*\.txt"):
         make_text(str(tmp_path)).pieces()
 
@@ -196,7 +196,7 @@ def test_a_broken_line_is_named_by_file_and_number(make_text, write_lines, read_
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_a_missing_field_is_answered_with_the_fields_there(make_text, tmp_path, write_lines, read_all, kind):
+def test_the_error_for_a_missing_field_lists_the_fields(make_text, tmp_path, write_lines, read_all, kind):
     path = write_lines(TEXTS) if kind == "jsonl" else write_table(tmp_path, kind)
     with pytest.raises(DataError, match=r"data\.field=txt: not in .*; its fields are (id, )?text; did you mean text\?"):
         read_all(make_text(path, field="txt"))
@@ -223,7 +223,7 @@ def test_a_truncated_or_corrupt_compressed_file_is_named(make_text, write_lines,
         read_all(source)
 
 
-def test_a_zst_file_with_a_large_window_says_what_it_needs(make_text, tmp_path):
+def test_the_error_for_a_zst_file_with_a_large_window_names_the_package(make_text, tmp_path):
     if importlib.util.find_spec("zstandard") is not None:
         pytest.skip("zstandard reads it")
     path = tmp_path / "a.jsonl.zst"  # a frame header with a window of 2 GiB, as zstd --long=31 writes it
@@ -232,7 +232,7 @@ def test_a_zst_file_with_a_large_window_says_what_it_needs(make_text, tmp_path):
         make_text(path).pieces()
 
 
-def test_links_that_lead_back_are_entered_once(make_text, tmp_path):
+def test_links_in_a_cycle_are_entered_once(make_text, tmp_path):
     for name in ("a", "b"):
         (tmp_path / "t" / name).mkdir(parents=True)
         (tmp_path / "t" / name / "up").symlink_to("..")
@@ -303,7 +303,7 @@ def test_a_record_without_the_field_is_named_by_its_line_or_skipped(make_text, w
         read_all(make_text(path, field="body", broken_lines="skip"))
 
 
-def test_a_latin_1_corpus_is_answered_with_its_encoding(make_text, make_module, tmp_path):
+def test_the_error_for_a_latin_1_corpus_names_the_conversion(make_text, make_module, tmp_path):
     (tmp_path / "a.txt").write_bytes("Übung macht den Meister, sagt man öfter.\n".encode("latin-1") * 3000)
     with pytest.raises(DataError, match=r"invalid_utf8.*; convert the files to UTF-8, for example with iconv"):
         make_module(make_text(tmp_path / "a.txt", document_bytes="auto")).prepare_data()

@@ -70,7 +70,7 @@ def test_the_tokens_do_not_depend_on_the_number_of_processes(make_text, write_li
 
 @pytest.mark.usefixtures("cut_small")
 @pytest.mark.usefixtures("cut_small")
-def test_a_package_named_data_in_the_current_folder_is_not_mistaken_for_ours(
+def test_a_package_named_data_in_the_current_folder_is_not_imported(
     make_text, write_lines, texts, tmp_path, monkeypatch
 ):
     (tmp_path / "data").mkdir()
@@ -89,7 +89,7 @@ def test_copies_are_removed_and_counted_and_the_first_in_order_stays(make_text, 
     assert cache.report["bytes"] == sum(len(text.encode()) for text in texts)
 
 
-def test_copies_stay_when_asked_for(make_text, write_lines, texts, tmp_path):
+def test_copies_are_kept_without_deduplicate(make_text, write_lines, texts, tmp_path):
     source = make_text(write_lines([*texts, *texts]))
     cache = open_or_build(source, ByteTokenizer(), options(tmp_path, deduplicate=False))
     assert len(documents_of(cache.train, ByteTokenizer()) + documents_of(cache.val, ByteTokenizer())) == 2 * len(texts)
@@ -118,7 +118,7 @@ def test_a_second_start_builds_nothing(make_text, write_lines, texts, tmp_path, 
 @pytest.mark.parametrize(
     "change", ["content", "val_fraction", "deduplicate", "max_line_bytes", "tokenizer", "CACHE_VERSION"]
 )
-def test_every_change_that_matters_is_a_new_cache(make_text, write_lines, texts, tmp_path, monkeypatch, change):
+def test_every_relevant_change_builds_a_new_cache(make_text, write_lines, texts, tmp_path, monkeypatch, change):
     path = write_lines(texts)
     tokenizer = ByteTokenizer()
     before = open_or_build(make_text(path), tokenizer, options(tmp_path / "cache")).fingerprint
@@ -217,7 +217,7 @@ def test_the_folder_of_a_killed_build_is_never_read_and_is_removed(make_text, wr
 
 
 @pytest.mark.parametrize("name", ["train-00000.bin", "manifest.json"])
-def test_a_damaged_cache_is_built_anew(make_text, write_lines, texts, tmp_path, name, caplog):
+def test_a_corrupt_cache_is_built_again(make_text, write_lines, texts, tmp_path, name, caplog):
     source = make_text(write_lines(texts))
     key = open_or_build(source, ByteTokenizer(), options(tmp_path / "cache")).fingerprint
     path = tmp_path / "cache" / "tokens" / key / name

@@ -82,7 +82,7 @@ def test_a_saved_tokenizer_read_as_pretrained_gives_the_same_ids(both, kind, tex
     assert np.array_equal(loaded.token_bytes, both[kind].token_bytes)
 
 
-def test_a_sample_that_the_fast_engine_gets_wrong_switches_it_off(bpe, monkeypatch):
+def test_the_fast_engine_is_not_used_after_a_wrong_sample(bpe, monkeypatch):
     from data import fast_bpe
 
     tokenizer = pickle.loads(pickle.dumps(bpe))
@@ -103,7 +103,7 @@ def llama_style(bpe):
     return tokenizer
 
 
-def test_the_fast_engine_takes_a_split_of_the_file(bpe):
+def test_the_fast_engine_uses_the_split_of_the_file(bpe):
     tokenizer = llama_style(bpe)
     fast = compile_fast(tokenizer)
     assert fast is not None
@@ -111,7 +111,7 @@ def test_the_fast_engine_takes_a_split_of_the_file(bpe):
     assert fast.encode(text).tolist() == tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def test_the_fast_engine_declines_what_it_cannot_do(bpe):
+def test_the_fast_engine_is_not_used_for_unsupported_tokenizers(bpe):
     spec = json.loads(bpe._json)
     for change in ({"normalizer": {"type": "NFC"}}, {"pre_tokenizer": {"type": "Whitespace"}}):
         assert compile_fast(Tokenizer.from_str(json.dumps(spec | change))) is None
@@ -135,7 +135,7 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
         PretrainedTokenizer(path=str(tmp_path), bos_token=None)
 
 
-def test_an_unknown_special_token_is_answered_with_the_ones_there(bpe, tmp_path):
+def test_the_error_for_an_unknown_special_token_lists_the_special_tokens(bpe, tmp_path):
     bpe.save(tmp_path)
     with pytest.raises(ConfigError, match=r"tokenizer\.bos_token=<bos>: not in the vocabulary; .* are <\|endoftext\|>"):
         PretrainedTokenizer(path=str(tmp_path), bos_token="<bos>")
@@ -165,6 +165,6 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused():
         BpeTokenizer(vocab_size=256, sample_bytes=1)
 
 
-def test_an_untrained_tokenizer_says_so():
+def test_an_untrained_tokenizer_is_reported():
     with pytest.raises(DataError, match="not trained yet"):
         BpeTokenizer(vocab_size=300, sample_bytes=1).encode("a")

@@ -18,7 +18,7 @@ def write(path, ids, dtype=np.uint16):
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), data=st.data())
-def test_a_range_equals_the_same_range_of_the_shards_end_to_end(tmp_path_factory, lengths, data):
+def test_a_range_equals_the_same_range_of_the_concatenated_shards(tmp_path_factory, lengths, data):
     folder = tmp_path_factory.mktemp("shards")
     everything = np.arange(sum(lengths))
     parts = np.split(everything, np.cumsum(lengths)[:-1])
@@ -76,7 +76,7 @@ def remove(path):
 
 
 @pytest.mark.parametrize("damage", [cut, grow, recount, remove])
-def test_a_damaged_shard_is_refused(tmp_path, damage):
+def test_a_corrupt_shard_is_refused(tmp_path, damage):
     path, count = write(tmp_path / "a.bin", range(10))
     check_shard(path, dtype=np.dtype(np.uint16), count=count)
     damage(path)
@@ -84,7 +84,7 @@ def test_a_damaged_shard_is_refused(tmp_path, damage):
         check_shard(path, dtype=np.dtype(np.uint16), count=count)
 
 
-def test_a_shard_that_was_never_closed_is_refused(tmp_path):
+def test_an_incomplete_shard_is_refused(tmp_path):
     writer = ShardWriter(tmp_path / "a.bin", np.dtype(np.uint16))
     writer.write(np.arange(10))
     writer.abandon()

@@ -11,12 +11,12 @@ RAMP = (
     "batch_schedule=stages", "batch_schedule.starts=[0,192,600]", "micro_batch_size=4", "max_steps=9", "val_every=9",
     "checkpoint_every=5", "scaling=sqrt", "trainer.precision=32-true",
 )  # fmt: skip
-"""256 tokens an update in the end: 64 x 3, 128 x 4, 256 x 2."""
+"""256 tokens per update in the end: 64 x 3, 128 x 4, 256 x 2."""
 
 
 @pytest.fixture(scope="module")
 def session(runs):
-    """One process with two micro-batches an update; two ranks with one each, of which one run is resumed in a stage."""
+    """One process with two micro-batches per update; two ranks with one each, of which one run resumes in a stage."""
     runs.alone("one", *RAMP)
     runs.plan("two", "trainer.stage=2", *RAMP)
     runs.launch()

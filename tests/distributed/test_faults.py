@@ -79,7 +79,7 @@ def test_ranks_that_drift_apart_are_found_and_the_tensor_is_named(session):
         ),
     ],
 )
-def test_settings_that_cannot_be_honoured_are_refused(composed, tiny, overrides, message):
+def test_unsupported_settings_are_refused(composed, tiny, overrides, message):
     kept = [t for t in tiny if not t.startswith("trainer")]
     added = [f"+{o}" if o.startswith("trainer.stagee") else o for o in overrides]
     with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,4 @@
-"""Two ranks go on exactly; checkpoints of ZeRO are those of one process: any stage and number of ranks reads them."""
+"""Resuming on two ranks: any stage and number of ranks reads checkpoints of ZeRO, which equal those of one process."""
 
 import json
 from itertools import product

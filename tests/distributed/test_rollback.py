@@ -41,7 +41,7 @@ def test_two_ranks_go_back_together_as_one_process_does(session, name):
     ]
     assert [(session.out / name / f"answer{rank}").read_text() for rank in (0, 1)] == ["finished"] * 2
     assert sorted(losses(session.out / name)) == list(range(1, 9))
-    # one process that is told what to leave out, from the checkpoint that both have
+    # one process that excludes the same windows, from the checkpoint that both have
     loss, weight = distance(session.out / name, session.out / "one")
     assert loss <= WITHIN_ROUNDING[0]
     assert weight <= WITHIN_ROUNDING[1]

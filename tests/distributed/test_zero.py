@@ -34,7 +34,7 @@ def session(runs):
     for name, overrides in CASES.items():
         runs.plan(name, *overrides, FP32)
     runs.plan("true-2", *MUON, "trainer.precision=bf16-true")
-    # two micro-batches an update: of more, ranks and one process add the gradients up in another order
+    # two micro-batches per update: of more, ranks and one process add the gradients up in another order
     unclipped = ("batch_tokens=128", "trainer.gradient_clip_val=null")
     moe = ("model=moe", "model.ffn.num_experts=8", *MUON, FP32, *unclipped)
     runs.alone("moe", *moe)

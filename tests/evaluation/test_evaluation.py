@@ -28,7 +28,7 @@ def read(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
 
 
-def test_the_loss_is_training_s_and_several_runs_give_one_table(trained, judging, tmp_path, caplog):
+def test_the_loss_equals_that_of_training_and_several_runs_give_one_table(trained, judging, tmp_path, caplog):
     folder, loss = trained
     cfg = judging(f"run_dir=[{folder},{folder}]", "eval=[loss]")
     with caplog.at_level("INFO"):
@@ -38,7 +38,7 @@ def test_the_loss_is_training_s_and_several_runs_give_one_table(trained, judging
     assert "bits_per_byte" in caplog.text
 
 
-def test_a_checkpoint_s_own_path_names_its_run(trained, judging, tmp_path):
+def test_the_path_of_a_checkpoint_identifies_its_run(trained, judging, tmp_path):
     folder, loss = trained
     cfg = judging(f"checkpoint={folder}/checkpoints/last", "eval=[loss]")
     assert evaluate(cfg, tmp_path) == pytest.approx(loss, abs=1e-6)
@@ -58,9 +58,7 @@ def test_an_average_of_checkpoints_is_the_mean_of_their_weights(trained, judging
         evaluate(judging(f"run_dir={folder}", "eval=[loss]", "average=9"), tmp_path)
 
 
-def test_text_of_several_sources_is_measured_apart_and_only_what_was_held_out(
-    composed, tiny, judging, corpus, tmp_path
-):
+def test_several_sources_are_measured_separately_on_held_out_text(composed, tiny, judging, corpus, tmp_path):
     patterns = [f"{corpus}/1*.txt", f"{corpus}/2*.txt"]
     settings = [t for t in tiny if not t.startswith("data.files")]
     cfg = composed(*settings, f"data.files=[{','.join(patterns)}]", "max_steps=2", "val_every=2")
@@ -77,9 +75,7 @@ def test_text_of_several_sources_is_measured_apart_and_only_what_was_held_out(
     assert "by_source" not in read(tmp_path / "none", "loss")
 
 
-def test_a_validation_set_of_its_own_is_what_a_run_and_its_evaluation_measure(
-    composed, tiny, judging, tmp_path, caplog
-):
+def test_a_run_and_its_evaluation_measure_the_validation_set_of_the_user(composed, tiny, judging, tmp_path, caplog):
     for name in ("train", "val_a", "val_b"):
         (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i} and {i * i}\n" for i in range(200)))
     own = [f"{tmp_path}/val_{name}.txt" for name in "ab"]
@@ -274,7 +270,7 @@ def test_settings_of_extrapolation_ascend():
         Extrapolation(factors=[4, 2], last=8, windows=4)
 
 
-def test_help_lists_what_may_be_asked_of_a_run_and_nothing_of_training():
+def test_help_lists_the_options_of_evaluations_and_none_of_training():
     page = help_page(CONF, "eval")
     assert "python eval.py [key=value" in page
     assert all(f" {name} " in page for group in ("eval", "model/position") for name in options(group))

@@ -24,7 +24,7 @@ def model(composed):
     return build_model(composed("model.d_model=32", "model.num_layers=2", "model.ffn.d_ff=48"), 257).eval()
 
 
-def test_a_streamed_text_is_the_text(model, tokenizer):
+def test_a_streamed_text_equals_the_whole_text(model, tokenizer):
     options = {
         "tokenizer": tokenizer,
         "max_new_tokens": 60,
@@ -40,7 +40,7 @@ def test_a_streamed_text_is_the_text(model, tokenizer):
     assert whole.tokens_per_second > 0
 
 
-def test_a_stop_string_ends_a_text_and_is_no_part_of_it_however_it_is_cut_into_tokens(tokenizer):
+def test_a_stop_string_ends_a_text_for_any_division_into_tokens_and_is_removed(tokenizer):
     text = GrowingText(tokenizer, ["END", "ENOUGH"])
     shown = ""
     for byte in b"one ENE ENDless":
@@ -72,7 +72,7 @@ def test_a_continuation_keeps_its_first_space():
     assert continued([2], []) == ("world", False)
 
 
-def test_half_characters_and_possible_stops_wait(tokenizer):
+def test_incomplete_characters_and_possible_stop_strings_are_held_back(tokenizer):
     text = GrowingText(tokenizer, ["xyz"])
     pieces = []
     for byte in "aéxy".encode():
@@ -90,13 +90,13 @@ def test_the_penalty_is_that_of_transformers():
     assert torch.equal(penalize_repetition(logits, padded, 1.3), expected)
 
 
-def test_penalised_prompts_of_different_lengths_continue_as_each_does_alone(model, tokenizer):
+def test_penalised_prompts_of_different_lengths_continue_as_single_prompts_do(model, tokenizer):
     options = {"tokenizer": tokenizer, "max_new_tokens": 30, "repetition_penalty": 1.5, **GREEDY}
     together = generate(model, ["a", "a longer one"], **options).texts
     assert together == [generate(model, [prompt], **options).texts[0] for prompt in ("a", "a longer one")]
 
 
-def test_a_text_beyond_the_reach_of_the_position_is_refused_with_what_would_fit(trained):
+def test_a_text_too_long_for_the_position_is_refused_with_the_longest_possible(trained):
     rope = rebuild_model(trained[0], "last")
     check_lengths(rope, ["3 plus 4"], 24)  # 9 tokens read, the last of 24 is never read
     with pytest.raises(ConfigError, match=r"max_new_tokens=25: .* lower it to 24, or read with model/position=rerope"):

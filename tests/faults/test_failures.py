@@ -1,4 +1,4 @@
-"""What fails in the middle of a run: it is named, the checkpoint before stays, and the run goes on from there."""
+"""Failures in the middle of a run: the error names the cause, earlier checkpoints are kept, and the run resumes."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Whatever ends a run, it goes on to the very same losses."""
+"""A run that was killed at any moment resumes to the same losses."""
 
 import random
 import signal

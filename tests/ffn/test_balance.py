@@ -62,14 +62,14 @@ def test_quantile_balances_a_skewed_router_at_once():
     assert max_violation(history[9]) < 0.3
 
 
-def test_quantile_with_decay_is_calmer():
+def test_quantile_with_decay_changes_the_bias_less():
     loud = run_skewed_router(Quantile(num_experts=NUM_EXPERTS, top_k=TOP_K, decay=0.0), steps=100)[50:]
     calm = run_skewed_router(Quantile(num_experts=NUM_EXPERTS, top_k=TOP_K, decay=0.9), steps=100)[50:]
     mean = [float(torch.stack([max_violation(c) for c in history]).mean()) for history in (loud, calm)]
     assert mean[1] < mean[0]
 
 
-def test_budget_evens_experts_and_keeps_the_average_number_a_token():
+def test_budget_balances_experts_and_keeps_the_average_number_per_token():
     balance = Budget(num_experts=NUM_EXPERTS, top_k=TOP_K, rate=1e-3)
     history = run_skewed_router(balance, threshold=True).float()
     assert history[0].sum() / TOKENS > 1.3 * TOP_K
@@ -81,7 +81,7 @@ def test_budget_evens_experts_and_keeps_the_average_number_a_token():
 def test_budget_starts_at_the_budget_where_logits_are_standard_normal():
     balance = Budget(num_experts=32, top_k=4, rate=1e-3)
     chosen = torch.randn(20000, 32).sigmoid() + balance.bias > 0
-    # 640 000 draws of probability 1/8: a standard error of 0.013 experts a token
+    # 640 000 draws of probability 1/8: a standard error of 0.013 experts per token
     assert float(chosen.float().sum(-1).mean()) == pytest.approx(4, abs=0.06)
 
 
@@ -97,7 +97,7 @@ def test_the_first_loss_free_step_is_the_hand_computed_one():
 
 
 @pytest.mark.parametrize("rule", ["sign", "rms"])
-def test_even_counts_move_nothing(rule):
+def test_even_counts_leave_the_bias_unchanged(rule):
     balance = LossFree(num_experts=4, top_k=1, rate=0.1, rule=rule)
     balance.after_optimizer_step({"expert_counts": torch.full((4,), 7)})
     assert (balance.bias == 0).all()

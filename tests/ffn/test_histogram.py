@@ -25,7 +25,7 @@ def test_counts_of_parts_add_up_to_those_of_the_whole():
     assert torch.equal(whole.sum(1), torch.full((5,), len(values)))
 
 
-def test_counts_equal_those_of_a_loop_and_ends_hold_what_lies_outside():
+def test_counts_equal_those_of_a_loop_and_end_bins_count_values_outside():
     values = torch.tensor([[-2.0], [-1.0], [-0.4], [0.0], [0.49], [0.5], [1.0], [3.0]])
     assert count_by_bin(values, **RANGE, bins=4).tolist() == [[2, 1, 2, 3]]
 
@@ -84,7 +84,7 @@ def test_micro_batches_of_different_text_balance_over_the_whole_update():
     assert violation_after(logits, mean_of_local_quantiles) > 0.5
 
 
-def test_an_update_split_otherwise_ends_with_the_same_bias():
+def test_the_bias_does_not_depend_on_how_an_update_is_divided():
     logits = mixed_text(mix=0.5, parts=4, tokens=256, experts=16)
     whole = summed_counts(torch.zeros(16), logits.flatten(0, 1)[None], top_k=2)
     assert torch.equal(summed_counts(torch.zeros(16), logits, top_k=2), whole)

@@ -44,7 +44,7 @@ def test_a_layer_equals_its_definition(build_moe, router, balance, num_shared):
 
 
 @pytest.mark.parametrize(("router", "balance"), CHOICES)
-def test_each_token_is_on_its_own(build_moe, router, balance):
+def test_each_token_is_computed_independently(build_moe, router, balance):
     moe = build_moe(f"router={router}", f"balance={balance}").double().eval()
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     whole = moe(x).hidden
@@ -95,7 +95,7 @@ def test_counts_are_exact_and_the_same_under_activation_checkpointing(build_moe,
 
 
 @pytest.mark.parametrize("balance", ["loss_free", "quantile", "none"])
-def test_the_routers_gradient_is_the_language_models_alone(build_moe, balance):
+def test_without_auxiliary_loss_the_router_gets_only_the_gradient_of_the_model(build_moe, balance):
     moe = build_moe(f"balance={balance}")
     out = moe(torch.randn(2, 9, 16))
     assert out.losses == {}
@@ -104,7 +104,7 @@ def test_the_routers_gradient_is_the_language_models_alone(build_moe, balance):
     assert not any(value.requires_grad for value in out.metrics.values())
 
 
-def test_an_auxiliary_loss_does_reach_the_router_and_only_the_router(build_moe):
+def test_an_auxiliary_loss_has_a_gradient_for_the_router_alone(build_moe):
     moe = build_moe("balance=aux_loss", "z_loss=0.001")
     out = moe(torch.randn(2, 9, 16))
     assert set(out.losses) == {"load_balance_loss", "z_loss"}
@@ -131,7 +131,7 @@ def test_the_bias_does_not_change_outputs_unless_it_changes_the_choice(build_moe
     assert not torch.allclose(moe(x).hidden, before)
 
 
-def test_nothing_is_measured_or_added_outside_training(build_moe):
+def test_no_metric_or_loss_is_added_outside_training(build_moe):
     moe = build_moe("balance=aux_loss", "z_loss=0.1").eval()
     out = moe(torch.randn(2, 9, 16))
     assert out.losses == {}

@@ -1,4 +1,4 @@
-"""Whole runs with experts: what balancing sees must not depend on how an update is cut up."""
+"""Whole runs with experts: balancing does not depend on how an update is divided into micro-batches."""
 
 import json
 
@@ -73,7 +73,7 @@ def test_a_run_shows_how_its_experts_are_used(run):
     assert summary["active_parameters"] < summary["parameters"]
 
 
-def test_first_layers_stay_dense_where_asked(run):
+def test_first_ffn_layers_are_dense(run):
     folder = run("run", "model.first_ffn_layers=1")
     names = state(folder)
     assert any(name.startswith("model.layers.0.ffn.gate_proj") for name in names)

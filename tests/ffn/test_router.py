@@ -45,7 +45,7 @@ def test_a_bias_changes_the_choice_and_never_the_weights():
     assert torch.equal(routing.gate_weights, routing.logits.sigmoid().gather(-1, routing.expert_ids))
 
 
-def test_a_bias_that_leaves_the_choice_alone_leaves_everything_alone():
+def test_a_bias_that_does_not_change_the_choice_changes_nothing():
     router = make_router()
     x = torch.randn(50, 16)
     plain, shifted = router(x, torch.zeros(8)), router(x, torch.full((8,), 0.0625))
@@ -64,7 +64,7 @@ def test_logits_are_fp32_under_autocast():
     assert torch.equal(inside, router(x, None).logits)
 
 
-def test_scale_auto_gives_the_values_known_from_two_large_models():
+def test_scale_auto_equals_the_published_values_of_two_large_models():
     # DeepSeek-V2 sets 16 and Su derives 15.99; for V3 Su derives 2.827. One per mille: the average over 4096 draws.
     v2 = auto_routed_scale(num_experts=160, top_k=6, num_shared_experts=2, scores="softmax", normalize=False)
     v3 = auto_routed_scale(num_experts=256, top_k=8, num_shared_experts=1, scores="sigmoid", normalize=True)
@@ -109,7 +109,7 @@ def test_a_threshold_router_fills_a_slot_for_each_score_above_its_threshold():
     assert (routing.gate_weights[~is_empty] > 0).all()
 
 
-def test_of_too_many_experts_the_best_are_kept():
+def test_beyond_the_cap_the_experts_with_the_highest_scores_are_kept():
     router = make_threshold_router(max_experts=3)
     routing = router(torch.randn(64, 16), torch.ones(8))
     best = routing.logits.topk(3).indices

@@ -54,6 +54,6 @@ def test_flops_is_the_widest_that_costs_no_more_than_the_dense_layer(num_experts
         ({"match": "flops", "num_experts": 1200}, r"match=flops: d_ff=384 leaves no width .*lower num_experts"),
     ],
 )
-def test_a_width_that_is_zero_or_not_whole_is_refused_with_the_nearest_that_are(settings, message):
+def test_a_width_that_is_zero_or_fractional_is_refused_with_the_nearest_valid_ones(settings, message):
     with pytest.raises(ConfigError, match=message):
         width(**settings)

@@ -85,7 +85,7 @@ def test_it_never_writes_to_the_gradients(name, zoo, groups_of, set_gradients):
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_a_parameter_without_a_gradient_and_its_state_stay(name, zoo, groups_of, set_gradients):
+def test_a_parameter_without_a_gradient_and_its_state_do_not_change(name, zoo, groups_of, set_gradients):
     optimizer = build(name, groups_of(zoo, lr=0.01, weight_decay=0.1))
     set_gradients(zoo, 0)
     optimizer.step()
@@ -99,7 +99,7 @@ def test_a_parameter_without_a_gradient_and_its_state_stay(name, zoo, groups_of,
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_the_closure_runs_once_with_gradients_on_and_its_loss_comes_back(name, zoo, groups_of):
+def test_the_closure_runs_once_with_gradients_and_its_loss_is_returned(name, zoo, groups_of):
     optimizer, calls = build(name, groups_of(zoo)), []
 
     def closure():
@@ -113,7 +113,7 @@ def test_the_closure_runs_once_with_gradients_on_and_its_loss_comes_back(name, z
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_the_state_held_is_what_the_receipt_foretold(name, zoo, groups_of, set_gradients):
+def test_the_state_has_the_size_that_the_receipt_predicted(name, zoo, groups_of, set_gradients):
     optimizer = build(name, groups_of(zoo, lr=0.01, weight_decay=0.1))
     before = lines(optimizer)
     set_gradients(zoo, 0)
@@ -217,7 +217,7 @@ def test_the_layout_of_a_parameter_in_memory_does_not_change_its_update(name, gr
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
-def test_an_empty_parameter_is_left_as_it_is(name, groups_of):
+def test_an_empty_parameter_is_not_changed(name, groups_of):
     module = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 0, bias=False), nn.Linear(0, 4, bias=False)])
     optimizer = build(name, groups_of(module, lr=0.01, weight_decay=0.1))
     for parameter in module.parameters():

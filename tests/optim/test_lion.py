@@ -94,7 +94,7 @@ def test_it_equals_lion_pytorch_over_fifty_steps(zoo, groups_of, set_gradients):
         torch.testing.assert_close(left, right, atol=1e-12, rtol=0)
 
 
-def test_rows_and_experts_without_a_gradient_stay_while_a_stale_momentum_would_move_them(zoo, groups_of, set_gradients):
+def test_rows_and_experts_without_a_gradient_are_not_moved_by_a_stale_momentum(zoo, groups_of, set_gradients):
     optimizer = lion(groups_of(zoo, lr=0.01, weight_decay=0.1, decayed_kinds=["matrix", "embedding"]))
     set_gradients(zoo, 0)
     optimizer.step()
@@ -110,7 +110,7 @@ def test_rows_and_experts_without_a_gradient_stay_while_a_stale_momentum_would_m
     assert moved.tolist() == [True, False, True]
 
 
-def test_switched_off_idle_rows_move_as_published(zoo, groups_of, set_gradients):
+def test_without_skip_idle_rows_idle_rows_move_as_published(zoo, groups_of, set_gradients):
     optimizer = lion(groups_of(zoo), skip_idle_rows=False)
     set_gradients(zoo, 0)
     optimizer.step()

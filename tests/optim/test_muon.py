@@ -43,7 +43,7 @@ def reference_update(direction, *, scale):
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize(("update_scale", "scale"), [("match_adamw", 0.2 * 24**0.5), ("spectral", 3**0.5)])
-def test_the_first_two_steps_equal_the_ones_written_out(groups_of, nesterov, update_scale, scale):
+def test_the_first_two_steps_equal_the_formula(groups_of, nesterov, update_scale, scale):
     linear = nn.Linear(8, 24, bias=False)
     optimizer = muon(groups_of(linear, lr=0.1, weight_decay=0.5), nesterov=nesterov, update_scale=update_scale)
     expected, momentum = linear.weight.detach().clone(), torch.zeros(24, 8)
@@ -95,7 +95,7 @@ def test_other_kinds_equal_torch_adamw_bit_for_bit(zoo, groups_of, set_gradients
         )
 
 
-def test_the_rate_of_the_other_kinds_can_be_scaled_and_the_callers_groups_stay_as_they_were(zoo, groups_of):
+def test_the_rate_of_the_other_kinds_can_be_scaled_without_changing_the_callers_groups(zoo, groups_of):
     groups = groups_of(zoo, lr=0.01)
     optimizer = muon(groups, aux="lion", aux_eps=None, aux_lr_scale=0.2)
     rates = {line.name: (line.rule, line.lr) for line in lines(optimizer)}
@@ -104,7 +104,7 @@ def test_the_rate_of_the_other_kinds_can_be_scaled_and_the_callers_groups_stay_a
     assert {group["lr"] for group in groups} == {0.01}
 
 
-def test_every_expert_is_orthogonalised_apart(groups_of, zoo, set_gradients):
+def test_every_expert_is_orthogonalised_separately(groups_of, zoo, set_gradients):
     optimizer = muon(groups_of(zoo, lr=0.1))
     set_gradients(zoo, 0)
     zoo.experts.weight.grad[2] *= 1e-3
@@ -117,7 +117,7 @@ def test_every_expert_is_orthogonalised_apart(groups_of, zoo, set_gradients):
 
 
 @pytest.mark.parametrize("heads", [2, -2])
-def test_by_head_each_head_is_orthogonalised_apart(groups_of, heads):
+def test_by_head_orthogonalises_each_head_separately(groups_of, heads):
     block = nn.ModuleDict({"proj": nn.Linear(8, 8, bias=False)})
     block.parameter_heads = {"proj.weight": heads}
     weight = block["proj"].weight
@@ -131,7 +131,7 @@ def test_by_head_each_head_is_orthogonalised_apart(groups_of, heads):
         torch.testing.assert_close(new, expected, **FP32_ITERATION)
 
 
-def test_an_expert_without_a_token_stays_although_its_momentum_is_not_zero(zoo, groups_of, set_gradients):
+def test_an_expert_without_a_token_is_not_changed_by_its_momentum(zoo, groups_of, set_gradients):
     optimizer = muon(groups_of(zoo, lr=0.1, weight_decay=0.1))
     set_gradients(zoo, 0)
     optimizer.step()
@@ -149,7 +149,7 @@ def test_an_expert_without_a_token_stays_although_its_momentum_is_not_zero(zoo, 
     assert moved.all()  # a dense Adam step, as AdamW's own
 
 
-def test_an_embedding_without_a_token_stays_under_the_sign_of_lion(zoo, groups_of, set_gradients):
+def test_lion_does_not_change_the_embedding_of_a_token_that_did_not_occur(zoo, groups_of, set_gradients):
     optimizer = muon(groups_of(zoo, lr=0.1), aux="lion", aux_eps=None)
     set_gradients(zoo, 0)
     optimizer.step()
@@ -184,7 +184,7 @@ def test_tiny_gradients_still_count_as_used(zoo, groups_of, set_gradients):
     assert 0.6 < update.square().sum() / 8 <= 1.25**2
 
 
-def test_the_size_of_a_weight_stays_below_what_decay_allows(groups_of, set_gradients):
+def test_the_size_of_a_weight_stays_below_the_bound_of_decay(groups_of, set_gradients):
     """‖W‖₂ ≤ max(‖W₀‖₂, 1.2024·scale/λ), as no update is larger than 1.2024·scale in any direction."""
     linear = nn.Linear(16, 16, bias=False)
     optimizer = muon(groups_of(linear, lr=0.1, weight_decay=2.0))

@@ -38,7 +38,7 @@ def harmonic(rows, columns):
     return (u / torch.arange(1, min(rows, columns) + 1)) @ vh
 
 
-def test_the_scalar_map_of_the_quintic_has_the_bounds_that_are_true_of_it():
+def test_the_scalar_map_of_the_quintic_keeps_its_stated_bounds():
     """Not the often quoted [0.68, 1.13]: that holds neither above 0.01 exactly nor below it at all."""
     x = torch.logspace(-6, 0, 200_001, dtype=torch.float64)
     y = x.clone()
@@ -145,7 +145,7 @@ def test_steps_on_the_gram_matrix_equal_steps_on_the_matrix(plan, monkeypatch):
     torch.testing.assert_close(iterate(x / torch.linalg.matrix_norm(x), QUINTIC), exact, atol=1e-11, rtol=0)
 
 
-def test_long_matrices_go_by_the_gram_matrix_and_square_ones_do_not():
+def test_only_long_matrices_use_the_gram_matrix():
     assert sections(QUINTIC, ratio=1.0, share=0.67) == (1, 1, 1, 1, 1)
     assert sections(QUINTIC, ratio=2.7, share=0.67) == (3, 1, 1)
     assert sections(QUINTIC, ratio=2.7, share=1.0) == (3, 1, 1)
@@ -182,7 +182,7 @@ def test_the_size_of_the_input_does_not_matter_however_small(scale):
     torch.testing.assert_close(quintic(x * scale), quintic(x), atol=1e-4, rtol=0)
 
 
-def test_zero_stays_zero_also_beside_others_in_a_stack():
+def test_a_zero_matrix_stays_zero_also_in_a_stack_with_others():
     x = torch.randn(3, 8, 12)
     x[1] = 0
     out = quintic(x)
@@ -198,7 +198,7 @@ def test_a_matrix_of_low_rank_gets_an_update_of_that_rank():
     assert 0.68 * 0.01105 <= rms <= 1.2 * 0.01105
 
 
-def test_what_is_not_finite_stays_visible():
+def test_non_finite_values_are_not_hidden():
     x = torch.randn(8, 8)
     x[0, 0] = float("nan")
     assert not quintic(x).isfinite().any()

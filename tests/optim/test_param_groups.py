@@ -32,7 +32,7 @@ class Model(nn.Module):
             self.head.weight = self.embedding.weight
 
 
-def test_each_kind_is_told_by_the_module_that_owns_the_parameter():
+def test_the_module_that_owns_a_parameter_declares_its_kind():
     assert parameter_kinds(Model()) == {
         "embedding.weight": "embedding",
         "q_proj.weight": "matrix",
@@ -66,7 +66,7 @@ def test_groups_partition_the_trainable_parameters_and_decay_matrices_only():
         assert group["lr"] == 0.1
 
 
-def test_gains_rest_at_one_and_all_else_at_zero():
+def test_the_resting_value_is_one_for_gains_and_zero_otherwise():
     (vectors,) = [g for g in build_param_groups(Model(), lr=0.1, weight_decay=0.0) if g["kind"] == "vector"]
     assert dict(zip(vectors["names"], vectors["resting_values"], strict=True)) == {
         "norm.weight": 1.0,
@@ -74,7 +74,7 @@ def test_gains_rest_at_one_and_all_else_at_zero():
     }
 
 
-def test_heads_are_carried_with_the_matrix_they_are_stacked_in():
+def test_groups_state_the_heads_that_are_stacked_in_each_matrix():
     (matrices,) = [g for g in build_param_groups(Model(), lr=0.1, weight_decay=0.0) if g["kind"] == "matrix"]
     assert matrices["heads"] == [2]
 

@@ -23,7 +23,7 @@ def test_the_receipt_names_every_tensor_with_its_rule(model):
     assert found["2.weight"].weight_decay == 0.0
 
 
-def test_the_foretold_state_bytes_are_those_held_after_a_step(model):
+def test_the_predicted_state_bytes_equal_those_after_a_step(model):
     optimizer = adamw(model)
     before = [line.state_bytes for line in lines(optimizer)]
     model(torch.tensor([[1, 2]])).sum().backward()
@@ -46,7 +46,7 @@ def test_the_text_totals_bytes_by_kind(model):
     assert "5 x 6" in text
 
 
-def test_tensors_that_differ_in_their_layer_alone_may_share_a_row():
+def test_tensors_that_differ_only_in_their_layer_can_be_combined_in_one_row():
     model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), "head": nn.Linear(4, 2)})
     whole, folded = receipt(adamw(model)), receipt(adamw(model), across_layers=True)
     rows = {line.split("  ")[0]: line.split()[-1] for line in folded.splitlines() if line}

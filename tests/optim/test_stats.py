@@ -16,7 +16,7 @@ def test_an_orthogonal_matrix_of_any_size_has_no_error(shape):
     assert orthogonality_error(7.0 * q).item() < 1e-5  # fp32 rounding of the factorisation
 
 
-def test_the_error_tells_signs_from_orthogonal_updates():
+def test_the_error_distinguishes_signs_from_orthogonal_updates():
     g = torch.randn(128, 256)
     # independent signs: the off-diagonal of U·Uᵀ/n is noise of variance 1/n, so e = √(m/n)
     assert orthogonality_error(g.sign()).item() == pytest.approx(0.5**0.5, rel=0.1)
@@ -24,7 +24,7 @@ def test_the_error_tells_signs_from_orthogonal_updates():
     assert orthogonality_error(orthogonalize(g, iteration="quintic", dtype=torch.float32)).item() < 0.48
 
 
-def test_an_update_of_zeros_is_no_division_by_zero():
+def test_an_update_of_zeros_causes_no_division_by_zero():
     assert orthogonality_error(torch.zeros(3, 4)).item() == pytest.approx(1.0)
 
 

@@ -18,7 +18,7 @@ def threads():
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_every_item_is_worked_on_once_without_gradients(threads, count):
+def test_every_item_is_processed_once_without_gradients(threads, count):
     weights = [torch.ones(4, requires_grad=True) for _ in range(count)]
     side_by_side(
         lambda weight: weight.add_(1.0), weights

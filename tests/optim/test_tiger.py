@@ -75,7 +75,7 @@ def test_the_second_step_uses_the_decayed_momentum(groups_of):
     torch.testing.assert_close(norm.weight.data, torch.tensor([0.8, 1.0]))
 
 
-def test_a_matrix_of_zeros_moves_only_with_a_floor_under_its_size(groups_of):
+def test_a_matrix_of_zeros_moves_only_with_a_lower_bound_of_its_size(groups_of):
     for floor, expected in ((0.0, 0.0), (0.5, 0.05)):
         linear = nn.Linear(3, 3, bias=False)
         nn.init.zeros_(linear.weight)
@@ -135,7 +135,9 @@ def test_folding_skips_rows_idle_over_the_whole_cycle_only(zoo, groups_of):
     assert moved.nonzero().flatten().tolist() == [1, 2, 5]
 
 
-def test_a_tensor_with_a_broken_gradient_keeps_its_momentum_and_shrinks_towards_its_rest(zoo, groups_of, set_gradients):
+def test_a_tensor_with_a_non_finite_gradient_keeps_its_momentum_and_shrinks_to_its_resting_value(
+    zoo, groups_of, set_gradients
+):
     optimizer = tiger(groups_of(zoo), shrink_ratio=0.99)
     set_gradients(zoo, 0)
     optimizer.step()
@@ -153,7 +155,7 @@ def test_a_tensor_with_a_broken_gradient_keeps_its_momentum_and_shrinks_towards_
     torch.testing.assert_close(zoo.norm.weight.data, (before["norm.weight"] - 1) * 0.99 + 1)
 
 
-def test_a_broken_first_micro_batch_does_not_lose_the_decay_of_the_cycle(groups_of):
+def test_a_non_finite_first_micro_batch_does_not_lose_the_decay_of_the_cycle(groups_of):
     norm = nn.LayerNorm(1, bias=False)
     optimizer = tiger(groups_of(norm), shrink_ratio=0.99, accumulate="momentum")
 
@@ -169,7 +171,7 @@ def test_a_broken_first_micro_batch_does_not_lose_the_decay_of_the_cycle(groups_
     torch.testing.assert_close(momentum, torch.tensor([0.9 * 0.1 + 0.1 * 0.5]))
 
 
-def test_a_broken_last_micro_batch_takes_the_place_of_the_update(groups_of):
+def test_a_non_finite_last_micro_batch_replaces_the_update(groups_of):
     norm = nn.LayerNorm(1, bias=False)
     optimizer = tiger(groups_of(norm), shrink_ratio=0.5, accumulate="momentum")
     for value in (1.0, float("nan")):

@@ -34,17 +34,17 @@ def test_nothing_changes_at_the_base_batch(composed, optimizer):
     assert instantiate(cfg["scaling"])(cfg["batch_tokens"]) == 1.0
 
 
-def test_a_rule_that_was_asked_for_wins(composed):
+def test_a_rule_that_is_set_by_hand_is_kept(composed):
     assert composed("optimizer=lion", "scaling=none")["scaling"]["_target_"] == "llm.scaling.rules.none"
     assert composed("optimizer=sgd", "scaling=variance")["scaling"]["_target_"] == "llm.scaling.rules.variance"
 
 
 @pytest.mark.parametrize("target", ["torch.optim.LBFGS", "llm.optim.nowhere.Rule", "os.system"])
-def test_the_rate_of_an_optimizer_that_says_nothing_of_its_steps_is_left_as_it_is(composed, target):
+def test_the_rate_of_an_optimizer_with_unknown_steps_is_not_scaled(composed, target):
     assert composed(f"optimizer._target_={target}")["scaling"]["_target_"] == "llm.scaling.rules.none"
 
 
-def test_a_run_says_which_rule_acted_in_its_log_its_receipt_and_its_configuration(composed, tiny, tmp_path, caplog):
+def test_the_rule_in_use_is_named_in_log_receipt_and_configuration(composed, tiny, tmp_path, caplog):
     line = "lr 1.0e-3 -> 2.0e-3: sqrt rule, batch 64 -> 256 tokens; half-life in tokens of averages x 4"
     cfg = composed(*tiny, "optimizer=lion", "scaling.base_batch_tokens=64", "schedule=constant", "schedule.warmup=0")
     with caplog.at_level(logging.INFO):
@@ -56,7 +56,7 @@ def test_a_run_says_which_rule_acted_in_its_log_its_receipt_and_its_configuratio
     assert {row["lr/matrix"] for row in rows} == {2e-3}
 
 
-def test_a_plan_says_how_the_rate_follows(composed, tiny):
+def test_a_plan_states_how_the_rate_is_derived(composed, tiny):
     assert "lr 4.0e-3 -> 8.0e-3: sqrt rule, batch 64 -> 256 tokens" in describe_plan(
         check(composed(*tiny, "scaling.base_batch_tokens=64"))
     )
@@ -65,5 +65,5 @@ def test_a_plan_says_how_the_rate_follows(composed, tiny):
 
 
 @pytest.mark.parametrize("path", options("experiment"))
-def test_experiments_say_that_their_rates_stand_as_they_are(composed, path):
+def test_experiments_set_rates_that_are_not_scaled(composed, path):
     assert composed(f"experiment={path}")["scaling"]["_target_"] == "llm.scaling.rules.none"

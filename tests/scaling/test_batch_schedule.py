@@ -13,7 +13,7 @@ from llm.scaling.batching import BatchRamp, check_ramp, plan_batch, plan_ramp
 from llm.training.train import train
 
 RAMP = ("batch_schedule=stages", "batch_schedule.starts=[0,192,600]", "micro_batch_size=4")
-"""256 tokens an update in the end: 64, 64, 64, then 128 x 4 (704 > 600), then 256."""
+"""256 tokens per update in the end: 64, 64, 64, then 128 x 4 (704 > 600), then 256."""
 
 
 def rows_of(folder):
@@ -119,7 +119,7 @@ def test_a_stage_that_does_not_divide_is_refused_before_anything_is_built(compos
         ConfigError, match=r"batch_schedule: 96 tokens per update from 0 tokens on: .* = 64.*try 64 or 128"
     ):
         check_ramp(plan=plan, ramp=BatchRamp(((0, 0, 96),), 3))
-    with pytest.raises(ConfigError, match="batch_schedule: 32 tokens an update"):
+    with pytest.raises(ConfigError, match="batch_schedule: 32 tokens per update"):
         train(composed(*tiny, "batch_schedule=doubling", "batch_schedule.start_share=0.125"), tmp_path)
 
 
@@ -136,6 +136,6 @@ def test_a_stage_that_does_not_divide_is_refused_before_anything_is_built(compos
         (doubling, {"start_share": 0.25, "every_tokens": 0}, "must be at least 1"),
     ],
 )
-def test_settings_that_make_no_ramp_are_refused(rule, settings, message):
+def test_invalid_settings_of_a_ramp_are_refused(rule, settings, message):
     with pytest.raises(ConfigError, match=message):
         rule(batch_tokens=4096, **settings)

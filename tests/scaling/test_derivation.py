@@ -40,7 +40,7 @@ def test_every_optimizer_states_the_kind_of_its_steps(name):
     assert family_of(factory.func) in INSTEAD
 
 
-def test_a_rule_that_does_not_suit_is_warned_of_with_the_reason_and_a_better_one():
+def test_an_unsuitable_rule_gives_a_warning_with_the_reason_and_a_better_rule():
     warning = mismatch("linear", Lion)
     assert warning is not None
     assert "does not suit Lion, whose steps are of the kind sign: a step that does not grow" in warning
@@ -55,7 +55,7 @@ REGRETS = re.search(
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon", "sgd"])
-def test_the_recommended_rule_lost_less_than_each_rule_that_is_warned_of(name):
+def test_the_recommended_rule_lost_less_than_each_rule_with_a_warning(name):
     column = ["adamw", "lion", "muon", "sgd"].index(name)
     rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", REGRETS[0], re.M)
     regret = {rule: float(cells.split(" | ")[column].strip("*")) for rule, cells in rows}
@@ -74,7 +74,7 @@ def test_a_rule_that_suits_gives_no_warning(rule, optimizer):
     assert mismatch(rule, optimizer) is None
 
 
-def test_no_rule_is_warned_of_for_an_optimizer_with_unknown_steps():
+def test_an_optimizer_with_unknown_steps_gives_no_warning():
     assert mismatch("linear", torch.optim.LBFGS) is None
 
 

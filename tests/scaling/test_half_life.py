@@ -14,7 +14,7 @@ ADAMW = {"lr": 1e-3, "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-8}
 
 
 @given(st.floats(0.05, 20), st.floats(0.1, 10))
-def test_averages_and_weights_forget_half_within_as_many_tokens_as_before(ratio, lr_scale):
+def test_half_lives_in_tokens_do_not_change_with_the_batch(ratio, lr_scale):
     kept = keep_half_life(ADAMW, ratio=ratio, lr_scale=lr_scale)
     for old, new in zip(ADAMW["betas"], kept["betas"], strict=True):
         assert ratio * math.log(0.5) / math.log(new) == pytest.approx(math.log(0.5) / math.log(old), rel=1e-9)
@@ -29,7 +29,7 @@ def test_to_first_order_it_is_the_rule_of_the_square_root():
     assert kept["eps"] == pytest.approx(0.5e-8)
 
 
-def test_every_name_that_the_optimizers_use_is_kept_and_what_is_none_stays():
+def test_every_setting_of_the_optimizers_is_adjusted_and_none_stays_none():
     settings = {
         "weight_decay": 0.1,
         "beta": 0.9,
@@ -49,7 +49,7 @@ def test_every_name_that_the_optimizers_use_is_kept_and_what_is_none_stays():
     }
 
 
-def test_a_line_says_what_became_of_the_half_lives():
+def test_one_line_describes_the_change_of_the_half_lives():
     kept = keep_half_life(ADAMW, ratio=4, lr_scale=2)
     note = half_life_note(ADAMW, kept, ratio=4, lr_scale=2)
     assert (

@@ -30,7 +30,7 @@ def probed(composed, tiny, tmp_path_factory):
     return folder
 
 
-def test_what_the_probe_finds_is_written_down_and_stays_through_resumption(composed, tiny, probed, monkeypatch):
+def test_the_result_of_the_probe_is_saved_and_kept_by_a_resumed_run(composed, tiny, probed, monkeypatch):
     found = load(probed / "config.yaml")["scaling"]["noise_scale"]
     assert 1 < found < math.inf
     assert f"noise scale {found:.3g}" in (probed / "optimizer.txt").read_text()
@@ -40,7 +40,7 @@ def test_what_the_probe_finds_is_written_down_and_stays_through_resumption(compo
     assert len(losses(probed)) == 6
 
 
-def test_a_probe_leaves_the_run_as_one_that_was_told_the_number(composed, tiny, probed, tmp_path):
+def test_a_probe_does_not_change_the_run_apart_from_its_number(composed, tiny, probed, tmp_path):
     found = load(probed / "config.yaml")["scaling"]["noise_scale"]
     train(composed(*tiny, *PROBED, f"scaling.noise_scale={found}", "max_steps=4"), tmp_path)
     assert losses(tmp_path) == losses(probed)[:4]
@@ -69,7 +69,7 @@ def test_a_probe_that_could_not_measure_is_refused_before_anything_is_built(comp
         check(composed(*tiny, *PROBED, *overrides))
 
 
-def test_a_probe_without_data_finds_none_and_says_what_to_set(composed, tiny):
+def test_a_probe_without_data_finds_no_noise_scale_and_names_the_setting(composed, tiny):
     with pytest.raises(ConfigError, match=f"scaling.noise_scale=measured: 32 updates of 8 windows .*; {PROBE_REMEDY}"):
         measure_noise_scale(
             build_model(composed(*tiny), 64),
@@ -86,7 +86,7 @@ def test_a_probe_without_data_finds_none_and_says_what_to_set(composed, tiny):
         )
 
 
-def test_a_device_without_room_for_the_probe_is_told_of_with_what_to_set(composed, tiny, tmp_path, monkeypatch):
+def test_a_device_without_memory_for_the_probe_is_reported_with_the_setting(composed, tiny, tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise torch.OutOfMemoryError
 

@@ -64,7 +64,7 @@ def test_an_average_that_is_not_positive_gives_no_noise_scale():
     assert smoothed.value("all") is None
 
 
-def test_one_batch_alone_is_refused_with_what_to_set():
+def test_a_single_batch_is_refused_with_the_setting_to_change():
     with pytest.raises(ConfigError, match=r"micro_batch_size: .* at least two micro-batches"):
         two_batch_estimate(1.0, 1.0, small=64, big=64)
 

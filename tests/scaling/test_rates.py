@@ -172,12 +172,12 @@ def test_amos_rates_divide_by_the_size_of_adams_steps(composed):
     assert rate_of(groups, "layers.0.attention.q_proj.weight") == wanted
 
 
-def test_tiger_has_the_rates_of_amos_already(composed):
+def test_amos_does_not_change_the_rates_of_tiger(composed):
     _, _, groups, _ = setting(composed, "tiger", "amos", 64, "optimizer.lr=1e-2")
     assert {round(g["lr"], 12) for g in groups} == {1e-2}
 
 
-def test_amos_decay_holds_the_size_of_weights_that_see_only_noise():
+def test_amos_decay_keeps_the_size_of_weights_whose_gradients_are_noise():
     std, alpha = 0.05, 1e-2
     lr, decay = alpha * std, alpha / (2 * std)
     generator, weights = torch.Generator().manual_seed(0), torch.zeros(20_000)
@@ -203,7 +203,7 @@ def test_a_base_width_below_one_is_refused(rates):
         instantiate(node)
 
 
-def test_a_decay_that_amos_would_drop_is_refused(composed, tiny):
+def test_a_decay_that_amos_would_ignore_is_refused(composed, tiny):
     with pytest.raises(ConfigError, match=r"optimizer\.weight_decay=0\.1: rates=amos derives it"):
         check(composed(*tiny, "rates=amos"))
 

@@ -23,12 +23,12 @@ batches = st.integers(1, 2**30)
 
 
 @pytest.mark.parametrize("name", options("scaling"))
-def test_every_option_is_one_at_the_base_batch_as_its_file_stands(composed, name):
+def test_every_option_with_its_default_settings_is_one_at_the_base_batch(composed, name):
     assert instantiate(composed(f"scaling={name}")["scaling"])(8192) == 1.0
 
 
 @given(batches, batches, batches, st.sampled_from(sorted(RULES)))
-def test_going_by_way_of_a_third_batch_changes_nothing(base, middle, batch, name):
+def test_scaling_through_a_third_batch_gives_the_same_factor(base, middle, batch, name):
     rule = RULES[name]
     direct = rule(batch, base_batch_tokens=base)
     detour = rule(middle, base_batch_tokens=base) * rule(batch, base_batch_tokens=middle)
@@ -47,7 +47,7 @@ def test_far_below_the_noise_scale_sgd_is_linear_and_signs_follow_the_root():
     assert sign(more, base_batch_tokens=few, noise_scale=scale, alignment=3.0) == pytest.approx(2.0, rel=1e-6)
 
 
-def test_far_above_the_noise_scale_every_law_is_level():
+def test_far_above_the_noise_scale_every_law_is_constant():
     for name in NOISY:
         assert RULES[name](2**40, base_batch_tokens=2**35) == pytest.approx(1.0, rel=1e-5)
 
@@ -87,7 +87,7 @@ def test_without_much_alignment_signs_have_no_peak(alignment):
     assert rates == sorted(rates)
 
 
-def test_eps_takes_the_peak_away():
+def test_eps_removes_the_peak():
     settings = {"base_batch_tokens": 8192, "noise_scale": 40_000.0, "alignment": 3.0}
     rates = {
         eps: [adam_eps(2**n, **settings, eps_to_gradient=eps) for n in range(6, 34)] for eps in (0.0, math.sqrt(0.5))
@@ -111,13 +111,13 @@ def test_a_noise_scale_that_is_no_positive_number_is_refused_also_at_the_base(na
 
 
 @pytest.mark.parametrize("name", NOISY)
-def test_a_noise_scale_that_nothing_has_measured_is_refused_away_from_the_base(name):
+def test_an_unmeasured_noise_scale_is_refused_except_at_the_base(name):
     assert RULES[name](8192, base_batch_tokens=8192, noise_scale="measured") == 1.0
     with pytest.raises(ConfigError, match=r"scaling\.noise_scale=measured: nothing has measured it"):
         RULES[name](4096, base_batch_tokens=8192, noise_scale="measured")
 
 
 @pytest.mark.parametrize(("rule", "wrong"), [("sign", {"alignment": 0}), ("adam_eps", {"eps_to_gradient": -1.0})])
-def test_the_laws_own_settings_are_checked(rule, wrong):
+def test_the_settings_of_each_law_are_checked(rule, wrong):
     with pytest.raises(ConfigError, match=rf"scaling\.{next(iter(wrong))}="):
         RULES[rule](4096, base_batch_tokens=8192, **wrong)

@@ -32,7 +32,7 @@ def test_the_fit_finds_the_hyperbola_that_made_the_runs(min_updates, min_tokens)
     assert fitted.critical_batch_tokens == pytest.approx(critical, rel=1e-6)
 
 
-def test_words_say_on_which_side_a_batch_lies():
+def test_a_sentence_states_on_which_side_of_the_useful_batch_a_batch_lies():
     assert past_useful_batch(batch_tokens=4000, noise_scale=1000) == (
         "4 x the useful batch, past it: 5 x the fewest tokens, 1.25 x the fewest updates"
     )
