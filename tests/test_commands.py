@@ -143,7 +143,7 @@ def test_a_sweep_gives_each_job_a_folder(tiny, tmp_path):
         (["seed=one"], "seed='one': must be int; got str"),
         (["trainer=gpu"], "trainer.accelerator=gpu: no CUDA device is visible"),
         (["+optimizer.foo=3"], "optimizer.foo=3: unknown key"),
-        (["name=../escape"], "name=../escape: letters, digits"),
+        (["name=../escape"], "name=../escape: may have only letters, digits"),
         (["+wandb_api_key=x"], "secrets do not belong in a configuration"),
         (["model.norm._target_=os.system"], "not on the allow-list"),
         (["data=text"], "data.files=???: a value is needed"),

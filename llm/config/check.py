@@ -23,7 +23,7 @@ MAX_SEED = 2**32
 """Seeds lie below this number, as NumPy's generators require."""
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
-NAME_RULE = "letters, digits, dot, dash and underscore only; try name=my-run"
+NAME_RULE = "may have only letters, digits, dots, dashes and underscores; try name=my-run"
 """Names of runs become names of folders."""
 
 
