@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,12 +143,19 @@ def _forwarding(ranks: list[Any]) -> Iterator[None]:
             if rank.poll() is None and not (number == signal.SIGINT and sys.stdin.isatty()):
                 rank.send_signal(number)
 
-    previous = {number: signal.signal(number, hand_on) for number in STOPPING}
+    with signal_handler(hand_on):
+        yield
+
+
+@contextlib.contextmanager
+def signal_handler(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Call `handler` for the signals that stop a run, and restore the former handlers at the end."""
+    previous = {number: signal.signal(number, handler) for number in STOPPING}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, former in previous.items():
+            signal.signal(number, former)
 
 
 @contextlib.contextmanager

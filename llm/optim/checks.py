@@ -1,9 +1,10 @@
 """Checks the settings of optimizers."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from llm.errors import ConfigError, did_you_mean
+from llm.errors import CheckpointError, ConfigError, did_you_mean
 
 
 def in_range(key: str, value: float, low: float, high: float, *, closed: bool = False) -> float:
@@ -29,6 +30,22 @@ def check_betas(key: str, betas: Sequence[float]) -> tuple[float, float]:
     if not isinstance(betas, Sequence) or len(betas) != 2:
         raise ConfigError(f"optimizer.{key}={betas}: needs two numbers; write for instance [0.9, 0.95]")
     return in_range(key, betas[0], 0.0, 1.0), in_range(key, betas[1], 0.0, 1.0)
+
+
+def check_names(groups: Iterable[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> list[str]:
+    """Return the parameter names of a saved optimizer state, which must be those of the groups.
+
+    Raises:
+        CheckpointError: if they differ.
+    """
+    own = [name for group in groups for name in group["names"]]
+    saved = [name for group in state_dict["param_groups"] for name in group.get("names", [])]
+    if own != saved:
+        raise CheckpointError(
+            f"optimizer state={len(saved)} parameters: belongs to another architecture or grouping, it differs in "
+            f"{sorted(set(own) ^ set(saved))[:3]}; resume with the configuration of that run"
+        )
+    return saved
 
 
 def one_of(key: str, name: str, choices: Iterable[str]) -> str:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from llm.contracts import ParamGroup
-from llm.errors import CheckpointError, ConfigError, ShapeError
+from llm.errors import ConfigError, ShapeError
 from llm.optim import foreach
-from llm.optim.checks import in_range
+from llm.optim.checks import check_names, in_range
 from llm.optim.shard_steps import ShardSteps
 
 CHUNK = 2**19
@@ -92,14 +92,7 @@ class GroupedOptimizer(ShardSteps, torch.optim.Optimizer):
         Raises:
             CheckpointError: if the state belongs to other parameters.
         """
-        own = [name for group in self.param_groups for name in group["names"]]
-        saved = [name for group in state_dict["param_groups"] for name in group.get("names", [])]
-        if own != saved:
-            differing = sorted(set(own) ^ set(saved))[:3]
-            raise CheckpointError(
-                f"optimizer state={len(saved)} parameters: belongs to another architecture or grouping, it differs in "
-                f"{differing}; resume with the configuration of that run"
-            )
+        check_names(self.param_groups, state_dict)
         super().load_state_dict(state_dict)
         members = [parameter for group in self.param_groups for parameter in group["params"]]
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]

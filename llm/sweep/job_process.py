@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from llm.config.quoting import quote
-from llm.distributed.launch import STOPPING
+from llm.distributed.launch import signal_handler
 from llm.sweep.follow import PARENT
 from llm.sweep.manifest import SweepJob
 from llm.sweep.prune import Behind, Pruner
@@ -115,9 +115,5 @@ def _forwarding(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield forwarded
         return
-    previous = {number: signal.signal(number, forward) for number in STOPPING}
-    try:
+    with signal_handler(forward):
         yield forwarded
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

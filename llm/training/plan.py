@@ -84,11 +84,11 @@ def _parameters(model: nn.Module) -> str:
     counts = parameters_by_part(model)
     rows = [[part, f"{total:_}", f"{active:_}"] for part, (total, active) in counts.items()]
     total, active = (sum(c[i] for c in counts.values()) for i in (0, 1))
-    return format_table(["part", "parameters", "active a token"], [*rows, ["all", f"{total:_}", f"{active:_}"]])
+    return format_table(["part", "parameters", "active per token"], [*rows, ["all", f"{total:_}", f"{active:_}"]])
 
 
 def _memory_by_stage(model: nn.Module, sizes: Sizes, state: int, passing: int) -> str:
-    """What each device would hold at each stage of `trainer=deepspeed`, and the smallest usual device for it."""
+    """Return the memory of each device at each stage of `trainer=deepspeed`, and the smallest usual device for it."""
     ranks = sizes.world_size if sizes.world_size > 1 else EXAMPLE_DEVICES
     precision = sizes.precision
     parameters = sum(p.numel() for p in model.parameters())

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llm.contracts import ShardedOptimizer
-from llm.errors import CheckpointError
+from llm.optim.checks import check_names
 from llm.optim.shard import ShardLayout
 
 GATHERED_AT_ONCE = 1 << 24
@@ -103,13 +103,7 @@ def state_by_name(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, A
     Raises:
         CheckpointError: the state belongs to other parameters.
     """
-    own = [name for group in groups for name in group["names"]]
-    saved = [name for group in state_dict["param_groups"] for name in group.get("names", [])]
-    if own != saved:
-        raise CheckpointError(
-            f"optimizer state={len(saved)} parameters: belongs to another architecture or grouping, it differs in "
-            f"{sorted(set(own) ^ set(saved))[:3]}; resume with the configuration of that run"
-        )
+    saved = check_names(groups, state_dict)
     for group, old in zip(groups, state_dict["param_groups"], strict=True):
         group.update({k: v for k, v in old.items() if k not in ("params", "names")})  # type: ignore[attr-defined]
     indices = [index for group in state_dict["param_groups"] for index in group["params"]]
