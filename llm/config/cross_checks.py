@@ -32,6 +32,7 @@ from llm.config.sizes import (
 from llm.contracts import GradientFolder, HasTraits, NonFiniteShrinker, TrainerChecker, WeightAverager
 from llm.errors import ConfigError, CrucibleError
 from llm.model.transformer import Transformer
+from llm.ops.kernel_choice import given_kernels
 from llm.ops.precision import resolve_precision
 from llm.optim.param_groups import build_param_groups
 from llm.scaling.batching import check_ramp
@@ -64,6 +65,7 @@ def check_across_groups(cfg: Mapping[str, Any], *, invalid: Collection[str]) -> 
         ({"model", "rates", "objective", "context_length"}, lambda: _check_objective(cfg, model())),
         ({"model", "rates", "optimizer", "objective"}, lambda: _check_tensors(cfg["optimizer"], model())),
         ({"optimizer", "rates"}, lambda: build_rates(cfg).check(instantiate(cfg["optimizer"]))),
+        ({"kernels"}, lambda: given_kernels(cfg.get("kernels", "auto"))),
         ({"data"}, lambda: instantiate(cfg["data"])),
         ({"data", "loader"}, lambda: _check_held_out_share(cfg)),
         ({"tokenizer"}, lambda: build_tokenizer(cfg)),

@@ -24,8 +24,10 @@ class RunConfig:
     resume: str | None
     init_from: str | None
     plan: bool
+    kernels: Literal["auto", "default"] | dict[str, Any] = "auto"
+    """Runs of version 0.1 have no such key."""
 
 
 def run_config(cfg: Mapping[str, Any]) -> RunConfig:
     """Return the run-level keys of a plain configuration that passed `check`."""
-    return RunConfig(**{f.name: cfg[f.name] for f in fields(RunConfig)})
+    return RunConfig(**{f.name: cfg[f.name] for f in fields(RunConfig) if f.name in cfg})

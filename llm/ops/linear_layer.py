@@ -1,4 +1,4 @@
-"""A linear layer whose fp32 products on a CPU run in oneDNN."""
+"""A linear layer whose fp32 products on a CPU run in MKL or oneDNN."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def linear_product(
     multiplications = x.numel() * weight.shape[0]
     if is_read_only(x, weight, multiplications):
         return read_only_product(x, weight)
-    if uses_onednn(x, weight, multiplications=multiplications):
+    if uses_onednn(x, weight, multiplications):
         return onednn_linear(x, weight)
     return F.linear(x, weight)
 

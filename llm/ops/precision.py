@@ -5,6 +5,7 @@ from functools import cache
 import torch
 
 from llm.errors import ConfigError
+from llm.ops.kernel_choice import current
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "64-true")
 
@@ -27,6 +28,7 @@ def resolve_precision(precision: str | int, *, accelerator: str) -> str:
     return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
 
 
+@cache
 def cpu_multiplies_bf16() -> bool:
     """Return whether this CPU multiplies bf16 in hardware: AVX512-BF16, AMX, or Arm's BF16 extension."""
     read = getattr(torch.cpu, "get_capabilities", None)
@@ -39,12 +41,19 @@ def cpu_multiplies_bf16() -> bool:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@cache
-def fast_dtype(device_type: str) -> torch.dtype:
-    """Return bfloat16 on a GPU, or a CPU with AVX512-BF16 or AMX (4 times as fast as fp32 there), else float32."""
-    return torch.bfloat16 if device_type != "cpu" or cpu_multiplies_bf16() else torch.float32
+def fast_dtype(device_type: str, *, size: int) -> torch.dtype:
+    """Return bfloat16 on a GPU, or on a CPU with AVX512-BF16 or AMX for matrices that are large enough, else float32.
+
+    Args:
+        device_type: kind of device.
+        size: smaller side of the matrix; `KernelChoice.muon_bf16_from` is the smallest that gains from bfloat16.
+    """
+    if device_type != "cpu":
+        return torch.bfloat16
+    is_fast = size >= current().muon_bf16_from and cpu_multiplies_bf16()
+    return torch.bfloat16 if is_fast else torch.float32
 
 
-def products_dtype(name: str, device_type: str) -> torch.dtype:
-    """Return the dtype called `name`; for "auto", the fast one of the device."""
-    return fast_dtype(device_type) if name == "auto" else DTYPES[name]
+def products_dtype(name: str, device_type: str, *, size: int) -> torch.dtype:
+    """Return the dtype called `name`; for "auto", the fast one of the device for matrices of this smaller side."""
+    return fast_dtype(device_type, size=size) if name == "auto" else DTYPES[name]

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-DRAWING = (Tensor.normal_, Tensor.uniform_)
-"""Methods that fill a tensor with random numbers and return it."""
+DRAWING = (Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.trunc_normal_, init.kaiming_uniform_)
+"""Functions that fill a tensor with random numbers and return it."""
 
 
 class WithoutStorage(TorchFunctionMode):
@@ -22,7 +23,7 @@ class WithoutStorage(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         options = kwargs or {}
-        if func in DRAWING or getattr(func, "__module__", "") == "torch.nn.init":
+        if func in DRAWING:
             return args[0] if args else options["tensor"]
         if func is torch.empty:
             options = {**options, "device": "meta"}

@@ -145,7 +145,8 @@ class Muon(GroupedOptimizer):
                 active=layout.active_elements(gradient, rows) if rows else None,
             )
             return
-        dtype = products_dtype(self.matmul_dtype, layout.comm_device.type)
+        largest = max((min(shape[-2:]) for shape in layout.shapes.values()), default=0)
+        dtype = products_dtype(self.matmul_dtype, layout.comm_device.type, size=largest)
         (ahead,) = self._look_ahead([gradient], self.buffers(group, [flat])["momentum"], dtype)
         heads = group["heads"] if self.by_head and "heads" in group else [1] * len(group["names"])
         update_matrix_shard(
@@ -209,7 +210,8 @@ class Muon(GroupedOptimizer):
 
     def _update_stack(self, group: dict[str, Any], params: list[Tensor], heads: int) -> None:
         gradients, momenta = gradients_of(params), self.buffers(group, params)["momentum"]
-        dtype = products_dtype(self.matmul_dtype, params[0].device.type)
+        size = min(as_blocks(params[0], heads).shape[-2:])
+        dtype = products_dtype(self.matmul_dtype, params[0].device.type, size=size)
         ahead = [as_blocks(x, heads) for x in self._look_ahead(gradients, momenta, dtype)]
         blocks = torch.stack(ahead) if len(ahead) > 1 else ahead[0][None]
         directions = orthogonalize(blocks, iteration=self.iteration, dtype=dtype)

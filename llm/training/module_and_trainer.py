@@ -1,5 +1,6 @@
 """Builds the LightningModule and the Trainer of a run."""
 
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from llm.evals.other_text import open_source, source_patterns
 from llm.generate import generate_text
 from llm.model.transformer import Transformer
 from llm.ops.flops import peak_flops
+from llm.ops.kernel_choice import KERNELS, KernelChoice
 from llm.run_folder.folder import RunFolder
 from llm.run_folder.provenance import config_hash, versions
 from llm.training.module import LanguageModule
@@ -53,8 +55,8 @@ def build_module(checked: CheckedConfig, model: Transformer, tokenizer: Any) -> 
     return module
 
 
-def build_run_trainer(checked: CheckedConfig, folder: RunFolder) -> L.Trainer:
-    """Return the Trainer of a run, with its callbacks, loggers and checkpoint folders."""
+def build_run_trainer(checked: CheckedConfig, folder: RunFolder, kernels: KernelChoice) -> L.Trainer:
+    """Return the Trainer of a run, with its callbacks and loggers, and checkpoint folders that record its kernels."""
     tree, run, sizes = checked.tree, checked.run, checked.sizes
     supplied = {
         "run_folder": folder,
@@ -72,6 +74,7 @@ def build_run_trainer(checked: CheckedConfig, folder: RunFolder) -> L.Trainer:
     }
     callbacks = build_callbacks(tree, **supplied)
     manifest = {"world_size": sizes.world_size, "versions": versions(), "config_hash": config_hash(tree)}
+    manifest |= {KERNELS: asdict(kernels)}
     return build_trainer(
         tree,
         sizes,

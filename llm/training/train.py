@@ -4,7 +4,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from llm.config.resume import RESOLVED_FROM_AUTO
 from llm.contracts import WorkerWatcher
 from llm.errors import CrucibleError, OutOfMemoryError, SpikeError
 from llm.ops.allocator import keep_freed_memory
+from llm.ops.kernel_choice import KERNELS, using
 from llm.ops.products import keep_compiled_products
 from llm.run_folder.checkpoint import FoundCheckpoint, find_last
-from llm.run_folder.checkpoint_files import list_checkpoints
+from llm.run_folder.checkpoint_files import list_checkpoints, read_manifest
 from llm.run_folder.folder import RunFolder
 from llm.run_folder.rollback import read_rollbacks, roll_back
 from llm.training.announce import announce, announce_result
 from llm.training.forced_exit import ended_by_second_signal, kill_workers_at_exit
+from llm.training.kernel_timing import decided_kernels
 from llm.training.limits import check_open_files, check_shared_memory, limit_error
 from llm.training.module import LanguageModule
 from llm.training.module_and_trainer import build_module, build_run_trainer
@@ -95,9 +97,14 @@ def _train_until_spike(checked: CheckedConfig, folder: RunFolder) -> CheckedConf
         save(checked.tree, folder.path / "config.yaml")
         data.tokenizer.save(folder.path)
     module = build_module(checked, model, data.tokenizer)
-    trainer = build_run_trainer(checked, folder)
+    recorded = None if checkpoint is None else (read_manifest(checkpoint.path) or {}).get(KERNELS, {})
+    kernels = decided_kernels(checked, model, folder.path, cache=data.options.cache_dir, recorded=recorded)
+    folder.update({KERNELS: asdict(kernels)})
+    trainer = build_run_trainer(checked, folder, kernels)
     announce(checked, folder, module, data)
-    if not _fit(checked, folder, trainer, module, data, checkpoint):
+    with using(kernels):
+        is_over = _fit(checked, folder, trainer, module, data, checkpoint)
+    if not is_over:
         return checked
     announce_result(folder)
     return None

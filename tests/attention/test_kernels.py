@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from llm.errors import ShapeError
 from llm.model.attention.kernels import causal_attention, reference_attention
 from llm.model.attention.kernels.blocked import blocked_attention
+from llm.ops.kernel_choice import DEFAULT, using
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,12 +40,15 @@ def make(shape, dtype=torch.float64, seed=0):
     return tuple(x.requires_grad_() for x in (q, k, v)), options
 
 
-@pytest.mark.parametrize("short_row", [512, 0])
+@pytest.fixture(params=[512, 0], ids=["short rows share products", "each row has its own"])
+def _short_row(request):
+    with using(replace(DEFAULT, short_row=request.param)):
+        yield
+
+
+@pytest.mark.usefixtures("_short_row")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_lse_and_gradients_equal_the_reference(shape, short_row, monkeypatch):
-    monkeypatch.setattr(
-        "llm.model.attention.kernels.query_blocks.SHORT_ROW", short_row
-    )  # whether differing rows share products
+def test_values_lse_and_gradients_equal_the_reference(shape):
     inputs, options = make(shape)
     out, lse = causal_attention(*inputs, **options, return_lse=True)
     expected, expected_lse = reference_attention(*inputs, **options, return_lse=True)
@@ -67,6 +72,22 @@ def test_gradients_of_the_output_alone_equal_the_reference(shape):
         torch.autograd.grad(out, inputs, slope), torch.autograd.grad(expected, inputs, slope), strict=True
     ):
         torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-12)  # fp64: only the order of summation differs
+
+
+@pytest.mark.parametrize("length", [None, 150, 20], ids=["no documents", "some rows of one", "rows of several"])
+def test_attention_by_torchs_kernel_equals_the_reference(length):
+    inputs, options = make((6, 90, 90, 2, 2, 16, 16, None, length), dtype=torch.float32, seed=3)
+    with using(replace(DEFAULT, attention="sdpa")):
+        out = causal_attention(*inputs, **options)
+    if length == 150:
+        ids = options["document_ids"]
+        assert 0 < (ids[:, 0] == ids[:, -1]).sum() < len(ids)  # both kernels take part
+    expected, slope = reference_attention(*inputs, **options), torch.randn_like(out)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)  # fp32 sums in another order
+    for grad, wanted in zip(
+        torch.autograd.grad(out, inputs, slope), torch.autograd.grad(expected, inputs, slope), strict=True
+    ):
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[4], SHAPES[6]], ids=str)

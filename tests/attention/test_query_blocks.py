@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llm.model.attention.kernels.query_blocks import plan_row, plan_rows
 from llm.model.attention.kernels.reference import visible_keys
+from llm.ops.kernel_choice import DEFAULT, using
 
 
 @given(
@@ -39,12 +42,12 @@ def test_documents_cost_no_more_than_one_long_document():
         assert not any(b.is_masked for b in cut if b.stop - b.start > 71)
 
 
-def test_rows_with_documents_at_the_same_tokens_are_computed_together_and_short_rows_always(monkeypatch):
+def test_rows_with_documents_at_the_same_tokens_are_computed_together_and_short_rows_always():
     ids = torch.tensor([[0, 0, 1, 1], [5, 5, 5, 5], [3, 3, 4, 4], [0, 0, 0, 0]])
     sizes = {"batch": 4, "time": 4, "time_k": 4, "window": None, "block": 2}
     (plan,) = plan_rows(ids, **sizes)
     assert (plan.rows, plan.is_uniform, [b.is_masked for b in plan.blocks]) == ([0, 1, 2, 3], False, [False, True])
-    monkeypatch.setattr("llm.model.attention.kernels.query_blocks.SHORT_ROW", 0)
-    plans = plan_rows(ids, **sizes)
+    with using(replace(DEFAULT, short_row=0)):
+        plans = plan_rows(ids, **sizes)
     assert sorted(plan.rows for plan in plans) == [[0, 2], [1, 3]]
     assert all(plan.is_uniform and not any(b.is_masked for b in plan.blocks) for plan in plans)

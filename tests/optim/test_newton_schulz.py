@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm.errors import ConfigError
+from llm.ops.kernel_choice import DEFAULT, using
 from llm.ops.precision import fast_dtype
 from llm.optim.newton_schulz import (
     ITERATIONS,
@@ -210,8 +213,16 @@ def test_an_unknown_iteration_is_an_error_with_a_suggestion():
 
 
 def test_the_fast_dtype_is_one_of_the_two_that_are_tested():
-    assert fast_dtype("cuda") == BF16
-    assert fast_dtype("cpu") in (FP32, BF16)
+    assert fast_dtype("cuda", size=8) == BF16
+    assert fast_dtype("cpu", size=8) in (FP32, BF16)
+
+
+def test_small_matrices_are_multiplied_in_fp32_where_that_was_measured_to_be_faster(monkeypatch):
+    monkeypatch.setattr("llm.ops.precision.cpu_multiplies_bf16", lambda: True)
+    with using(replace(DEFAULT, muon_bf16_from=256)):
+        assert fast_dtype("cpu", size=255) == FP32
+        assert fast_dtype("cpu", size=256) == BF16
+        assert fast_dtype("cuda", size=8) == BF16
 
 
 @pytest.mark.parametrize("tall", [False, True])

@@ -11,6 +11,7 @@ from catalogue import CONF, options
 from llm import contracts
 from llm.config.build import build_data, build_loggers, build_model
 from llm.config.check import check
+from llm.ops.kernel_choice import DEFAULT
 from llm.ops.noise import KeyedNoise
 from llm.run_folder.folder import RunFolder
 from llm.training.module_and_trainer import build_module, build_run_trainer
@@ -30,7 +31,7 @@ FOREIGN = {
     ("llm/model/ffn/grouped.py", "grouped_mm"): "a function of newer versions of torch",
     ("llm/ops/products.py", "_linear_pointwise"): "an operator of torch builds with oneDNN",
     ("llm/ops/precision.py", "get_capabilities"): "a function of newer versions of torch",
-    ("llm/config/signatures.py", "__module__"): "any object that a configuration names",
+    ("llm/config/piece_signature.py", "__module__"): "any object that a configuration names",
     ("llm/config/signatures.py", "__name__"): "a type annotation",
     ("llm/report/runs.py", "CSafeLoader"): "PyYAML without its C extension",
     ("llm/sweep/job_progress.py", "CSafeLoader"): "PyYAML without its C extension",
@@ -68,7 +69,7 @@ def run_pieces(composed, tiny, folder, *settings):
     yield from (data, module, optimizer, type(optimizer))
     yield from (module.objective, module.objective.decode(model, [[0]], max_new_tokens=1, steps=None, **GREEDY))
     yield KeyedNoise(0, 0, torch.arange(1))
-    trainer = build_run_trainer(checked, RunFolder(folder))
+    trainer = build_run_trainer(checked, RunFolder(folder), DEFAULT)
     yield from (trainer.strategy, *trainer.callbacks)
 
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm.ops.products import product_nn, product_nt, uses_onednn
+from llm.ops.kernel_choice import current
+from llm.ops.products import is_large_fp32, product_nn, product_nt, product_tn
 
 ROW_MULTIPLE = 32
 """The rows of an expert are padded to a multiple of this number.
@@ -78,9 +79,9 @@ def expert_loop_backward(
         d_out = torch.index_select(grad, 0, tokens_of, out=rows)
         d_hidden = product_nn(d_out, down[expert].to(x.dtype))
         _activate_backward(d_hidden, gated, upped, weight, d_weight, hidden, *d_both.chunk(2, dim=1))
-        d_down[expert].copy_(product_nt(d_out.t(), hidden.t()))
+        d_down[expert].copy_(product_tn(d_out, hidden))
         torch.index_select(x, 0, tokens_of, out=rows)
-        d_joined = product_nt(d_both.t(), rows.t())
+        d_joined = product_tn(d_both, rows)
         d_gate[expert].copy_(d_joined[:width])
         d_up[expert].copy_(d_joined[width:])
         _product_into(d_row, d_both, _joined(gate[expert], up[expert], x.dtype).t())
@@ -149,7 +150,8 @@ class RowLayout:
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Write a bᵀ to `out`, without a copy where the product supports it."""
-    if uses_onednn(a, b, multiplications=a.numel() * b.shape[0]):
+    is_onednn = current().product_forward == "onednn"
+    if is_onednn and is_large_fp32(a, b, multiplications=a.numel() * b.shape[0]):
         out.copy_(product_nt(a, b))
     else:
         torch.mm(a, b.t(), out=out)

@@ -9,7 +9,9 @@ from llm.errors import ShapeError
 from llm.model.attention.kernels.blocked import blocked_attention
 from llm.model.attention.kernels.cuda import cuda_attention, sdpa, sighted_cuda_attention
 from llm.model.attention.kernels.key_spans import key_spans
+from llm.model.attention.kernels.one_document import can_use_sdpa, sdpa_by_rows
 from llm.model.attention.kernels.reference import visible_keys
+from llm.ops.kernel_choice import current
 
 FEW_QUERIES = 16
 """Up to this many queries against stored keys (decoding), one masked product reads the keys without a copy."""
@@ -30,8 +32,9 @@ def causal_attention(
         o_i = Σ_j softmax_j(scale · q_i·k_j) v_j,   lse_i = log Σ_j exp(scale · q_i·k_j)
 
     CUDA uses SDPA where every row is one document, and variable-length flash attention or FlexAttention for documents
-    and windows. Other devices use blocks of queries (`llm.model.attention.kernels.blocked`). None of these stores a
-    time x time matrix, except SDPA's math kernel, which torch uses for fp32 with grouped heads. Both results have
+    and windows. Other devices use blocks of queries (`llm.model.attention.kernels.blocked`). A CPU on which SDPA was
+    measured to be faster uses it for rows of one document. None of these stores a time x time matrix, except SDPA's
+    math kernel, which torch uses on a GPU for fp32 with grouped heads. Both results have
     gradients. Under autocast the inputs are cast to its dtype.
 
     Args:
@@ -53,6 +56,8 @@ def causal_attention(
         return _decode(q, k, v, **options)
     if q.is_cuda:
         out, lse = cuda_attention(q, k, v, **options, return_lse=return_lse)
+    elif current().attention == "sdpa" and can_use_sdpa(q, k, v, window=window, return_lse=return_lse):
+        return sdpa_by_rows(q, k, v, document_ids=document_ids, scale=scale)
     else:
         out, lse = blocked_attention(q, k, v, document_ids, scale, window, None, return_lse)
     return (out, lse) if return_lse else out

@@ -7,14 +7,10 @@ from typing import NamedTuple
 from jaxtyping import Int
 from torch import Tensor
 
+from llm.ops.kernel_choice import current
+
 SHORT_DOCUMENT = 32
 """Whole documents share a masked query block until it has this many tokens, because tiny products are slow."""
-
-
-SHORT_ROW = 512
-"""Rows up to this many keys share their products although their documents differ, with a mask per row.
-
-A batch of small products costs less than separate products per row, and the masks hide few pairs."""
 
 
 class QueryBlock(NamedTuple):
@@ -63,7 +59,8 @@ def plan_rows(
 ) -> list[RowPlan]:
     """Group the rows of a batch by the starts of their documents, and cut each group into query blocks.
 
-    Short rows form one group, whatever their documents.
+    Rows up to `KernelChoice.short_row` keys form one group, whatever their documents: a batch of products under a mask
+    per row may cost less than products per row.
 
     Args:
         document_ids: id of each key's document, or None where every row is one document.
@@ -81,7 +78,7 @@ def plan_rows(
     for row, cuts in enumerate(boundaries):
         groups.setdefault(tuple(cuts), []).append(row)
     sizes = {"time": time, "time_k": time_k, "window": window, "block": block}
-    if len(groups) > 1 and time_k <= SHORT_ROW:
+    if len(groups) > 1 and time_k <= current().short_row:
         cuts = set().union(*boundaries)
         return [RowPlan(list(range(batch)), [_masked_by(cuts, b) for b in plan_row([], **sizes)], is_uniform=False)]
     return [RowPlan(rows, plan_row(cuts, **sizes), is_uniform=True) for cuts, rows in groups.items()]
