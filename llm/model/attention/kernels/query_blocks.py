@@ -95,7 +95,7 @@ def plan_spans(spans: Int[Tensor, "rows time bounds"], *, batch: int, time_k: in
     """
     if bool((spans == spans[:1]).all()):
         return [RowPlan(list(range(batch)), _span_blocks(spans[:1], block), is_uniform=True)]
-    if time_k <= SHORT_ROW:
+    if time_k <= current().short_row:
         return [RowPlan(list(range(batch)), _span_blocks(spans, block), is_uniform=False)]
     groups: dict[bytes, list[int]] = {}
     for row, own in enumerate(spans):
