@@ -1,6 +1,7 @@
 """Each sight shows the keys that its definition names, and is refused where it has no meaning."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from llm.errors import ConfigError, ShapeError
 from llm.model.attention.kernels import reference_attention, sighted_attention
 from llm.model.attention.kernels.key_spans import key_spans, within
 from llm.model.attention.kernels.reference import visible_keys
+from llm.ops.kernel_choice import DEFAULT, using
 
 SIGHTS = [Sight("bidirectional"), Sight("block", 4), Sight("block_pair", 4), Sight("block_pair", 64)]
 ROTARY = {"rope", "ntk", "ntk_mixed", "yarn", "llama3", "linear_scaling"}
@@ -66,14 +68,14 @@ def test_visible_keys_and_spans_equal_the_rule_of_each_pair(sight):
 @pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize("time", [1, 33, 200])
 @pytest.mark.parametrize("sight", SIGHTS, ids=str)
-def test_the_kernel_equals_the_definition_with_gradients(sight, time, documents, short_row, monkeypatch):
-    monkeypatch.setattr("llm.model.attention.kernels.query_blocks.SHORT_ROW", short_row)
+def test_the_kernel_equals_the_definition_with_gradients(sight, time, documents, short_row):
     ids, positions = inputs_of(sight, time, documents=documents)
     q, k, v = (torch.randn(2, ids.shape[1], h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
     options = {"sight": sight, "positions": positions, "document_ids": ids if documents else None, "scale": 0.3}
-    fast, slow = sighted_attention(q, k, v, **options), reference_attention(q, k, v, **options)
-    slope = torch.randn_like(fast)
-    found, expected = (torch.autograd.grad(out, (q, k, v), slope) for out in (fast, slow))
+    with using(replace(DEFAULT, short_row=short_row)):
+        fast, slow = sighted_attention(q, k, v, **options), reference_attention(q, k, v, **options)
+        slope = torch.randn_like(fast)
+        found, expected = (torch.autograd.grad(out, (q, k, v), slope) for out in (fast, slow))
     exact = {"rtol": 1e-9, "atol": 1e-12}  # fp64 on both sides: only the order of summation differs
     torch.testing.assert_close(fast, slow, **exact)
     for own, truth in zip(found, expected, strict=True):
