@@ -41,7 +41,7 @@ def wait_for_steps(process, folder, steps):
     raise AssertionError("the run took no steps")
 
 
-LONG = ("max_steps=60", "checkpoint_every=7", "val_every=11", "micro_batch_size=2", "model.dropout=0.1")
+LONG = ("max_steps=40", "checkpoint_every=7", "val_every=11", "micro_batch_size=2", "model.dropout=0.1")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def uninterrupted(tiny, tmp_path_factory):
 def test_a_run_killed_twice_goes_on_to_the_very_same_losses_and_weights(uninterrupted, tiny, tmp_path):
     folder = tmp_path / "run"
     start = command("train.py", *tiny, *LONG, f"hydra.run.dir={folder}")
-    for steps in (10, 29):  # neither a checkpoint nor a validation; the second kill hits the resumed run
+    for steps in (10, 24):  # neither a checkpoint nor a validation; the second kill hits the resumed run
         process = subprocess.Popen(start, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         wait_for_steps(process, folder, steps)
         process.send_signal(signal.SIGKILL)
@@ -69,7 +69,7 @@ def test_a_run_killed_twice_goes_on_to_the_very_same_losses_and_weights(uninterr
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_at_a_step_saves_and_tells(uninterrupted, tiny, tmp_path, number, status):
+def test_a_signal_stops_at_a_step_saves_and_tells(uninterrupted, train_here, tiny, tmp_path, number, status):
     folder = tmp_path / "run"
     start = command("train.py", *tiny, *LONG, f"hydra.run.dir={folder}")
     process = subprocess.Popen(start, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -79,27 +79,27 @@ def test_a_signal_stops_at_a_step_saves_and_tells(uninterrupted, tiny, tmp_path,
     assert process.returncode == status, err
     assert f"resume={folder}" in out + err
     assert json.loads((folder / "summary.json").read_text())["status"] == f"stopped: {number.name}"
-    assert call("train.py", f"resume={folder}", cwd=tmp_path).returncode == 0
+    assert train_here(f"resume={folder}")[0] == 0
     assert losses(folder) == losses(uninterrupted)
 
 
-def test_the_end_of_a_run_tells_loss_bits_text_and_folder(tiny, tmp_path):
-    result = call("train.py", *tiny, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_the_end_of_a_run_tells_loss_bits_text_and_folder(train_here, tiny, tmp_path):
+    status, out, _ = train_here(*tiny)
+    assert status == 0, out
     (folder,) = (tmp_path / "runs").iterdir()
     for part in ("nats per token", "bits per byte", str(folder), "parameters", "--- step 8 ---"):
-        assert part in result.stdout, part
+        assert part in out, part
     judged = call("eval.py", f"run_dir={folder}", "eval.samples.max_new_tokens=8", cwd=tmp_path)
     assert judged.returncode == 0, judged.stderr
     shown = json.loads((folder / "eval/loss.json").read_text())["val/loss"]
     assert shown == pytest.approx(json.loads((folder / "summary.json").read_text())["val/loss"], abs=1e-6)
 
 
-def test_a_compiled_run_has_the_losses_of_an_eager_one_to_rounding(tiny, tmp_path):
+def test_a_compiled_run_has_the_losses_of_an_eager_one_to_rounding(train_here, tiny, tmp_path):
     short = [*tiny, "max_steps=3", "val_every=3", "trainer.precision=32-true", "callbacks.samples=null"]
-    for flag in ("true", "false"):
-        result = call("train.py", *short, f"compile={flag}", f"hydra.run.dir={tmp_path}/{flag}", cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
+    result = call("train.py", *short, "compile=true", f"hydra.run.dir={tmp_path}/true", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert train_here(*short, "compile=false", f"hydra.run.dir={tmp_path}/false")[0] == 0
     compiled, eager = losses(tmp_path / "true"), losses(tmp_path / "false")
     for step, value in eager.items():
         # the compiler fuses fp32 operations and sums them in another order
@@ -184,12 +184,12 @@ def test_a_mistake_is_one_clear_line_and_leaves_nothing_behind(train_here, tmp_p
     assert not list(tmp_path.glob("runs/*"))
 
 
-def test_all_mistakes_are_reported_together(tmp_path):
-    result = call("train.py", "optimizer.lr=-1", "model.num_heads=6", "batch_tokens=1000", "val_every=0", cwd=tmp_path)
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
+def test_all_mistakes_are_reported_together(train_here):
+    status, _, err = train_here("optimizer.lr=-1", "model.num_heads=6", "batch_tokens=1000", "val_every=0")
+    assert status == 2
+    assert "Traceback" not in err
     for part in ("optimizer.lr=-1", "model.num_heads=6", "batch_tokens=1000", "val_every=0"):
-        assert f"error: {part}" in result.stderr
+        assert f"error: {part}" in err
 
 
 def test_a_folder_that_cannot_be_written_is_refused(train_here, tmp_path, tiny):
@@ -207,11 +207,11 @@ def test_help_lists_every_group_and_option(tmp_path):
     assert result.stdout.count("python train.py") >= 4
 
 
-def test_a_plan_counts_and_trains_nothing(tmp_path):
-    result = call("train.py", "plan=true", "model/size=124m", "tokenizer.vocab_size=50304", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_a_plan_counts_and_trains_nothing(train_here, tmp_path):
+    status, out, _ = train_here("plan=true", "model/size=124m", "tokenizer.vocab_size=50304")
+    assert status == 0, out
     for part in ("123_587_328", "optimizer state", "training FLOPs per token", "token_embedding.weight"):
-        assert part in result.stdout, part
+        assert part in out, part
     assert not list(tmp_path.glob("runs/*"))
 
 

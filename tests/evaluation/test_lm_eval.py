@@ -142,10 +142,16 @@ def test_the_command_line_of_the_harness_gives_the_scores_of_eval_py(trained, ta
     ("task", "answer"),
     [("local_choice", "error: run_dir=nowhere: holds no config.yaml"), ("nope", "error: --tasks=nope: no such task")],
 )
-def test_the_command_line_of_the_harness_reports_a_missing_run_or_task_in_one_line(tasks, task, answer):
-    result = harness("--model_args", "run_dir=nowhere", "--tasks", task, "--include_path", str(tasks))
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith(answer)
+def test_the_command_line_of_the_harness_reports_a_missing_run_or_task_in_one_line(
+    tasks, task, answer, monkeypatch, capsys
+):
+    from llm.commands.lm_eval_cli import main
+
+    arguments = ("--model", "crucible", "--model_args", "run_dir=nowhere", "--tasks", task, "--include_path", tasks)
+    monkeypatch.setattr("sys.argv", ["lm_eval", "run", *map(str, arguments)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err.splitlines()[-1].startswith(answer)
 
 
 def test_an_unknown_task_is_named_with_a_suggestion(trained, tasks, judging, tmp_path):
