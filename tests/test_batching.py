@@ -14,7 +14,7 @@ def test_the_plan_multiplies_back_to_batch_tokens(context, world, micro, accumul
     assert plan.accumulation * world * micro * context == tokens
 
 
-def test_a_batch_that_is_not_whole_names_the_nearest_legal_values():
+def test_the_error_for_an_uneven_batch_names_the_nearest_valid_values():
     with pytest.raises(ConfigError, match=r"batch_tokens=1000: .* = 512; try 512 or 1024"):
         plan_batch(batch_tokens=1000, context_length=64, world_size=2, micro_batch_size=4)
 

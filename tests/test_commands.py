@@ -52,7 +52,7 @@ def uninterrupted(tiny, tmp_path_factory):
     return folder
 
 
-def test_a_run_killed_twice_goes_on_to_the_very_same_losses_and_weights(uninterrupted, tiny, tmp_path):
+def test_a_run_killed_twice_resumes_to_the_same_losses_and_weights(uninterrupted, tiny, tmp_path):
     folder = tmp_path / "run"
     start = command("train.py", *tiny, *LONG, f"hydra.run.dir={folder}")
     for steps in (10, 24):  # neither a checkpoint nor a validation; the second kill hits the resumed run
@@ -215,7 +215,7 @@ def test_a_plan_counts_and_trains_nothing(train_here, tmp_path):
     assert not list(tmp_path.glob("runs/*"))
 
 
-def test_wandb_without_a_key_goes_on_offline(tiny, tmp_path):
+def test_wandb_without_a_key_records_offline(tiny, tmp_path):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
     arguments = [*tiny, "logger=wandb", "max_steps=2"]
     result = call("train.py", *arguments, cwd=tmp_path, env=clean, stdin=subprocess.DEVNULL)

@@ -124,13 +124,13 @@ def test_a_group_that_gets_no_name_of_an_option_is_answered_with_its_options(val
 
 
 @pytest.mark.parametrize("argument", ["optimizer=[]", "~optimizer", "~optimizer=adamw", "optimizer=null"])
-def test_a_group_that_a_run_needs_cannot_be_left_out(argument):
+def test_a_group_that_a_run_needs_cannot_be_removed(argument):
     (complaint,) = complaints(argument)
     assert complaint == f"{argument}: optimizer is needed; choose one of adamw, lion, muon, sgd, tiger"
 
 
 @pytest.mark.parametrize("argument", ["logger=[]", "~logger", "eval=[loss,samples]", "~optimizer.fused", "name=3"])
-def test_optional_groups_and_keys_may_be_left_out(argument):
+def test_optional_groups_and_keys_may_be_removed(argument):
     compose_with_hydra(parse_command_line([argument], "train"))
 
 

@@ -353,7 +353,7 @@ def test_an_exported_run_works_in_a_process_without_this_project(run_folder, tmp
     assert json.loads(generated) == own + drawn
 
 
-def test_training_goes_on_from_an_exported_folder(run_folder, composed, tiny, tmp_path):
+def test_training_continues_from_an_exported_folder(run_folder, composed, tiny, tmp_path):
     pytest.importorskip("transformers")
     from llm.training.rebuild import rebuild_model
 

@@ -40,6 +40,6 @@ def test_every_training_command_of_the_readme_is_valid(command, composed):
     check(composed(*(word.replace("'", "") for word in command.split())))
 
 
-def test_no_word_is_left_to_fill_in():
+def test_no_placeholder_is_left():
     for page in [*ROOT.glob("*.md"), *Path(ROOT / "docs").glob("*.md")]:
         assert "@@" not in page.read_text(), page

@@ -25,7 +25,7 @@ def test_ranks_take_the_smallest_of_their_numbers_and_what_the_first_says(addres
         assert list(ranks.map(rank, range(3))) == [(2, "said by 0")] * 3
 
 
-def test_a_rank_alone_asks_nobody():
+def test_a_single_rank_does_not_communicate():
     launch = Launch("torchrun", 0, 1, 1)
     assert smallest(8, launch, about="size") == 8
     assert agree("mine", launch) == "mine"

@@ -53,7 +53,7 @@ def test_a_contradiction_is_refused_with_both_values():
     assert "seed=3: the run was made with 0" in str(error.value)
 
 
-def test_a_value_repeated_as_it_was_is_no_contradiction():
+def test_an_unchanged_value_is_no_contradiction():
     assert merge_resumed(SAVED, composed(), ["seed=0", "optimizer.lr=1e-3"])["seed"] == 0
 
 

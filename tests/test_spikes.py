@@ -18,7 +18,7 @@ def ordinary(number, seed=0):
     return [(3 + chance.gauss(0, 0.1), 1 + chance.gauss(0, 0.05)) for _ in range(number)]
 
 
-def test_a_jump_of_either_figure_is_refused_and_leaves_the_mean_as_it_was():
+def test_a_jump_of_either_figure_is_refused_and_does_not_change_the_mean():
     spikes = guard()
     assert not any(spikes.judge(*pair) for pair in ordinary(40))
     before = spikes.state_dict()["accepted"]
@@ -52,7 +52,7 @@ def test_a_guard_restored_from_its_state_judges_as_one_that_went_on(pairs, cut):
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=8, max_size=8), st.floats(0, 1e6))
-def test_what_lies_below_the_mean_is_never_a_spike(values, value):
+def test_a_loss_below_the_mean_is_never_a_spike(values, value):
     spikes = guard(window=8)
     for each in values:
         spikes.judge(each, 1.0)

@@ -121,7 +121,7 @@ def test_weights_of_another_shape_are_refused_with_the_keys_that_differ(run):
         run("next", f"init_from={source}", "model.ffn.d_ff=64")
 
 
-def test_a_finished_run_says_so_and_trains_nothing(run, composed, tiny, caplog):
+def test_a_finished_run_is_reported_and_trains_nothing(run, composed, tiny, caplog):
     folder, loss = run("run")
     before = (folder / "metrics.jsonl").read_text()
     with caplog.at_level("WARNING"):
@@ -169,7 +169,7 @@ def test_a_skipped_step_changes_no_weight_and_is_counted(run, monkeypatch):
     assert rows[-1]["nonfinite_steps"] == 1
 
 
-def test_tiger_shrinks_what_is_not_finite_and_goes_on(run, monkeypatch):
+def test_tiger_shrinks_tensors_with_non_finite_gradients_and_training_continues(run, monkeypatch):
     poison(monkeypatch, {5})
     settings = ("optimizer=tiger", "optimizer.shrink_ratio=0.5", "on_nonfinite=tiger", "schedule=constant")
     folder, _ = run("run", *settings, "max_steps=6", "val_every=6", "checkpoint_every=5")
@@ -211,7 +211,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(run, monkeypatch):
         run("run", "on_nonfinite=skip", "max_steps=20")
 
 
-def test_a_run_without_validation_ends_in_a_line_that_says_so(run, caplog):
+def test_a_run_without_validation_ends_with_a_line_about_it(run, caplog):
     with caplog.at_level("INFO"):
         _, loss = run("blind", "+trainer.limit_val_batches=0")
     assert loss is None

@@ -101,7 +101,7 @@ def state_of_the_process():
     }
 
 
-def test_a_run_leaves_the_state_of_the_process_as_it_was(session):
+def test_a_run_restores_the_state_of_the_process(session):
     cfg = llm.compose(*session, "trainer.deterministic=true", "max_steps=2", "callbacks.stop_signals=null")
     torch.set_grad_enabled(False)
     try:

@@ -65,7 +65,7 @@ def test_parameters_of_foreign_modules_have_sensible_kinds_and_decay():
     assert resting["conv.weight"] == 0.0
 
 
-def test_tied_weights_are_one_embedding_and_frozen_ones_are_left_out():
+def test_tied_weights_are_one_embedding_and_frozen_ones_are_excluded():
     model = Foreign()
     model.out.weight = model.tokens.weight
     model.conv.requires_grad_(False)
@@ -98,7 +98,7 @@ def test_settings_and_defaults_reach_an_optimizer():
 
 
 @pytest.mark.parametrize("option", options("model/attention"))
-def test_every_attention_stands_alone_and_its_gradients_reach_the_input(option):
+def test_every_attention_works_alone_and_its_gradients_reach_the_input(option):
     attention = llm.build(f"model/attention={option}", d_model=32, num_heads=4)
     x = torch.randn(2, 70, 32, requires_grad=True)
     out = attention(x, positions=torch.arange(70).expand(2, -1), document_ids=None)
@@ -124,14 +124,14 @@ def test_an_attention_takes_another_position_and_nested_settings():
 
 
 @pytest.mark.parametrize("option", options("model/position"))
-def test_every_position_stands_alone(option):
+def test_every_position_works_alone(option):
     position = llm.build(f"model/position={option}", head_dim=8)
     q = torch.randn(1, 5, 2, 8)
     assert position(q, q, torch.arange(5)[None])[0].q.shape == q.shape
 
 
 @pytest.mark.parametrize("option", options("model/ffn"))
-def test_every_feed_forward_stands_alone_and_asks_for_its_width(option):
+def test_every_feed_forward_works_alone_and_needs_its_width(option):
     assert llm.build(f"model/ffn={option}", d_model=16, d_ff=32)(torch.randn(1, 3, 16)).hidden.shape == (1, 3, 16)
     with pytest.raises(llm.ConfigError, match=r"needs d_ff; write llm\.build"):
         llm.build(f"model/ffn={option}", d_model=16)

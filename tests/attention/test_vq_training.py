@@ -63,7 +63,7 @@ def test_a_recomputed_forward_counts_once(run):
     assert_same(run("plain", *settings), run("again", *settings, "model.activation_checkpointing=true"))
 
 
-def test_the_trial_of_batch_sizes_leaves_the_codebook_as_it_was(run):
+def test_the_trial_of_batch_sizes_does_not_change_the_codebook(run):
     auto = run("auto", "micro_batch_size=auto")
     size = json.loads((auto / "summary.json").read_text()).get("micro_batch_size")
     chosen = size or next(

@@ -73,7 +73,7 @@ def test_an_expert_that_falls_idle_again_is_named_again(folder, caplog):
     assert len(caplog.records) == 2
 
 
-def test_the_picture_has_a_panel_a_layer_and_is_left_out_without_experts(tmp_path):
+def test_the_picture_has_a_panel_per_layer_and_is_not_drawn_without_experts(tmp_path):
     lines = [
         {"step": step, **{f"train/layer{i}/expert_load_global": torch.rand(8).tolist() for i in range(layers)}}
         for layers in (2,)

@@ -64,7 +64,7 @@ def test_it_is_what_whole_gradients_give_by_kind_and_in_all(composed, tiny, tmp_
     assert summary["updates_over_minimum"] == pytest.approx(1 + summary["noise_scale"] / 256)
 
 
-def test_measuring_changes_nothing_and_goes_on_through_resumption(composed, tiny, tmp_path):
+def test_measuring_changes_nothing_and_continues_after_a_resumption(composed, tiny, tmp_path):
     measured, plain, whole, first = (tmp_path / name for name in ("measured", "plain", "whole", "first"))
     for folder in (measured, plain, whole, first):
         folder.mkdir()

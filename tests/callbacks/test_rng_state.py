@@ -14,7 +14,7 @@ def draw():
     return (*generators, torch.rand(3).tolist(), torch.nn.functional.dropout(torch.ones(64), 0.5).tolist())
 
 
-def test_every_generator_goes_on_where_it_was_also_through_a_checkpoint_file(tmp_path):
+def test_every_generator_continues_from_its_state_also_through_a_checkpoint_file(tmp_path):
     random.gauss(0, 1), np.random.randn()  # both keep a second Gaussian back
     folder = tmp_path / "step-00000001"
     save_checkpoint(folder, model_state={}, training_state={"rng": get_rng_state()}, manifest={})
@@ -45,7 +45,7 @@ def test_what_is_drawn_between_the_start_and_the_first_batch_leaves_no_trace():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_gpus_generator_goes_on_where_it_was():
+def test_the_generator_of_the_gpu_continues_from_its_state():
     torch.rand(1, device="cuda")
     state = get_rng_state()
     expected = torch.rand(8, device="cuda")

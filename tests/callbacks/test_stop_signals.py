@@ -94,7 +94,7 @@ class Kill(L.Callback):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=lambda s: s.name)
-def test_a_signal_saves_a_checkpoint_between_updates_and_says_so(folder, train, capfd, number):
+def test_a_signal_saves_a_checkpoint_between_updates_and_is_logged(folder, train, capfd, number):
     before = signal.getsignal(number)
     trainer = train(folder, max_steps=50, val_every=20, checkpoint_every=100, extra=[Kill(number, 6)])
     assert f"{number.name}: saving a checkpoint" in capfd.readouterr().err

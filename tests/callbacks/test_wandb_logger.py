@@ -53,7 +53,7 @@ def unanswering_server():
     return server, f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_without_a_key_it_goes_on_offline_in_the_run_its_folder_names_and_keeps_no_secret(tmp_path):
+def test_without_a_key_a_resumed_run_records_offline_and_stores_no_secret(tmp_path):
     (tmp_path / "wandb_run_id.txt").write_text("abcd1234\n")
     result = run_without_terminal(tmp_path)
     assert result.returncode == 0, result.stderr
@@ -110,7 +110,7 @@ def test_what_an_offline_run_really_wrote_has_the_axis_the_names_the_table_the_f
     assert (tmp_path / "plan.txt").read_text() == "the plan\n"
 
 
-def test_a_server_gets_one_run_with_its_axis_and_a_resumed_run_goes_on_in_it(tmp_path):
+def test_a_server_receives_one_run_with_its_axis_and_a_resumed_run_continues_it(tmp_path):
     with StandIn() as server:
         reach = {"WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": server.url, "WANDB_RUN_GROUP": "multirun-7"}
         for attempt in (1, 2):
@@ -173,7 +173,7 @@ def losing(tmp_path, what, server):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=kept | reach)  # fmt: skip
 
 
-def test_training_goes_on_when_wandbs_own_process_dies(tmp_path):
+def test_training_continues_when_the_process_of_wandb_dies(tmp_path):
     with StandIn() as server:
         out, err = losing(tmp_path, "core", server).communicate(timeout=120)
     assert "trained to the end" in out, err
@@ -181,7 +181,7 @@ def test_training_goes_on_when_wandbs_own_process_dies(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_goes_on_when_the_network_is_lost_and_waits_for_one_table_alone(tmp_path):
+def test_training_continues_without_network_and_waits_for_one_table_alone(tmp_path):
     with StandIn() as server:
         process = losing(tmp_path, "network", server)
         assert process.stdout.readline() == "begun\n"

@@ -35,7 +35,7 @@ def test_a_seed_out_of_range_is_refused(composed, seed):
     ],
     ids=lambda own: own[0],
 )
-def test_a_share_to_hold_out_is_refused_beside_a_validation_set_of_its_own(composed, tmp_path, own):
+def test_a_share_to_hold_out_is_refused_with_a_validation_set_of_the_user(composed, tmp_path, own):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("text")
     settings = [text.format(tmp_path) for text in own]

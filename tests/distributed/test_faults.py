@@ -86,7 +86,7 @@ def test_unsupported_settings_are_refused(composed, tiny, overrides, message):
         check(composed(*kept, "trainer=deepspeed", "trainer.accelerator=cpu", *added))
 
 
-def test_without_deepspeed_the_remedy_is_told(monkeypatch):
+def test_without_deepspeed_the_error_names_the_remedy(monkeypatch):
     monkeypatch.setattr(engine_settings.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install deepspeed==0\.19\.8"):
         engine_settings.require_deepspeed()

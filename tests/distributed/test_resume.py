@@ -34,14 +34,14 @@ def session(runs):
     return runs
 
 
-def test_the_same_ranks_go_on_to_the_very_same_losses_and_weights(session):
+def test_the_same_ranks_resume_to_the_same_losses_and_weights(session):
     again, whole = session.out / "two-again", session.out / "two"
     assert losses(again) == losses(whole)
     assert all(torch.equal(a, b) for a, b in zip(weights(again).values(), weights(whole).values(), strict=True))
 
 
 @pytest.mark.parametrize("name", ["three-to-one-stage", "one-to-two", "two-to-one"])
-def test_other_ranks_and_stages_go_on_to_the_same_losses(session, name):
+def test_other_ranks_and_stages_resume_to_the_same_losses(session, name):
     found, wanted = losses(session.out / name), losses(session.out / "one")
     assert sorted(found) == [1, 2, 3, 4]
     for step, loss in wanted.items():
@@ -92,7 +92,7 @@ def resumed(request, runs, ddp):
     return [[runs.out / f"{strategy}-{name_of(row)}{end}" for end in ("", "-again")] for row in ROWS[model]]
 
 
-def test_two_ranks_go_on_exactly_with_every_optimizer_and_model_under_every_strategy(resumed):
+def test_two_ranks_resume_exactly_with_every_optimizer_and_model_under_every_strategy(resumed):
     for whole, again in resumed:
         assert losses(again) == losses(whole), again.name
         pairs = zip(weights(again).values(), weights(whole).values(), strict=True)

@@ -47,7 +47,7 @@ def test_two_ranks_go_back_together_as_one_process_does(session, name):
     assert weight <= WITHIN_ROUNDING[1]
 
 
-def test_what_two_ranks_left_out_is_left_out_again_after_a_kill(session):
+def test_windows_that_two_ranks_excluded_stay_excluded_after_a_kill(session):
     again, whole = session.out / "again", session.out / "zero-1"
     assert losses(again) == losses(whole)
     assert all(torch.equal(a, b) for a, b in zip(weights(again).values(), weights(whole).values(), strict=True))

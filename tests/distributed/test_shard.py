@@ -131,7 +131,7 @@ def test_a_flat_shard_without_a_layout_is_refused(rule):
         optimizer.step()
 
 
-def test_an_optimizer_that_does_not_know_shards_says_so():
+def test_an_optimizer_without_support_for_shards_is_refused():
     class Stranger(SGD):
         is_elementwise = False
 

@@ -76,7 +76,7 @@ def test_a_failure_while_windows_are_read_ends_the_run_and_costs_nothing_that_wa
     assert losses(run("broken", f"loader.num_workers={workers}", resume=True)) == losses(whole)
 
 
-def test_a_device_without_memory_is_answered_with_what_takes_less_and_the_run_goes_on_so(run, monkeypatch, tmp_path):
+def test_the_error_for_a_device_without_memory_names_settings_with_which_the_run_resumes(run, monkeypatch, tmp_path):
     whole, plain = run("whole"), LanguageModule.training_step
 
     def step(self, batch, batch_idx):

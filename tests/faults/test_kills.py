@@ -21,7 +21,7 @@ torch.save = save_slowly
 """Every checkpoint but the first takes minutes."""
 
 
-def test_a_run_killed_while_it_saves_goes_on_and_leaves_nothing_half_written(fault, steady):
+def test_a_run_killed_while_it_saves_resumes_and_leaves_no_partial_file(fault, steady):
     killed = fault.run(kill=Kill(while_saving=0.005))
     assert killed.status == -signal.SIGKILL
     assert killed.summary["status"] == "running"
@@ -86,7 +86,7 @@ def test_twenty_kills_at_random_moments_of_saving_give_twenty_good_resumes(often
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_signal_to_the_whole_group_saves_tells_and_goes_on(fault, steady, number, workers):
+def test_every_signal_to_the_whole_group_saves_a_checkpoint_and_the_run_resumes(fault, steady, number, workers):
     fault.base += [f"loader.num_workers={workers}"]
     stopped = fault.run(kill=Kill(number, at_step=6, to_group=True))
     assert stopped.status == 128 + number, stopped.err

@@ -66,7 +66,7 @@ def test_exhausted_descriptors_are_one_line_with_the_limit():
     assert limits.limit_error(RuntimeError("another"), killed_workers=[], micro_batch_tokens=1) is None
 
 
-def test_descriptors_are_seen_to_be_exhausted_whatever_the_error_says():
+def test_exhausted_descriptors_are_recognized_from_any_error():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 64
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 4, hard))

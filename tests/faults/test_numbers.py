@@ -82,7 +82,7 @@ def test_the_first_module_that_is_not_finite_is_named(run, monkeypatch):
     assert {found.bad for found in replay(ReplayConfig(run_dir=str(folder), step=6))} == {"layers.1.ffn.up_proj"}
 
 
-def test_a_spike_is_left_out_and_written_down_and_ordinary_steps_are_taken(run, monkeypatch):
+def test_a_spike_is_skipped_and_recorded_and_ordinary_updates_are_applied(run, monkeypatch):
     disturb(monkeypatch, lambda loss: loss * 100, step=6)
     folder = run("spikes=skip", "spikes.window=4", "max_steps=6", "val_every=6")
     states = [load_model(folder / f"checkpoints/step-0000000{step}") for step in (5, 6)]

@@ -131,7 +131,7 @@ def test_averages_over_updates_stay_finite(composed, tiny, tmp_path, monkeypatch
     assert all(bool(tensor.isfinite().all()) for tensor in state.values())
 
 
-def test_a_measurement_that_is_not_finite_leaves_the_noise_scale_as_it_was():
+def test_a_measurement_that_is_not_finite_does_not_change_the_noise_scale():
     noise = SmoothedNoiseScale(decay=0.5)
     noise.update("all", signal=1.0, trace=4.0)
     noise.update("all", signal=float("nan"), trace=float("nan"))

@@ -144,7 +144,9 @@ def test_a_run_that_went_back_equals_one_that_never_saw_those_windows(run, monke
     assert (summary["status"], summary["rollbacks"]) == ("finished", 1)
 
 
-def test_what_is_left_out_reaches_from_the_checkpoint_as_far_past_the_spike_as_asked(run, monkeypatch, caplog):
+def test_excluded_windows_reach_from_the_checkpoint_to_the_chosen_number_of_updates_past_the_spike(
+    run, monkeypatch, caplog
+):
     spoil(monkeypatch, far_too_high, numbers=[38])
     with caplog.at_level("WARNING"):
         (entry,) = noted(run("back", "spikes.past=2"))
@@ -153,7 +155,7 @@ def test_what_is_left_out_reaches_from_the_checkpoint_as_far_past_the_spike_as_a
     assert "rolled back to step 3, windows 24 to 55 of the run are excluded; rollback 1 of at most 10" in caplog.text
 
 
-def test_several_returns_add_up_and_later_ones_count_what_is_already_left_out(run, monkeypatch):
+def test_several_rollbacks_accumulate_their_excluded_windows(run, monkeypatch):
     spoil(monkeypatch, not_a_number, numbers=[38, 41, 70])
     folder = run("back")
     # 24-39, then at the same step 40-55; places 24, 32, ... are then numbers 56, 64, ...: 70 is in the next but one
@@ -171,7 +173,7 @@ def test_a_run_killed_after_it_went_back_resumes_exactly(run, whole, as_killed, 
     assert same(run("killed", resume=True), whole)
 
 
-def test_a_checkpoint_alone_knows_what_its_run_left_out(run, whole, as_killed):
+def test_a_checkpoint_alone_contains_the_excluded_windows(run, whole, as_killed):
     (as_killed(6) / ROLLBACKS).unlink()
     assert same(run("killed", resume=True), whole)
 
@@ -185,7 +187,7 @@ def test_without_a_checkpoint_the_run_begins_anew_past_the_windows(run, monkeypa
     assert same(folder, run("never"))
 
 
-def test_a_damaged_checkpoint_is_passed_over(run, monkeypatch, tmp_path, caplog):
+def test_a_corrupt_checkpoint_is_skipped(run, monkeypatch, tmp_path, caplog):
     spoil(monkeypatch, not_a_number, numbers=[60])
     plain, newest = StepGuard._judge_nonfinite, tmp_path / "back/checkpoints/step-00000006/training.pt"
 
@@ -230,7 +232,7 @@ def test_the_windows_that_were_refused_can_be_replayed_afterwards(whole):
     assert sum(found.loss for found in taken) / len(taken) == pytest.approx(rows(whole)[3]["train/loss"], rel=1e-3)
 
 
-def test_a_damaged_note_of_what_is_left_out_is_named(run, as_killed):
+def test_a_corrupt_list_of_excluded_windows_is_named(run, as_killed):
     (as_killed(6) / ROLLBACKS).write_text("[{")
     with pytest.raises(CheckpointError, match=r"rollbacks\.json: the file is corrupt"):
         run("killed", resume=True)

@@ -83,7 +83,7 @@ class RealBytes(TorchDispatchMode):
         return out
 
 
-def test_ten_mistakes_are_told_at_once_and_neither_data_nor_model_is_touched(train_here, corpus, tmp_path):
+def test_ten_mistakes_are_reported_together_without_data_or_model(train_here, corpus, tmp_path):
     """Hence within seconds at any size: what takes long is not begun."""
     text = ("data=text", f"data.files={corpus}/*.txt", f"loader.cache_dir={tmp_path}/cache")
     with RealBytes() as made, listening() as opened:
@@ -107,7 +107,7 @@ def listening():
         OPENED = None
 
 
-def test_a_sound_configuration_of_any_size_is_checked_without_its_model_or_its_data(composed, corpus):
+def test_a_valid_configuration_of_any_size_is_checked_without_its_model_or_its_data(composed, corpus):
     cfg = composed("model=moe", "model/size=7b", "optimizer=muon", "data=text", f"data.files={corpus}/*.txt")
     with RealBytes() as made, listening() as opened:
         check(cfg)

@@ -61,7 +61,7 @@ def test_one_line_describes_the_change_of_the_half_lives():
     assert half_life_note(ADAMW, ADAMW, ratio=1, lr_scale=1) == ""
 
 
-def test_a_run_at_another_batch_keeps_them_and_says_so_in_its_receipt(composed, tiny, tmp_path):
+def test_a_run_at_another_batch_keeps_half_lives_and_its_receipt_states_them(composed, tiny, tmp_path):
     rule = ("scaling=sqrt", "scaling.base_batch_tokens=64", "keep_half_life=true", "max_steps=2")
     train(composed(*tiny, *rule), tmp_path)
     text = (tmp_path / "optimizer.txt").read_text()

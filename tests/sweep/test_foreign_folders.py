@@ -31,7 +31,7 @@ def test_a_job_takes_the_next_free_folder_and_clears_only_its_own_files(tmp_path
     assert (path / "job.json").exists()
 
 
-def test_a_finished_run_of_somebody_else_is_not_reported_as_a_job(project, sweep, foreign):
+def test_a_foreign_finished_run_is_not_reported_as_a_job(project, sweep, foreign):
     folder = project.path / "s"
     foreign(folder / "0_job-good", ["thesis.tex", "config.yaml", ".hydra/config.yaml"])
     RunFolder(folder / "0_job-good").write_summary({"status": "finished", "val/loss": 0.5})

@@ -21,7 +21,7 @@ def starts(project):
 
 
 @needs("hydra-joblib-launcher")
-def test_joblib_runs_jobs_side_by_side_and_divides_the_threads(project, sweep, monkeypatch):
+def test_joblib_runs_jobs_in_parallel_and_divides_the_threads(project, sweep, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     status, out, err = sweep("kind=good,dies", "step_seconds=0.3", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     assert status == 1, err
