@@ -20,9 +20,10 @@ FILE = "bad_steps.jsonl"
 class BadSteps(Callback):
     """A callback that records each update that was not applied, with the losses, windows and documents of its batch.
 
-    One line per update: step, why, loss, grad_norm, and for each micro-batch of each rank its loss, the numbers of its
-    windows, and the first and last document of the corpus in each of them. `python -m llm.replay` computes its losses
-    again, window by window. After a rollback, the metrics of each step include `rollbacks`, the number of rollbacks.
+    One line per update has step, why, loss and grad_norm. For each micro-batch of each rank it has the loss and the
+    numbers of its windows, with the first and last document of the corpus in each window. `python -m llm.replay`
+    computes its losses again, window by window. After a rollback, the metrics of each step include `rollbacks`, the
+    number of rollbacks.
 
     Args:
         run_folder: the folder in which bad_steps.jsonl is written.

@@ -16,8 +16,8 @@ from llm.ops.loss import loss_and_byte_sums
 def strided_sums(subject: Subject, data: Any, *, stride: int) -> tuple[float, float, float]:
     """Return the summed loss in nats, the number of labels and their bytes over overlapping windows of each document.
 
-    Windows of context_length tokens begin every `stride` tokens. Each token but the first of a document is scored
-    once, in the first window that has it, so that all but those of the first window follow at least
+    Windows of context_length tokens begin every `stride` tokens. Each token except the first of a document is scored
+    once, in the first window that has it. All tokens but those of the first window therefore follow at least
     context_length − stride tokens. Ends of documents carry no loss. Reading stops after loader.val_tokens tokens.
 
     Source: "Perplexity of fixed-length models" in the documentation of transformers.

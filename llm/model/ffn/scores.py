@@ -37,9 +37,9 @@ def auto_routed_scale(
 ) -> float:
     """Return λ = E[sqrt(max(s, 1)) / ‖g‖₂], the norm match at initialisation.
 
-    With logits from N(0, 1) and expert outputs of equal norm and no correlation, the weighted sum over the chosen
-    experts then has the norm of the s shared experts' sum, or of one dense layer where there are none. The expectation
-    is taken over fixed draws of numpy, so that models can be built on the meta device and no random state changes.
+    Assumes logits from N(0, 1), and uncorrelated expert outputs of equal norm. The weighted sum over the chosen experts
+    then has the norm of the s shared experts' sum, or of one dense layer where there are none. The expectation is taken
+    over fixed draws of numpy, so that models can be built on the meta device and no random state changes.
 
     Source: Su, "MoE tour, part 5", kexue.fm/archives/10945 (s >= 1). Differs: s = 0 counts as 1.
     """

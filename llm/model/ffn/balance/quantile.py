@@ -17,10 +17,10 @@ class Quantile(BiasBalance):
         b ← decay · b − (1 − decay) · (β − mean β)
 
     This is one round of the dual of "give every token k experts and every expert T k / E tokens, at the highest total
-    score". The quantile is read from a histogram of x over [-1, 1] that micro-batches and ranks add up, so it is the
-    quantile over all tokens of the update to within one bin. A mean of the quantiles of the parts would be another
-    value wherever the parts hold different text. The update itself is routed with the old bias, so that no token's
-    route depends on later tokens.
+    score". The quantile is read from a histogram of x over [-1, 1], which is summed over micro-batches and ranks. It is
+    therefore the quantile over all tokens of the update, to within one bin. A mean of the quantiles of the parts would
+    be another value wherever the parts hold different text. The update itself is routed with the old bias, so that no
+    token's route depends on later tokens.
 
     Args:
         num_experts: E.
