@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm.config.build import build_meta_model, build_model, build_objective, build_tokenizer, module_factories
+from llm.config.build import (
+    build_averaging,
+    build_meta_model,
+    build_model,
+    build_objective,
+    build_tokenizer,
+    module_factories,
+)
 from llm.config.checked import CheckedConfig
 from llm.config.sizes import Sizes
 from llm.distributed.parameters import own_parameters
@@ -57,7 +64,7 @@ def describe_plan(checked: CheckedConfig) -> str:
         f"Memory on one {sizes.accelerator} device, {sizes.precision}\n{memory}",
         _memory_by_stage(model, sizes, state, sum(passing)),
         f"Work\n{_work(sizes, flops)}",
-        "\n".join(["Learning rate", *_rates(sizes, factories)]),
+        "\n".join(["Learning rate", *_rates(sizes, factories), *_averages(checked)]),
         f"Optimizer receipt\n{receipt(factories['optimizer'](groups), lr_scale=scale, across_layers=True)}",
     ]
     return "\n\n".join(sections)
@@ -130,6 +137,12 @@ def _rates(sizes: Sizes, factories: Mapping[str, Any]) -> list[str]:
     if sizes.needs_probe:
         return [f"  lr {brief(lr)} at the base batch; the rest follows from a noise scale that a probe measures first"]
     return [f"  {derivation(factories['scaling'], lr=lr, batch_tokens=size)}" for size in batches]
+
+
+def _averages(checked: CheckedConfig) -> list[str]:
+    """Return one line for the average of the weights: the decay of the rate that it stands for."""
+    averages = build_averaging(checked.tree)
+    return [f"  the average stands for {a.equivalent_decay(checked.sizes.total_steps)}" for a in averages]
 
 
 def _work(sizes: Sizes, flops: float) -> str:

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
+from llm.callbacks.averaging import EMA, WindowAverage
 from llm.config.check import check
 from llm.errors import ConfigError
 from llm.run_folder.checkpoint import load_model, load_training
+from llm.training.plan import describe_plan
 from llm.training.train import train
 
 EXACT = ("trainer.precision=32-true", "callbacks.samples=null", "val_every=1", "checkpoint_every=1", "max_steps=6")
@@ -52,6 +54,40 @@ def test_the_last_average_is_the_mean_of_the_last_snapshots(run):
         torch.testing.assert_close(tensor, mean, atol=1e-8, rtol=1e-6)  # one addition in fp32
 
 
+def test_a_window_is_the_mean_of_all_updates_from_its_start(run):
+    window = run("window", "averaging=window", "averaging.start=2")
+    last = run("last", "averaging=last", "averaging.count=4", "averaging.every=1")
+    for name, tensor in weights(window, 6).items():
+        torch.testing.assert_close(tensor, weights(last, 6)[name], atol=1e-7, rtol=1e-6)  # fp32, three steps
+
+
+@pytest.mark.parametrize("average", [EMA(decay=0.9, start=0), WindowAverage(start=8)])
+def test_an_average_is_the_last_iterate_of_a_run_whose_rate_decays(average):
+    """For fixed updates of SGD: the share of the average behind each update is the factor of its rate."""
+    steps = torch.randn(20, 5, dtype=torch.float64)
+    iterates = 1.0 - steps.cumsum(0)
+    mean, behind, count = iterates[average.start], torch.zeros(20, dtype=torch.float64), 1
+    behind[: average.start + 1] = 1.0  # the share of the average that lies behind each update
+    for t in range(average.start + 1, 20):
+        share = average.share_of_next(count)
+        mean, count = mean + share * (iterates[t] - mean), count + 1
+        behind *= 1 - share
+        behind[: t + 1] += share
+    torch.testing.assert_close(1.0 - (behind[:, None] * steps).sum(0), mean, rtol=0, atol=1e-12)
+    if isinstance(average, WindowAverage):  # linear over the window
+        expected = torch.clamp((20 - torch.arange(20.0, dtype=torch.float64)) / 12, max=1.0)
+        torch.testing.assert_close(behind, expected, rtol=0, atol=1e-12)
+
+
+def test_the_plan_says_which_decay_an_average_stands_for(composed, tiny):
+    for settings, answer in (
+        (("averaging=window", "averaging.start=2"), "falls linearly to zero over the last 6 updates"),
+        (("averaging=ema", "averaging.decay=0.5"), r"falls as 1 - 0.5^(updates left), over about the last 2 updates"),
+        (("averaging=last", "averaging.count=2", "averaging.every=3"), "falls in 2 steps to zero over updates 3 to 6"),
+    ):
+        assert answer in describe_plan(check(composed(*tiny, *settings)))
+
+
 @pytest.mark.parametrize("settings", [("averaging=ema", "averaging.start=4"), ("averaging=last", "averaging.every=5")])
 def test_until_the_first_average_the_raw_weights_are_validated_and_saved(run, settings):
     plain, averaged = run("plain"), run("averaged", *settings)
@@ -74,9 +110,10 @@ def test_the_average_of_a_short_run_has_left_its_initial_weights_behind(composed
     assert losses[1] - losses[0] < 0.2 * (started - losses[0])
 
 
-@pytest.mark.parametrize("kind", ["ema", "last"])
+@pytest.mark.parametrize("kind", ["ema", "last", "window"])
 def test_a_resumed_run_has_the_same_average_and_the_same_losses(run, composed, tiny, kind):
-    settings = (f"averaging={kind}", "averaging.every=2" if kind == "last" else "averaging.decay=0.5")
+    setting = {"ema": "averaging.decay=0.5", "last": "averaging.every=2", "window": "averaging.start=2"}[kind]
+    settings = (f"averaging={kind}", setting)
     whole, broken = run("whole", *settings), run("broken", *settings)
     for step in (4, 5, 6):
         folder = broken / f"checkpoints/step-{step:08d}"
@@ -97,6 +134,8 @@ def test_a_resumed_run_has_the_same_average_and_the_same_losses(run, composed, t
         (("averaging=last", "averaging.count=1"), r"averaging\.count=1"),
         (("averaging=ema", "averaging.start=8"), r"averaging\.start=8: .*update 9 of a run of 8"),
         (("averaging=last", "averaging.every=9"), r"averaging\.every=9: .*update 9 of a run of 8"),
+        (("averaging=window", "averaging.start=8"), r"averaging\.start=8: .*update 9 of a run of 8"),
+        (("averaging=window",), r"averaging\.start=\?\?\?: a value is needed"),
         (("averaging=ema", "trainer=deepspeed"), "sharded weights are not averaged"),
     ],
 )
