@@ -142,15 +142,22 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     precise = torch.promote_types(x.dtype, cos.dtype)
     cos, sin = (y.expand(*x.shape[:2], half)[:, :, None] for y in (cos, sin))
-    for row in range(len(x)):
-        for span in _chunks(x[row]):
-            part, cosine, sine = x[row, span].to(precise), cos[row, span], sin[row, span]
-            first, second = part[..., :half], part[..., half:]
-            turned = torch.cat((first * cosine, second * cosine), dim=-1)
-            turned[..., :half].addcmul_(second, sine, value=-1)
-            turned[..., half:].addcmul_(first, sine)
-            out[row, span] = turned
+    for part in _row_chunks(x):
+        inputs, cosine, sine = x[part].to(precise), cos[part], sin[part]
+        first, second = inputs[..., :half], inputs[..., half:]
+        turned = torch.cat((first * cosine, second * cosine), dim=-1)
+        turned[..., :half].addcmul_(second, sine, value=-1)
+        turned[..., half:].addcmul_(first, sine)
+        out[part] = turned
     return out
+
+
+def _row_chunks(x: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut the first two axes into pieces of about CHUNK elements: several whole rows each, or parts of one row."""
+    rows = max(1, CHUNK // max(1, x[:1].numel()))
+    for start in range(0, len(x), rows):
+        times = _chunks(x[start]) if rows == 1 else (slice(None),)
+        yield from ((slice(start, start + rows), span) for span in times)
 
 
 class FusedSwiGLU(torch.autograd.Function):
