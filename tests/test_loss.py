@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -168,3 +169,15 @@ def test_invalid_arguments_are_refused(options, error, text):
     arguments = {"labels": labels, **options}
     with pytest.raises(error, match=text):
         linear_cross_entropy(hidden, weight, **arguments)
+
+
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 2**23 // 4096), ("cuda", 2**28 // 4096)])
+def test_a_gpu_takes_larger_chunks_of_scores(device, tokens, monkeypatch):
+    chunks = []
+    monkeypatch.setattr(
+        "llm.ops.loss._cross_entropy", lambda h, w, ids, chunk, *_: chunks.append(chunk) or (h.sum(),) * 4
+    )
+    with FakeTensorMode():
+        hidden, weight = torch.empty(1, 8, 4, device=device), torch.empty(4096, 4, device=device)
+        linear_cross_entropy(hidden, weight, torch.zeros(1, 8, dtype=torch.long, device=device))
+    assert chunks == [tokens]

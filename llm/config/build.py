@@ -157,7 +157,7 @@ def finish(piece: Any, **supplied: Any) -> Any:
 def build_trainer(cfg: Mapping[str, Any], sizes: Sizes, **arguments: Any) -> Any:
     """Build the Lightning trainer of the chosen node; `arguments` are those that the run decides."""
     node = dict(cfg["trainer"])
-    node["precision"] = sizes.precision
+    node["precision"], node["accelerator"] = sizes.precision, sizes.accelerator  # Lightning's auto takes Apple's GPU
     if not isinstance(node.get("devices"), list):
         node["devices"], node["num_nodes"] = sizes.devices, sizes.num_nodes
     return instantiate(node, **arguments)

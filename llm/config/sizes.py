@@ -90,10 +90,14 @@ def accelerator(trainer: Mapping[str, Any]) -> str:
     """Return the kind of device that a trainer node will use: cpu or cuda.
 
     Raises:
-        ConfigError: a GPU is asked for and there is none.
+        ConfigError: a GPU is asked for and there is none, or the kind is not supported.
     """
     wanted = trainer.get("accelerator", "auto")
     available = torch.cuda.is_available()
+    if wanted not in ("auto", "cpu", "gpu", "cuda"):
+        raise ConfigError(
+            f"trainer.accelerator={wanted}: is not supported; use auto, cpu or cuda (Apple's GPUs are not used)"
+        )
     if wanted in ("gpu", "cuda") and not available:
         raise ConfigError(f"trainer.accelerator={wanted}: no CUDA device is visible; use trainer=cpu")
     return "cuda" if wanted in ("gpu", "cuda") or (wanted == "auto" and available) else "cpu"

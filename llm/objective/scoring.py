@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llm.contracts import IGNORED_LABEL, Batch
-from llm.ops.loss import CHUNK_SCORES
+from llm.ops.loss import chunk_scores
 
 
 def scored_tokens(batch: Batch, bos_id: int) -> Bool[Tensor, "batch time"]:
@@ -33,7 +33,7 @@ def nll_without(
     model: Any, hidden: Float[Tensor, "batch time d_model"], labels: Int[Tensor, "batch time"], *, banned_id: int
 ) -> Float[Tensor, "batch time"]:
     """Return the cross-entropy per token where one token id has probability 0; 0 where a label is ignored."""
-    chunk = max(1, CHUNK_SCORES // model.vocab_size)
+    chunk = max(1, chunk_scores(hidden.device.type) // model.vocab_size)
     losses = []
     for states, ids in zip(hidden.flatten(0, 1).split(chunk), labels.flatten().split(chunk), strict=True):
         scores = model.logits(states[None])[0].float()

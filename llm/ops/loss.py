@@ -11,8 +11,17 @@ from llm.contracts import IGNORED_LABEL
 from llm.errors import ConfigError, ShapeError
 from llm.ops.products import product_nn, product_nt, product_tn
 
-CHUNK_SCORES = 1 << 23
-"""Vocabulary scores in memory at a time, where `chunk_tokens` is None: 32 MiB in fp32."""
+CHUNK_SCORES = {"cpu": 1 << 23, "cuda": 1 << 28}
+"""Vocabulary scores in memory at a time by device, where `chunk_tokens` is None: 32 MiB and 1 GiB in fp32.
+
+Each chunk reads the whole projection and adds to its gradient. On a GPU small chunks would be bound by that traffic.
+"""
+
+
+def chunk_scores(device_type: str) -> int:
+    """Return the number of vocabulary scores in memory at a time on a kind of device."""
+    return CHUNK_SCORES.get(device_type, CHUNK_SCORES["cpu"])
+
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -53,7 +62,7 @@ def linear_cross_entropy(
         weight: the vocabulary projection.
         labels: token ids; IGNORED_LABEL carries no loss.
         reduction: "mean" over valid labels, "sum", or "none" for one loss per token (0 where ignored) and no gradient.
-        chunk_tokens: tokens per chunk; None for about CHUNK_SCORES scores.
+        chunk_tokens: tokens per chunk; None for about `chunk_scores` of the device.
 
     Raises:
         ConfigError: reduction is unknown, chunk_tokens is below 1, or reduction is "none" and a gradient is required.
@@ -61,7 +70,7 @@ def linear_cross_entropy(
 
     Source: gradients in the forward pass as in Hsu et al., "Liger Kernel", arXiv:2410.10989, section 3.2.
     """
-    chunk = CHUNK_SCORES // weight.shape[0] if chunk_tokens is None else chunk_tokens
+    chunk = chunk_scores(hidden.device.type) // weight.shape[0] if chunk_tokens is None else chunk_tokens
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     _check(hidden, labels, reduction, chunk_tokens, wants_grad)
     device = hidden.device.type

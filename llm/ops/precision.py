@@ -1,11 +1,14 @@
 """Precisions of a run, and the fastest one of a device."""
 
+import logging
 from functools import cache
 
 import torch
 
 from llm.errors import ConfigError
 from llm.ops.kernel_choice import current
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "64-true")
 
@@ -25,7 +28,16 @@ def resolve_precision(precision: str | int, *, accelerator: str) -> str:
         return str(precision)
     if accelerator == "cpu":
         return "bf16-mixed" if cpu_multiplies_bf16() else "32-true"
-    return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16-mixed"
+    if torch.cuda.is_available():
+        _warn_once(torch.cuda.get_device_name())
+    return "32-true"
+
+
+@cache
+def _warn_once(device: str) -> None:
+    log.warning("trainer.precision=auto: %s has no bf16 products in hardware, so this run uses 32-true", device)
 
 
 @cache

@@ -22,7 +22,7 @@ from llm.distributed.parameters import own_parameters
 from llm.distributed.zero.engine_settings import STAGES
 from llm.distributed.zero.rank_memory import bytes_per_rank
 from llm.ops.flops import FORWARD_AND_BACKWARD, peak_flops
-from llm.ops.loss import CHUNK_SCORES
+from llm.ops.loss import chunk_scores
 from llm.ops.memory import SavedBytes, optimizer_state_bytes
 from llm.optim.receipt import receipt
 from llm.scaling.derivation import brief, derivation
@@ -121,7 +121,7 @@ def activation_bytes(checked: CheckedConfig, vocab_size: int) -> tuple[int, int]
         mixed = checked.sizes.precision.endswith("mixed")
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed), SavedBytes(model) as saved:
             trial_loss(model, objective, batch)
-        return saved.total, min(CHUNK_SCORES, batch["input_ids"].numel() * vocab_size) * 4
+        return saved.total, min(chunk_scores(checked.sizes.accelerator), batch["input_ids"].numel() * vocab_size) * 4
 
 
 def without_data() -> AbstractContextManager[Any]:

@@ -43,19 +43,30 @@ class UpdateMetrics:
     def close(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this rank's loss per micro-batch, and the mean of every metric over micro-batches and ranks."""
         losses = torch.stack(self._pending["train/loss"])
-        means = {name: self._reduce(torch.stack(values).mean(0), "mean") for name, values in self._pending.items()}
+        means = {name: torch.stack(values).mean(0) for name, values in self._pending.items()}
         self._pending.clear()
-        return losses, means
+        return losses, reduced_together(means, self._reduce, "mean")
 
     def take_statistics(self) -> dict[str, Tensor]:
-        """Return this rank's sums by name, and start the next update's."""
+        """Return the sums over all ranks by name, and start the next update's."""
         statistics, self._statistics = self._statistics, {}
-        return statistics
+        return reduced_together(statistics, self._reduce, "sum")
 
     def statistics_of_layer(self, index: int, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the sums over all ranks of one layer's statistics, by their own names."""
+        """Return one layer's statistics by their own names."""
         prefix = f"train/layer{index}/{STATISTIC}"
-        return {n.removeprefix(prefix): self._reduce(v, "sum") for n, v in statistics.items() if n.startswith(prefix)}
+        return {n.removeprefix(prefix): v for n, v in statistics.items() if n.startswith(prefix)}
+
+
+def reduced_together(values: Mapping[str, Tensor], reduce: Reduce, how: Literal["sum", "mean"]) -> dict[str, Tensor]:
+    """Combine tensors over the ranks in one exchange per dtype, each element as if it were alone."""
+    combined: dict[str, Tensor] = {}
+    for dtype in dict.fromkeys(value.dtype for value in values.values()):
+        own = {name: value for name, value in values.items() if value.dtype == dtype}
+        flat = reduce(torch.cat([value.reshape(-1) for value in own.values()]), how)
+        parts = flat.split([value.numel() for value in own.values()])
+        combined |= {name: part.view(value.shape) for (name, value), part in zip(own.items(), parts, strict=True)}
+    return {name: combined[name] for name in values}
 
 
 def hand_statistics(layer: nn.Module, statistics: dict[str, Tensor], *, only_finite: bool) -> None:

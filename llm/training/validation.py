@@ -5,6 +5,7 @@ from typing import Literal
 
 import lightning as L
 import torch
+import torch.distributed as distributed
 from jaxtyping import Float
 from torch import Tensor
 
@@ -54,4 +55,6 @@ class ValidatedModule(L.LightningModule):
         """Return the sum or the mean of a tensor over the ranks."""
         if self.trainer.world_size == 1:
             return value
-        return torch.as_tensor(self.trainer.strategy.reduce(value, reduce_op=reduce_op))
+        total = value.detach().clone()
+        distributed.all_reduce(total)  # Lightning's own reduction waits at a barrier first
+        return total / self.trainer.world_size if reduce_op == "mean" else total

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -131,6 +133,51 @@ def test_grouped_products_equal_the_loop_over_experts():
         expected = outputs_and_gradients(fast, experts, x, routing)
         for value, truth in zip(outputs_and_gradients(grouped, experts, x, routing), expected, strict=True):
             torch.testing.assert_close(value, truth, rtol=1e-4, atol=1e-5)  # fp32 sums of 16 to 63 terms
+
+
+class UnwrittenProduct(torch.autograd.Function):
+    """A grouped product that leaves NaN where a GPU's kernel writes nothing, in both directions."""
+
+    @staticmethod
+    def forward(ctx, rows, stack, offsets):
+        ctx.save_for_backward(rows, stack, offsets)
+        out = rows.new_full((len(rows), stack.shape[-1]), float("nan"))
+        for expert, (start, end) in enumerate(itertools.pairwise([0, *offsets.tolist()])):
+            out[start:end] = rows[start:end] @ stack[expert]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, stack, offsets = ctx.saved_tensors
+        d_rows, d_stack = torch.full_like(rows, float("nan")), torch.full_like(stack, float("nan"))
+        for expert, (start, end) in enumerate(itertools.pairwise([0, *offsets.tolist()])):
+            d_rows[start:end] = grad[start:end] @ stack[expert].T
+            if end > start:
+                d_stack[expert] = rows[start:end].T @ grad[start:end]
+        return d_rows, d_stack, None
+
+
+def test_memory_that_grouped_products_leave_unwritten_reaches_no_result(monkeypatch):
+    monkeypatch.setattr(
+        "llm.model.ffn.grouped.F.grouped_mm",
+        lambda rows, stack, offs: UnwrittenProduct.apply(rows, stack, offs),
+        raising=False,
+    )
+    experts = make_experts(num_experts=5, d_model=16, d_expert=8, dtype=torch.float32)
+    routing = random_routing(63, num_experts=5, slots=2, empty=True, dtype=torch.float32)
+    routing = routing._replace(expert_ids=routing.expert_ids.masked_fill(routing.expert_ids == 2, 1))  # 2 has no token
+
+    def grouped(x, routing, experts):
+        order = sort_by_expert(routing.expert_ids, 5)
+        assert order.offsets[-1] < len(order.slot_ids)
+        weights = routing.gate_weights.flatten()[order.slot_ids, None]
+        stacks = (experts.gate_proj.weight, experts.up_proj.weight, experts.down_proj.weight)
+        return grouped_products(x, weights, order, *stacks, True)
+
+    x = torch.randn(63, 16)
+    expected = outputs_and_gradients(fast, experts, x, routing)
+    for value, truth in zip(outputs_and_gradients(grouped, experts, x, routing), expected, strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-4, atol=1e-5)  # fp32 sums of 16 to 63 terms
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this torch has no grouped products")

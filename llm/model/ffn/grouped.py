@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from llm.model.ffn.expert_loop import expert_loop
@@ -50,7 +50,8 @@ def grouped_products(
 
     The weight multiplies the hidden vector, which is narrower than the output and saved for the backward pass anyway.
     """
-    gate, up, down = (weight.to(x.dtype).transpose(1, 2) for weight in (gate, up, down))
+    has_tokens = torch.diff(order.offsets, prepend=order.offsets.new_zeros(1)) > 0
+    gate, up, down = (_used(weight.to(x.dtype), has_tokens).transpose(1, 2) for weight in (gate, up, down))
     filled = (torch.arange(order.slot_ids.numel(), device=x.device) < order.offsets[-1])[:, None]
     places = order.rows()
     rows = GatherRows.apply(x, order.token_ids, places)
@@ -59,7 +60,17 @@ def grouped_products(
     hidden = F.silu(F.grouped_mm(rows, gate, offs=order.offsets)) * F.grouped_mm(rows, up, offs=order.offsets)
     if has_empty_slots:
         hidden = torch.where(filled, hidden, 0)
-    out = F.grouped_mm(hidden * row_weights.to(x.dtype), down, offs=order.offsets)
+    weighted = hidden * row_weights.to(x.dtype)
+    if has_empty_slots:  # the gradient of an unwritten row may be NaN, and times a hidden vector of 0 it would stay so
+        weighted = torch.where(filled, weighted, 0)
+    out = F.grouped_mm(weighted, down, offs=order.offsets)
     if has_empty_slots:
         out = torch.where(filled, out, 0)
     return SumRows.apply(out, order.token_ids, places, x.shape[0])
+
+
+def _used(
+    stack: Float[Tensor, "experts rows columns"], has_tokens: Bool[Tensor, " experts"]
+) -> Float[Tensor, "experts rows columns"]:
+    """Return a stack whose gradient is 0 for experts without tokens, which grouped products may leave unwritten."""
+    return torch.where(has_tokens[:, None, None], stack, 0)
