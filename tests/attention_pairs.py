@@ -45,5 +45,5 @@ def reason_against(attention: str, position: str) -> str | None:
 
 
 ALL_PAIRS = [(a, p) for a in options("model/attention") for p in options("model/position")]
-LEGAL_PAIRS = [pair for pair in ALL_PAIRS if reason_against(*pair) is None]
-ILLEGAL_PAIRS = [pair for pair in ALL_PAIRS if pair not in LEGAL_PAIRS]
+VALID_PAIRS = [pair for pair in ALL_PAIRS if reason_against(*pair) is None]
+INVALID_PAIRS = [pair for pair in ALL_PAIRS if pair not in VALID_PAIRS]

@@ -1,4 +1,4 @@
-"""A parameter is read only while its own module runs, or one that borrows it: ZeRO stage 3 relies on it."""
+"""A parameter is read only while its own module or one that borrows it runs, as ZeRO stage 3 requires."""
 
 from collections import Counter
 

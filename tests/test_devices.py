@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from attention_pairs import LEGAL_PAIRS
+from attention_pairs import VALID_PAIRS
 from catalogue import build_piece, options
 from torch import nn
 
@@ -24,7 +24,7 @@ VOCAB = 61
 SMALL = ("model.d_model=64", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2", "model.ffn.d_ff=96")
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Relative error of a gradient after two layers: about twenty roundings of 2^-24 or 2^-8, and a margin for sums."""
-CASES = [(*pair, dtype) for pair in LEGAL_PAIRS for dtype in ([torch.float32] if pair[0] == "vq" else ROUNDING)]
+CASES = [(*pair, dtype) for pair in VALID_PAIRS for dtype in ([torch.float32] if pair[0] == "vq" else ROUNDING)]
 """VQ is compared in fp32 only, because a key rounded to bf16 may be nearest to another code."""
 
 

@@ -1,4 +1,4 @@
-"""The README keeps its promises."""
+"""The commands and figures of the README are valid."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A resumed run is an uninterrupted one, bit for bit, whatever it consists of."""
+"""A resumed run equals an uninterrupted one bit for bit, for any combination of pieces."""
 
 import functools
 import json

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from attention_pairs import LEGAL_PAIRS, build_pair
+from attention_pairs import VALID_PAIRS, build_pair
 
 from llm.config.build import build_model
 from llm.model.attention.concentration import concentration, concentration_by_layer
@@ -34,7 +34,7 @@ def test_softmax_over_normal_scores_has_the_concentration_of_its_theory():
     assert abs(measured - math.exp(-0.32)) < 0.01  # the second moment of 200 000 draws scatters by half a percent
 
 
-@pytest.mark.parametrize(("attention", "position"), LEGAL_PAIRS, ids=map("-".join, LEGAL_PAIRS))
+@pytest.mark.parametrize(("attention", "position"), VALID_PAIRS, ids=map("-".join, VALID_PAIRS))
 def test_weights_of_pairs_mix_to_what_attention_returns_and_stay_inside_documents(attention, position, rows):
     layer = build_pair(attention, position).eval()
     x, positions, ids = rows(60)

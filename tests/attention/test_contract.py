@@ -1,14 +1,14 @@
-"""The contract of attention, held against every legal pair of an attention and a position."""
+"""The contract of attention, checked for every valid pair of an attention and a position."""
 
 import itertools
 
 import pytest
 import torch
-from attention_pairs import ALL_PAIRS, ILLEGAL_PAIRS, LEGAL_PAIRS, build_pair, reason_against
+from attention_pairs import ALL_PAIRS, INVALID_PAIRS, VALID_PAIRS, build_pair, reason_against
 from torch import nn
 
 ATTENTIONS = sorted({attention for attention, _ in ALL_PAIRS})
-every_pair = pytest.mark.parametrize(("attention", "position"), LEGAL_PAIRS, ids=map("-".join, LEGAL_PAIRS))
+every_pair = pytest.mark.parametrize(("attention", "position"), VALID_PAIRS, ids=map("-".join, VALID_PAIRS))
 
 FP32 = {"atol": 2e-5, "rtol": 2e-4}
 """Sums of up to 1000 terms near 1 in fp32, in another order; linear kinds divide by sums of them."""
@@ -38,7 +38,7 @@ def run(layer, x, positions, ids, cache=None):
 
 def test_conf_offers_what_the_design_lists():
     assert {a for a, _ in ALL_PAIRS} >= {"softmax"}
-    assert len(LEGAL_PAIRS) + len(ILLEGAL_PAIRS) == len(ALL_PAIRS)
+    assert len(VALID_PAIRS) + len(INVALID_PAIRS) == len(ALL_PAIRS)
 
 
 @every_pair
@@ -156,7 +156,7 @@ def test_bf16_autocast_trains_close_to_fp32(attention, position, rows):
     assert (half.float() - exact).square().mean() < 0.02 * exact.square().mean()
 
 
-@pytest.mark.parametrize(("attention", "position"), ILLEGAL_PAIRS, ids=map("-".join, LEGAL_PAIRS))
+@pytest.mark.parametrize(("attention", "position"), INVALID_PAIRS, ids=map("-".join, VALID_PAIRS))
 def test_an_invalid_pair_is_refused_with_the_reason(attention, position):
     reason = reason_against(attention, position)
     assert reason.startswith("model.position")
@@ -166,7 +166,7 @@ def test_an_invalid_pair_is_refused_with_the_reason(attention, position):
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_flops_count_projections_and_mixing(attention):
-    position = next(p for a, p in LEGAL_PAIRS if a == attention)
+    position = next(p for a, p in VALID_PAIRS if a == attention)
     layer = build_pair(attention, position)
     weights = sum(m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear))
     assert layer.flops_per_token(128) > 2 * weights

@@ -1,4 +1,4 @@
-"""Decoders of every kind of attention generate the same text alone, side by side, with and without the cache."""
+"""Decoders of every kind of attention generate the same text alone and in a batch, with and without the cache."""
 
 import pytest
 import torch

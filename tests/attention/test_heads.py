@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from attention_pairs import LEGAL_PAIRS, build_pair
+from attention_pairs import VALID_PAIRS, build_pair
 from catalogue import options
 
 from llm.config.build import build_model
 from llm.contracts import HeadStack
 from llm.optim.param_groups import build_param_groups
 
-POSITION_OF = dict(reversed(LEGAL_PAIRS))
+POSITION_OF = dict(reversed(VALID_PAIRS))
 every_attention = pytest.mark.parametrize("attention", options("model/attention"))
 
 

@@ -1,4 +1,4 @@
-"""Linear attention: every setting, and its three forms held against one another."""
+"""Linear attention: every setting, and its three forms compared with each other."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Hybrids: layers take turns between kinds of attention."""
+"""Hybrids: layers alternate between kinds of attention."""
 
 import math
 

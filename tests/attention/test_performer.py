@@ -1,4 +1,4 @@
-"""Performer: the estimate tends to softmax attention, and no size of vector breaks it."""
+"""Performer: the estimate tends to softmax attention, and stays finite for vectors of any size."""
 
 import itertools
 import math

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from attention_pairs import LEGAL_PAIRS, build_pair
+from attention_pairs import VALID_PAIRS, build_pair
 from catalogue import options
 
-POSITION_OF = dict(reversed(LEGAL_PAIRS))
+POSITION_OF = dict(reversed(VALID_PAIRS))
 
 
 @pytest.mark.parametrize("attention", options("model/attention"))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_pairs import LEGAL_PAIRS, build_pair
+from attention_pairs import VALID_PAIRS, build_pair
 
 from llm.contracts import Sight
 from llm.errors import ConfigError, ShapeError
@@ -114,7 +114,7 @@ def test_the_layer_equals_its_definition_and_a_document_sees_nothing_of_the_othe
     assert torch.equal(changed[0, inside], out[0, inside])
 
 
-@pytest.mark.parametrize(("attention", "position"), LEGAL_PAIRS, ids=map("-".join, LEGAL_PAIRS))
+@pytest.mark.parametrize(("attention", "position"), VALID_PAIRS, ids=map("-".join, VALID_PAIRS))
 def test_each_pair_serves_the_sights_that_have_a_meaning_and_refuses_others_with_the_reason(attention, position):
     layer = build_pair(attention, position)
     layer.check_sight(Sight("causal"))

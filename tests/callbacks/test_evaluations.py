@@ -1,4 +1,4 @@
-"""Evaluations along a run find what eval.py finds afterwards."""
+"""Evaluations during training give the results of eval.py."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Progress, samples, curves and summary: what a person looks at."""
+"""Progress, samples, curves and summary."""
 
 import io
 import logging

@@ -1,4 +1,4 @@
-"""One rank of a test's session: trains the jobs of a JSON file one after the other, and notes how each ended."""
+"""One rank of a test's session: trains the jobs of a JSON file one after the other, and records how each ended."""
 
 import json
 import os

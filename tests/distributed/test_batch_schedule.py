@@ -1,4 +1,4 @@
-"""A batch that grows, on two ranks beside one process: the same windows in each update, the same training."""
+"""A growing batch on two ranks, compared with one process: the same windows in each update and the same training."""
 
 import json
 

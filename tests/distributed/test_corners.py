@@ -1,4 +1,4 @@
-"""What a strategy may trip over: parameters that no pass uses, state on the host, blocks that are recomputed."""
+"""Corner cases of a strategy: parameters that no pass uses, state on the host, blocks that are recomputed."""
 
 import pytest
 from distributed_helpers import distance

@@ -1,4 +1,4 @@
-"""What must not pass in silence: mutants of the update, ranks that drift apart or fail, settings that cannot act."""
+"""Faults that must be detected: mutants of the update, ranks that diverge or fail, settings without effect."""
 
 import os
 import signal

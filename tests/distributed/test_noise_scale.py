@@ -1,4 +1,4 @@
-"""The noise scale from the gradients of two ranks beside that of one process on the same micro-batches."""
+"""The noise scale of two ranks equals that of one process on the same micro-batches."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Two ranks go back to a checkpoint together, and as one process does."""
+"""Two ranks roll back to a checkpoint together, with the results of one process."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Two ranks of ZeRO beside one process: the same training, the same checkpoints, or a refusal."""
+"""Two ranks of ZeRO compared with one process: the same training, the same checkpoints, or a refusal."""
 
 import json
 

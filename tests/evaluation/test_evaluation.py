@@ -1,4 +1,4 @@
-"""Each evaluation on a run of the test's own, and the mistakes that eval.py answers."""
+"""Each evaluation on a small run, and the errors of eval.py."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""`python -m llm.generate` and what texts end at."""
+"""`python -m llm.generate`, and where texts end."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Whatever stands on the command line, a run trains or says in one line each what is wrong."""
+"""Any command line either trains or is refused with one line per mistake."""
 
 import random
 

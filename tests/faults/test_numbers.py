@@ -1,4 +1,4 @@
-"""Numbers that must never be applied or saved, and what is written down of them."""
+"""Numbers that must never be applied or saved, and the records of them."""
 
 import json
 

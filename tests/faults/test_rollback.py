@@ -1,4 +1,4 @@
-"""Going back to the last good checkpoint and past the windows since then, as if they had never been."""
+"""Rollback to the last valid checkpoint, with the windows since then excluded."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""No quiet success, and no secret or escape through a command line."""
+"""No setting is ignored silently, and no secret or path escapes through a command line."""
 
 import contextlib
 import signal

@@ -5,14 +5,14 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-from attention_pairs import GEOMETRY, LEGAL_PAIRS, build_pair
+from attention_pairs import GEOMETRY, VALID_PAIRS, build_pair
 from catalogue import build_piece, options
 
 from llm.optim.newton_schulz import newton_schulz_reference
 from llm.optim.param_groups import build_param_groups
 from llm.optim.shard import ShardLayout, Slice
 
-POSITION_OF = dict(reversed(LEGAL_PAIRS))
+POSITION_OF = dict(reversed(VALID_PAIRS))
 LR, DECAY, MOMENTUM = 0.1, 0.5, 0.95
 STEPS = 2
 every_attention = pytest.mark.parametrize("attention", options("model/attention"))

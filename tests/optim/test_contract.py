@@ -1,4 +1,4 @@
-"""What holds for every optimizer in conf/optimizer, found by listing it."""
+"""The contract of optimizers, checked for every option of conf/optimizer."""
 
 import copy
 import io

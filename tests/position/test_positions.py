@@ -1,4 +1,4 @@
-"""The contract of positions, held against every option of conf/model/position."""
+"""The contract of positions, checked for every option of conf/model/position."""
 
 import math
 

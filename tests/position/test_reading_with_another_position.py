@@ -1,4 +1,4 @@
-"""A trained run read with another position or length, as `eval.py model/position=… context_length=…` does."""
+"""A trained run evaluated with another position or length, as `eval.py model/position=… context_length=…` does."""
 
 import pytest
 from catalogue import CONF

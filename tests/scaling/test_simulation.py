@@ -1,4 +1,4 @@
-"""The laws against simulation: a quadratic whose gradient is known, and Gaussian noise on what the optimizer sees."""
+"""The laws compared with simulations of a quadratic whose gradients have Gaussian noise."""
 
 import math
 
