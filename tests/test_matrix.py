@@ -66,6 +66,8 @@ PIECES = [
     *(f"model/attention={name}" for name in options("model/attention") if name != "vq"),
     *(f"model/attention=vq model/position=none model.attention.codebook.estimator={name}"
       for name in ("ema", "straight_through", "rotation", "simvq")),
+    "model/attention=vq model/position=none model.attention.codebook.estimator=diveq "
+    "model.attention.codebook.commitment_weight=0",
     *(f"model/norm={name}" for name in options("model/norm")),
     *(f"model/ffn={name}" for name in options("model/ffn")),
     *(f"model=moe model/ffn/router={name}" for name in options("model/ffn/router") if name != "threshold"),

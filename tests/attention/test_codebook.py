@@ -7,12 +7,15 @@ import torch
 
 from llm.errors import ConfigError
 from llm.model.attention.codebook import DEAD_SHARE, Codebook
+from llm.model.attention.diveq import moved_to_codes
 
-ESTIMATORS = ["ema", "straight_through", "rotation", "simvq"]
+ESTIMATORS = ["ema", "straight_through", "rotation", "simvq", "diveq"]
 SETTINGS = {"commitment_weight": 0.02, "ema_decay": 0.9, "revive_every": None, "seed": 0}
 
 
 def build(estimator, *, heads=2, dim=8, size=12, **settings):
+    if estimator == "diveq":
+        settings = {"commitment_weight": 0.0} | settings
     return Codebook(num_heads=heads, head_dim=dim, codebook_size=size, estimator=estimator, **SETTINGS | settings)
 
 
@@ -114,7 +117,7 @@ def test_rotation_onto_itself_is_straight_through_and_a_zero_key_still_gives_its
     assert (zero != 0).any()
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", ESTIMATORS[:-1])  # diveq has none
 def test_losses_draw_keys_to_codes_and_codes_to_keys_and_nothing_else(estimator):
     keys = torch.randn(1, 60, 2, 8)
     codebook = started(estimator, keys)
@@ -287,3 +290,29 @@ def test_a_model_cast_to_another_precision_keeps_exact_averages(estimator, dtype
 def test_a_setting_out_of_range_is_refused_by_name(settings, reason):
     with pytest.raises(ConfigError, match=reason):
         build("ema", **settings)
+
+
+def test_diveq_splits_the_gradient_into_the_part_along_the_error_and_the_part_across_it():
+    keys = torch.randn(2, 5, 1, 4, dtype=torch.float64, requires_grad=True)
+    codes = torch.randn(2, 5, 1, 4, dtype=torch.float64, requires_grad=True)
+    gradient = torch.randn(2, 5, 1, 4, dtype=torch.float64)
+    out = moved_to_codes(keys, codes)
+    torch.testing.assert_close(out, codes, rtol=0, atol=1e-14)
+    out.backward(gradient)
+    unit = (codes - keys).detach()
+    unit = unit / unit.norm(dim=-1, keepdim=True)
+    along = (gradient * unit).sum(-1, keepdim=True) * unit
+    torch.testing.assert_close(codes.grad, along, rtol=0, atol=1e-14)
+    torch.testing.assert_close(keys.grad, gradient - along, rtol=0, atol=1e-14)
+
+
+def test_diveq_passes_the_whole_gradient_to_a_key_that_equals_its_code():
+    keys = torch.ones(1, 1, 1, 4, requires_grad=True)
+    moved_to_codes(keys, torch.ones(1, 1, 1, 4)).sum().backward()
+    assert torch.equal(keys.grad, torch.ones_like(keys))
+
+
+def test_diveq_has_no_loss_of_its_own_and_refuses_a_commitment_weight():
+    assert not started("diveq", torch.randn(1, 40, 2, 8)).train()(torch.randn(1, 40, 2, 8)).losses
+    with pytest.raises(ConfigError, match=r"commitment_weight=0\.02: estimator=diveq learns .*; set it to 0"):
+        build("diveq", commitment_weight=0.02)

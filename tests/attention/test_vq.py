@@ -64,9 +64,10 @@ def test_counts_lose_nothing_in_half_precision(dtype):
     assert abs(float(mixed[0, -1]) - 0.5) < 4e-3
 
 
-@pytest.mark.parametrize("estimator", ["straight_through", "rotation", "simvq", "ema"])
+@pytest.mark.parametrize("estimator", ["straight_through", "rotation", "simvq", "ema", "diveq"])
 def test_every_estimator_equals_its_definition_with_gradients(estimator, rows, monkeypatch):
-    layer = ready(**{"codebook.estimator": estimator})
+    without_commitment = {"codebook.commitment_weight": 0.0} if estimator == "diveq" else {}
+    layer = ready(**{"codebook.estimator": estimator}, **without_commitment)
     x, positions, ids = rows(150)
     x.requires_grad_()
     inputs, weights = [x, *layer.parameters()], torch.randn(2, 150, 48)
@@ -79,7 +80,7 @@ def test_every_estimator_equals_its_definition_with_gradients(estimator, rows, m
     monkeypatch.setattr(
         layer,
         "attend",
-        lambda q, k, v, *, positions, document_ids, cache: (
+        lambda q, k, v, *, positions, document_ids, cache, sight: (
             layer.reference_attend(q, k, v, positions=positions, document_ids=document_ids),
             {},
             {},

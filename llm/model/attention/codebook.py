@@ -1,18 +1,17 @@
 """The codebook that quantises keys, and the estimators that learn it."""
 
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from llm.errors import ConfigError
+from llm.model.attention.codebook_settings import BY_GRADIENT, Estimator, check_codebook
+from llm.model.attention.diveq import moved_to_codes
 from llm.model.attention.key_draws import draw_keys
 from llm.model.attention.rotation_trick import rotate_to_codes
-
-Estimator = Literal["ema", "straight_through", "rotation", "simvq"]
 
 ASSIGN_TOKENS = 4096
 """Number of keys whose distances to all codes are in memory at a time: 8 MiB per head for 512 codes in fp32."""
@@ -41,6 +40,7 @@ class Codebook(nn.Module):
     - ema: straight through; C_s is the moving average of its keys, updated once per optimizer step.
     - straight_through: k̂ = k + sg(C_z − k), dk̂/dk = 1; codes minimize the loss in brackets.
     - rotation: dk̂/dk is the rotation and scaling that take k to C_z; codes minimize the same loss.
+    - diveq: codes take the part of the loss's gradient along the error, keys the part across it; no further loss.
     - simvq: straight through; C = B M with frozen B and one learned matrix M per head, so that every code moves.
 
     Codes start at distinct random keys of the first training batch; M starts as the identity. Every `revive_every`
@@ -50,8 +50,8 @@ class Codebook(nn.Module):
         num_heads: number of key/value heads; each has its own codes.
         head_dim: size of a code.
         codebook_size: codes per head, at least 2.
-        estimator: ema | straight_through | rotation | simvq.
-        commitment_weight: weight of the loss that draws keys to their codes, a mean over tokens and heads.
+        estimator: ema | straight_through | rotation | simvq | diveq.
+        commitment_weight: weight of the loss that draws keys to their codes, a mean over tokens and heads; 0 for diveq.
         ema_decay: decay of the moving averages of counts and keys per optimizer step, in [0, 1).
         revive_every: optimizer steps between revivals of dead codes, or None for never.
         seed: seed of the choice of keys.
@@ -61,7 +61,8 @@ class Codebook(nn.Module):
 
     Source: van den Oord et al., "Neural Discrete Representation Learning", arXiv:1711.00937, eq. 3 and appendix A.1;
     Fifty et al., "Restructuring Vector Quantization with the Rotation Trick", arXiv:2410.06424, section 4; Zhu et al.,
-    "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer" (SimVQ), arXiv:2411.02038.
+    "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer" (SimVQ), arXiv:2411.02038;
+    Vali et al., "DiVeQ: Differentiable Vector Quantization Using the Reparameterization Trick", arXiv:2509.26469.
     Differs: means over head_dim in the losses; codes start from keys for every estimator.
     """
 
@@ -84,14 +85,14 @@ class Codebook(nn.Module):
         seed: int,
     ) -> None:
         super().__init__()
-        check_codebook(codebook_size, commitment_weight, ema_decay, revive_every)
+        check_codebook(codebook_size, estimator, commitment_weight, ema_decay, revive_every)
         self.estimator: Estimator = estimator
         self.codebook_size, self.commitment_weight, self.ema_decay = codebook_size, commitment_weight, ema_decay
         self.revive_every, self.seed = revive_every, seed
         shape = (num_heads, codebook_size, head_dim)
         generator = torch.Generator().manual_seed(seed)
         # only the optimizer writes parameters: values that come from keys are buffers, which are added to them
-        self.codes = nn.Parameter(torch.zeros(shape)) if estimator in ("straight_through", "rotation") else None
+        self.codes = nn.Parameter(torch.zeros(shape)) if estimator in BY_GRADIENT else None
         self.mixing = nn.Parameter(torch.zeros(num_heads, head_dim, head_dim)) if estimator == "simvq" else None
         self.register_buffer("base", torch.randn(shape, generator=generator, device="cpu"))
         self.register_buffer(
@@ -130,10 +131,18 @@ class Codebook(nn.Module):
             codes = self.all_codes()
             code_ids = self.nearest(exact.detach())
             chosen = codes[torch.arange(codes.shape[0], device=codes.device), code_ids].to(exact.dtype)
-            passed = rotate_to_codes(exact, chosen.detach()) if self.estimator == "rotation" else exact
+            quantized = self._with_gradient(exact, chosen)
             losses = self._losses(exact, chosen) if self.training else {}
             metrics = self._metrics(exact.detach(), chosen.detach(), code_ids)
-            return Quantized((passed + (chosen - passed).detach()).to(keys.dtype), code_ids, losses, metrics)
+            return Quantized(quantized.to(keys.dtype), code_ids, losses, metrics)
+
+    def _with_gradient(self, keys: Tensor, chosen: Tensor) -> Tensor:
+        """Return the chosen codes in value, with the estimator's gradient."""
+        if self.estimator == "diveq":
+            passed = moved_to_codes(keys, chosen)
+        else:
+            passed = rotate_to_codes(keys, chosen.detach()) if self.estimator == "rotation" else keys
+        return passed + (chosen - passed).detach()
 
     @torch.no_grad()
     def nearest(self, keys: Float[Tensor, "batch time kv_heads head_dim"]) -> Int[Tensor, "batch time kv_heads"]:
@@ -164,6 +173,8 @@ class Codebook(nn.Module):
             return hard + (soft - soft.detach())
 
     def _losses(self, keys: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+        if self.estimator == "diveq":
+            return {}
         losses = {"commitment_loss": self.commitment_weight * (keys - chosen.detach()).square().mean()}
         if self.estimator != "ema":
             losses["codebook_loss"] = (keys.detach() - chosen).square().mean()
@@ -233,16 +244,3 @@ class Codebook(nn.Module):
             mixing_base.copy_(torch.where(where.all(), from_identity, mixing_base))
             codes = torch.linalg.solve(mixing_base + self.mixing, codes, left=False)
         self.base.copy_(torch.where(where[..., None], codes, self.base))
-
-
-def check_codebook(codebook_size: int, commitment_weight: float, ema_decay: float, revive_every: int | None) -> None:
-    """Raise ConfigError for a setting that is out of range."""
-    key = "model.attention.codebook"
-    if codebook_size < 2:
-        raise ConfigError(f"{key}.codebook_size={codebook_size}: must be at least 2; 512 is usual")
-    if commitment_weight < 0:
-        raise ConfigError(f"{key}.commitment_weight={commitment_weight}: must be at least 0; try 0.02")
-    if not 0 <= ema_decay < 1:
-        raise ConfigError(f"{key}.ema_decay={ema_decay}: must lie in [0, 1); 0.99 is usual")
-    if revive_every is not None and revive_every < 1:
-        raise ConfigError(f"{key}.revive_every={revive_every}: must be at least 1 step, or null for never")
