@@ -49,11 +49,16 @@ def test_the_default_is_kept_unless_another_kernel_is_clearly_faster(clock):
     assert fastest(Operation(name="a", candidates=calls)) == "default"
 
 
-def test_a_slow_operation_is_measured_in_a_bounded_time(clock):
-    calls = {"default": clock(1.0), "other": clock(0.5)}
+def test_the_default_is_kept_in_a_bounded_time_where_no_time_is_reproduced(clock):
+    calls = {"default": clock(*(0.05 * 1.2**n for n in range(40))), "other": clock(0.001)}
     began = tuning.time.perf_counter()
-    assert fastest(Operation(name="a", candidates=calls)) == "other"
-    assert tuning.time.perf_counter() - began == pytest.approx(3.0)  # one turn to warm up and one that counts
+    assert fastest(Operation(name="a", candidates=calls)) == "default"
+    assert tuning.time.perf_counter() - began < 1.0
+
+
+def test_two_slow_timings_are_too_few_to_tell(clock):
+    calls = {"default": clock(1.0), "other": clock(0.5)}
+    assert fastest(Operation(name="a", candidates=calls)) == "default"
 
 
 def test_winners_are_kept_per_machine_and_workload(tmp_path, monkeypatch):

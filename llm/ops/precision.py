@@ -46,6 +46,8 @@ def cpu_multiplies_bf16() -> bool:
     read = getattr(torch.cpu, "get_capabilities", None)
     if read is None:
         return bool(torch.cpu._is_avx512_bf16_supported())
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # the processor, or ATEN_CPU_CAPABILITY, which emulates one
+        return False
     capabilities = read()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "arm_bf16", "bf16"))
 

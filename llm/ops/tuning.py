@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ log = logging.getLogger(__name__)
 
 CACHE = "kernels.json"
 REPEATS = 4
-"""Timings per candidate, of which the smallest counts: a busy machine only ever adds time."""
+"""Timings per candidate at least, of which the smallest counts: a busy machine only ever adds time."""
+AGREEMENT = 1.1
+"""Factor within which the two smallest times of a candidate must agree; else the machine is too busy to tell."""
 MARGIN = 0.95
 """Share of the default's time that another candidate must stay below."""
-SECONDS_PER_OPERATION = 0.2
-"""Time after which an operation's measurement ends, whatever was measured until then."""
+SECONDS_PER_OPERATION = 0.25
+"""Time after which an operation's measurement ends. Its default is kept if the times do not agree by then."""
 
 ISA_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 """Environment variables that limit the instructions of torch, oneDNN and MKL."""
@@ -41,25 +43,31 @@ class Operation:
 
 
 def fastest(operation: Operation) -> Any:
-    """Return the value whose call is fastest; the first unless another one is clearly faster.
+    """Return the value whose call is fastest; the first unless another one is clearly and reproducibly faster.
 
     The candidates take turns, so that a change of the machine's load meets all of them.
     """
     seconds: dict[Any, list[float]] = {value: [] for value in operation.candidates}
-    began = 0.0
-    for turn in range(REPEATS + 1):  # the first call compiles kernels and touches memory
+    for call in operation.candidates.values():  # the first call compiles kernels and touches memory
+        call()
+    began = time.perf_counter()
+    while not (is_settled := _is_settled(seconds.values())) and time.perf_counter() - began < SECONDS_PER_OPERATION:
         for value, call in operation.candidates.items():
             start = time.perf_counter()
             call()
             seconds[value].append(time.perf_counter() - start)
-        if turn == 0:
-            began = time.perf_counter()
-        elif time.perf_counter() - began > SECONDS_PER_OPERATION:
-            break
-    best = {value: min(times[1:]) for value, times in seconds.items()}
-    default = next(iter(best))
+    default = next(iter(seconds))
+    if not is_settled:
+        return default
+    best = {value: min(times) for value, times in seconds.items()}
     winner = min(best, key=lambda value: best[value])
     return winner if best[winner] < MARGIN * best[default] else default
+
+
+def _is_settled(timings: Iterable[list[float]]) -> bool:
+    """Return whether each candidate has enough timings, and its smallest one was reproduced."""
+    smallest = [sorted(times)[:2] for times in timings if len(times) >= REPEATS]
+    return bool(smallest) and all(second <= AGREEMENT * first for first, second in smallest)
 
 
 def machine_key() -> str:

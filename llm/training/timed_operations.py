@@ -21,9 +21,9 @@ from llm.optim.newton_schulz import orthogonalize
 from llm.optim.threads import side_by_side
 from llm.scaling.suitability import traits_of
 
-TIMED_PRODUCT = 1 << 27
+TIMED_PRODUCT = 1 << 26
 """Multiplications of a timed product at most: a few milliseconds."""
-TIMED_TOKENS = 2048
+TIMED_TOKENS = 1024
 """Tokens of a timed attention at most; at least one window."""
 DOCUMENT = 300
 """Mean tokens per document in a timed attention with documents."""
