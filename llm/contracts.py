@@ -52,6 +52,8 @@ class Sight(NamedTuple):
 
 CAUSAL = Sight("causal")
 """The sight of a decoder that predicts the next token."""
+BIDIRECTIONAL = Sight("bidirectional")
+"""The sight of a decoder that predicts tokens from both sides."""
 
 
 class SublayerOutput(NamedTuple):
@@ -141,8 +143,8 @@ class Noise(Protocol):
         """Return numbers in [0, 1) in fp64; each stream has its own."""
         ...
 
-    def levels(self) -> Float[Tensor, " batch"]:
-        """Return one level in [0, 1) per row, evenly spread over consecutive rows, in fp64."""
+    def levels(self, per_row: int = 1) -> Float[Tensor, "batch {per_row}"]:
+        """Return levels in [0, 1), evenly spread over consecutive ones and over rows, in fp64."""
         ...
 
     def normal(self, *shape: int) -> Float[Tensor, "batch ..."]:

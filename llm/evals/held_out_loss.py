@@ -16,6 +16,8 @@ HEADER = ["text", "tokens", "bytes", "nats per token", "bits per byte", "perplex
 class HeldOutLoss:
     """An evaluation of loss, bits per byte and perplexity, on the validation split and on each source of text.
 
+    An objective with a bound takes one sample of it per window, as val/loss does, and its figures are marked with `<=`.
+
         bits per byte = Σ loss / (ln 2 · bytes that the tokens represent)
 
     Bits per byte do not depend on the tokenizer, so that models with different tokenizers can be compared.
@@ -56,7 +58,8 @@ class HeldOutLoss:
         figures: dict[str, Any] = dict(metrics["validation"])
         if sources:
             figures["by_source"] = {name: metrics[name] for name in sources}
-        rows = [_row(name, sums[name], metrics[name]) for name in sums]
+        sign = "<= " if subject.objective.is_bound else ""
+        rows = [_row(name, sums[name], metrics[name], sign) for name in sums]
         headline = {name.removeprefix("val/"): value for name, value in metrics["validation"].items()}
         headline |= {f"loss of {name}": metrics[name]["val/loss"] for name in sources}
         return Result(headline=headline, figures=figures, header=HEADER, rows=rows)
@@ -88,13 +91,13 @@ def loss_sums(subject: Subject, data: Any) -> tuple[float, float, float]:
     return loss, tokens, num_bytes
 
 
-def _row(name: str, sums: tuple[float, float, float], metrics: dict[str, float]) -> list[str]:
+def _row(name: str, sums: tuple[float, float, float], metrics: dict[str, float], sign: str) -> list[str]:
     bits = metrics.get("val/bits_per_byte")
     return [
         name,
         f"{sums[1]:.0f}",
         f"{sums[2]:.0f}",
-        f"{metrics['val/loss']:.6f}",
-        "-" if bits is None else f"{bits:.6f}",
-        f"{metrics['val/perplexity']:.4f}",
+        f"{sign}{metrics['val/loss']:.6f}",
+        "-" if bits is None else f"{sign}{bits:.6f}",
+        f"{sign}{metrics['val/perplexity']:.4f}",
     ]

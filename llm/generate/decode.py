@@ -52,9 +52,9 @@ class Decoding:
         self.model, self.max_new_tokens, self.penalty = model, max_new_tokens, repetition_penalty
         self.generator = torch.Generator().manual_seed(seed)
         device = next(model.parameters()).device
-        self.ids, self.positions, self.documents = _pad_left(prompts, device)
+        self.ids, self.positions, self.documents = pad_left(prompts, device)
         self.is_padded = len({len(prompt) for prompt in prompts}) > 1
-        self.caches = _new_caches(model, self.ids, max_new_tokens) if use_cache else None
+        self.caches = new_caches(model, self.ids, max_new_tokens) if use_cache else None
 
     def __iter__(self) -> Iterator[Int[Tensor, " batch"]]:
         fresh = slice(None)
@@ -88,14 +88,20 @@ def stream_tokens(model: Any, prompts: Sequence[Sequence[int]], **sampling: Any)
     yield from Decoding(model, prompts, **sampling)
 
 
-def _new_caches(model: Any, ids: Tensor, max_new_tokens: int) -> list[Any]:
+def new_caches(model: Any, ids: Tensor, max_new_tokens: int) -> list[Any]:
+    """Return empty caches for prompts and max_new_tokens further tokens, in the dtype of the forward pass."""
     kind = ids.device.type
     weights = next(model.parameters()).dtype
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights
     return model.new_caches(batch=ids.shape[0], max_length=ids.shape[1] + max_new_tokens, dtype=dtype)
 
 
-def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids, positions and document ids of prompts that end in the same column.
+
+    Raises:
+        ConfigError: there is no prompt, or one is empty.
+    """
     if not prompts or not all(len(p) for p in prompts):
         raise ConfigError("prompt=[]: each prompt needs at least one token; begin with the tokenizer's bos_id")
     longest = max(len(p) for p in prompts)

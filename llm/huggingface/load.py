@@ -12,6 +12,7 @@ from llm.huggingface.families import NoFamilyError, find_family
 from llm.huggingface.hf_folder import read_hf_config, read_weights
 from llm.huggingface.names import to_ours
 from llm.huggingface.settings_match import setting_problems
+from llm.model.added_inputs import with_added
 from llm.model.ffn.balance.balance_rule import without_statistics
 from llm.model.transformer import Transformer
 from llm.run_folder.checkpoint import compare_state
@@ -57,6 +58,7 @@ def load_hf_weights(folder: Path, model: Transformer, *, context_length: int, bo
     if unused:
         names = ", ".join(sorted(unused)[:4])
         raise CheckpointError(f"init_from={folder}: {len(unused)} weights have no place here ({names}); change model.*")
+    state = with_added(state, own)
     compare_state(state, without_statistics(own), source=f"init_from={folder}")
     return own | {name: tensor.float() for name, tensor in state.items()}
 

@@ -4,6 +4,7 @@ Their parameters are created after all others and drawn from a generator of thei
 objective the same shared weights.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -77,6 +78,12 @@ def draw(weight: Tensor, std: float, *, stream: int) -> float:
     generator = torch.Generator("cpu").manual_seed((torch.initial_seed() + 0x9E3779B97F4A7C15 * stream) % (1 << 63))
     weight.copy_(torch.empty(weight.shape, device="cpu").normal_(0.0, 1.0, generator=generator) * std)
     return std
+
+
+def with_added(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights with those of extra tokens and times from `own` where a model without such inputs has none."""
+    added = ("extra_embedding.", "time_embedding.")
+    return {name: tensor for name, tensor in own.items() if name.startswith(added)} | dict(state)
 
 
 def look_up(

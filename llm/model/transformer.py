@@ -39,9 +39,10 @@ class Head(nn.Linear):
         input: Float[Tensor, "batch time d_model"],
         labels: Int[Tensor, "batch time"] | None = None,
         reduction: Reduction = "mean",
+        weights: Float[Tensor, "batch time"] | None = None,
     ) -> Tensor:
         if labels is not None:
-            return linear_cross_entropy(input, self.weight, labels, reduction=reduction)
+            return linear_cross_entropy(input, self.weight, labels, reduction=reduction, weights=weights)
         is_plain = torch.is_autocast_enabled(input.device.type)
         if is_plain or not is_read_only(input, self.weight, input.numel() * self.out_features):
             return F.linear(input, self.weight)
@@ -176,9 +177,10 @@ class Transformer(nn.Module):
         labels: Int[Tensor, "batch time"],
         *,
         reduction: Reduction = "mean",
+        weights: Float[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "*result"]:
         """Return the cross-entropy of hidden states in nats; see `linear_cross_entropy`."""
-        return self.lm_head(hidden, labels, reduction)
+        return self.lm_head(hidden, labels, reduction, weights)
 
     def new_caches(self, *, batch: int, max_length: int, dtype: torch.dtype) -> list[LayerCache]:
         """Return one empty cache per layer, for decoding up to max_length tokens."""

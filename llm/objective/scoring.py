@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llm.contracts import IGNORED_LABEL, Batch
+from llm.contracts import IGNORED_LABEL, Batch, LossShare, Prepared
 from llm.ops.loss import chunk_scores
 
 
@@ -40,3 +40,30 @@ def nll_without(
         scores[:, banned_id] = -torch.inf
         losses.append(F.cross_entropy(scores, ids, ignore_index=IGNORED_LABEL, reduction="none"))
     return torch.cat(losses).view(labels.shape)
+
+
+def label_count(batch: Batch) -> Int[Tensor, ""]:
+    """Return the number of labels of the input tokens, bos included: the divisor of every loss but next-token's."""
+    return (batch["labels"][:, :-1] != IGNORED_LABEL).sum()
+
+
+def per_label(total: Float[Tensor, ""], num_labels: Int[Tensor, ""], share: LossShare) -> Float[Tensor, ""]:
+    """Return the summed loss of a micro-batch divided by labels, so that the mean over the parts is that of the update.
+
+    Args:
+        total: summed loss.
+        num_labels: labels of this micro-batch, where all micro-batches of the update have as many.
+        share: share of this micro-batch in its update.
+    """
+    if share.num_labels is None:
+        return total / num_labels.clamp_min(1)
+    return total * (share.num_parts / max(1, share.num_labels))
+
+
+def weighted_loss(
+    model: Any, hidden: Float[Tensor, "batch time d_model"], prepared: Prepared, share: LossShare
+) -> Float[Tensor, ""]:
+    """Return the weighted cross-entropy of the targets per label of the update."""
+    labels, weights = prepared.targets["labels"], prepared.targets["weights"]
+    total = model.loss(hidden, labels, reduction="sum", weights=weights)
+    return per_label(total, prepared.targets["num_labels"], share)

@@ -32,11 +32,13 @@ def reference_linear_cross_entropy(
     labels: Int[Tensor, "*shape"],
     *,
     reduction: Reduction = "mean",
+    weights: Float[Tensor, "*shape"] | None = None,
 ) -> Tensor:
     """Project, then take the cross-entropy in fp32 with all scores in memory: the definition of the fast form."""
     logits = F.linear(hidden, weight).flatten(0, -2)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
+    losses = losses if weights is None else losses * weights.flatten()
     if reduction == "none":
         return losses.view(labels.shape)
     return losses.sum() if reduction == "sum" else losses.sum() / (labels != IGNORED_LABEL).sum().clamp_min(1)
@@ -48,6 +50,7 @@ def linear_cross_entropy(
     labels: Int[Tensor, "*shape"],
     *,
     reduction: Reduction = "mean",
+    weights: Float[Tensor, "*shape"] | None = None,
     chunk_tokens: int | None = None,
 ) -> Float[Tensor, "*result"]:
     """Return the cross-entropy of softmax(hidden weightᵀ) in nats, computed one chunk of tokens at a time.
@@ -62,6 +65,7 @@ def linear_cross_entropy(
         weight: the vocabulary projection.
         labels: token ids; IGNORED_LABEL carries no loss.
         reduction: "mean" over valid labels, "sum", or "none" for one loss per token (0 where ignored) and no gradient.
+        weights: factor on the loss of each token; None for 1. The mean is still over the number of valid labels.
         chunk_tokens: tokens per chunk; None for about `chunk_scores` of the device.
 
     Raises:
@@ -76,7 +80,13 @@ def linear_cross_entropy(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     total, losses, _, _ = _cross_entropy(
-        hidden.flatten(0, -2), weight, labels.flatten(), max(1, chunk), dtype, wants_grad
+        hidden.flatten(0, -2),
+        weight,
+        labels.flatten(),
+        None if weights is None else weights.flatten(),
+        max(1, chunk),
+        dtype,
+        wants_grad,
     )
     if reduction == "none":
         return losses.view(labels.shape)
@@ -86,19 +96,20 @@ def linear_cross_entropy(
 @torch.library.custom_op(
     "crucible::linear_cross_entropy",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor labels, int chunk, ScalarType dtype, bool wants_grad)"
-    " -> (Tensor total, Tensor losses, Tensor grad_hidden, Tensor grad_weight)",
+    schema="(Tensor hidden, Tensor weight, Tensor labels, Tensor? weights, int chunk, ScalarType dtype,"
+    " bool wants_grad) -> (Tensor total, Tensor losses, Tensor grad_hidden, Tensor grad_weight)",
 )
 def _cross_entropy(
     hidden: Float[Tensor, "tokens d_model"],
     weight: Float[Tensor, "vocab d_model"],
     labels: Int[Tensor, " tokens"],
+    weights: Float[Tensor, " tokens"] | None,
     chunk: int,
     dtype: torch.dtype,
     wants_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the summed loss, the loss per token, and the gradients of the sum (empty unless wants_grad)."""
-    total, losses, grad_hidden, grad_weight = _empty_results(hidden, weight, labels, chunk, dtype, wants_grad)
+    total, losses, grad_hidden, grad_weight = _empty_results(hidden, weight, labels, weights, chunk, dtype, wants_grad)
     grad_weight.zero_()
     projection = weight.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -106,6 +117,8 @@ def _cross_entropy(
             span = slice(start, start + chunk)
             ids, states = labels[span], hidden[span].to(dtype)
             slope, losses[span] = _slope_and_loss(product_nt(states, projection), ids)
+            if weights is not None:
+                slope, losses[span] = slope * weights[span, None].to(slope.dtype), losses[span] * weights[span]
             if wants_grad:
                 is_ignored = (ids == IGNORED_LABEL)[:, None]
                 grad_hidden[span] = product_nn(slope, projection).masked_fill_(is_ignored, 0.0)
@@ -115,7 +128,7 @@ def _cross_entropy(
 
 
 @_cross_entropy.register_fake
-def _empty_results(hidden, weight, labels, chunk, dtype, wants_grad) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_results(hidden, weight, labels, weights, chunk, dtype, wants_grad) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     precise = torch.promote_types(hidden.dtype, torch.float32)
     return (
         hidden.new_empty((), dtype=precise),
@@ -164,7 +177,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 def _backward(ctx: Any, grad_total: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
     grad_hidden, grad_weight = ctx.saved_tensors
     scaled = (grad_weight * grad_total).to(ctx.weight_dtype)
-    return grad_hidden * grad_total.to(grad_hidden.dtype), scaled, None, None, None, None
+    return grad_hidden * grad_total.to(grad_hidden.dtype), scaled, None, None, None, None, None
 
 
 _cross_entropy.register_autograd(_backward, setup_context=_save)

@@ -58,15 +58,17 @@ class KeyedNoise(NamedTuple):
         steps = wrapped(GOLDEN) * torch.arange(1, columns + 1, device=self.rows.device)
         return _unit(mix(self.row_keys(stream)[:, None] + steps))
 
-    def levels(self) -> Float[Tensor, " batch"]:
-        """Return one level in [0, 1) per row, evenly spread over consecutive rows, in fp64.
+    def levels(self, per_row: int = 1) -> Float[Tensor, "batch {per_row}"]:
+        """Return levels in [0, 1), evenly spread over consecutive ones and over rows, in fp64.
 
-            τ_row = frac(u + row · 0.6180339887)
+            τ_n = frac(u + n · 0.6180339887),   n = row · per_row + column
 
         One uniform number per step shifts a golden-ratio sequence, so each level is uniform.
         """
         first = self._replace(rows=torch.zeros(1, dtype=torch.long, device=self.rows.device))
-        return (first.uniform(1, stream=LEVELS)[0, 0] + self.rows.double() * GOLDEN_STEP) % 1.0
+        columns = torch.arange(per_row, device=self.rows.device)
+        numbers = self.rows[:, None] * per_row + columns
+        return (first.uniform(1, stream=LEVELS) + numbers.double() * GOLDEN_STEP) % 1.0
 
     def normal(self, *shape: int) -> Float[Tensor, "batch ..."]:
         """Return standard normal numbers in fp32 from one generator per row; they differ between kinds of devices."""

@@ -44,10 +44,11 @@ def announce(checked: CheckedConfig, folder: RunFolder, module: LanguageModule, 
 def announce_result(folder: RunFolder) -> None:
     """Print the final validation figures and the run folder."""
     summary = folder.read_summary()
+    sign = "<= " if summary.get("bound") else ""
     if summary.get("val/loss") is None:
         log.info("val/loss     not measured: no validation batch was read, or the loss is not finite")
     else:
-        log.info("val/loss     %.4f nats per token", summary["val/loss"])
+        log.info("val/loss     %s%.4f nats per token", sign, summary["val/loss"])
     if summary.get("bits_per_byte") is not None:
-        log.info("             %.4f bits per byte", summary["bits_per_byte"])
+        log.info("             %s%.4f bits per byte", sign, summary["bits_per_byte"])
     log.info("run folder   %s", folder.path)

@@ -20,6 +20,7 @@ from llm.errors import ConfigError
 from llm.huggingface.hf_folder import is_hf_folder
 from llm.huggingface.load import load_hf_weights
 from llm.huggingface.logits import check_import
+from llm.model.added_inputs import with_added
 from llm.model.ffn.balance.balance_rule import without_statistics
 from llm.model.transformer import Transformer
 from llm.ops.memory import SavedBytes
@@ -48,7 +49,8 @@ def load_initial_weights(run: RunConfig, model: Transformer, bos_id: int) -> Non
         log.info("weights from %s", source)
         return
     folder = source if (source / "manifest.json").is_file() else find_last(source, key="init_from").path
-    state, own = without_statistics(model_state(folder)), model.state_dict()
+    own = model.state_dict()
+    state = with_added(without_statistics(model_state(folder)), own)
     compare_state(state, without_statistics(own), source=f"init_from={folder}")
     model.load_state_dict(own | state)
     log.info("weights from %s", folder)

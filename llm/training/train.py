@@ -100,6 +100,8 @@ def _train_until_spike(checked: CheckedConfig, folder: RunFolder) -> CheckedConf
     recorded = None if checkpoint is None else (read_manifest(checkpoint.path) or {}).get(KERNELS, {})
     kernels = decided_kernels(checked, model, folder.path, cache=data.options.cache_dir, recorded=recorded)
     folder.update({KERNELS: asdict(kernels)})
+    if module.objective.is_bound:
+        folder.update({"bound": True, "bound_samples": 1})
     trainer = build_run_trainer(checked, folder, kernels)
     announce(checked, folder, module, data)
     with using(kernels):

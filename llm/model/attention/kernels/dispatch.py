@@ -69,7 +69,7 @@ def sighted_attention(
     v: Float[Tensor, "batch time_k kv_heads value_dim"],
     *,
     sight: Sight,
-    positions: Int[Tensor, "batch time_k"],
+    positions: Int[Tensor, "batch positions"],
     document_ids: Int[Tensor, "batch time_k"] | None = None,
     scale: float,
     window: int | None = None,

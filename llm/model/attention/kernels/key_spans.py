@@ -13,7 +13,7 @@ def key_spans(
     *,
     time: int,
     time_k: int,
-    positions: Int[Tensor, "batch time_k"],
+    positions: Int[Tensor, "batch positions"],
     document_ids: Int[Tensor, "batch time_k"] | None,
     window: int | None,
 ) -> Int[Tensor, "rows time bounds"]:
