@@ -41,7 +41,7 @@ class LikelihoodBound:
         objective = subject.objective
         samples = (self.samples or objective.samples) if objective.is_bound else 1
         nats, tokens, num_bytes = window_sums(subject, strata=max(1, samples // ESTIMATES))
-        found = summarize(nats, tokens, num_bytes)
+        found = bound_figures(nats, tokens, num_bytes)
         figures: dict[str, Any] = {**found, "is_bound": objective.is_bound, "samples": samples}
         headline = {name: found[name] for name in ("nats", "bits_per_byte", "monte_carlo_error") if name in found}
         sign = "<= " if objective.is_bound else ""
@@ -74,20 +74,21 @@ def window_sums(
     nats, tokens, num_bytes, seen = [], [], 0.0, 0
     for batch in subject.data.validation_batches():
         batch = on_device(batch, subject.device)
-        own = torch.zeros(len(batch["input_ids"]), estimates, dtype=torch.float64, device=subject.device)
+        samples = []
         for number in range(estimates * strata):
             noise = window_noise(seen, batch, sample=number)
             with subject.autocast():
-                found = objective.token_nll(model, model, batch, noise, sample=number % strata, samples=strata)
-            own[:, number // strata] += found.nats.double().sum(1) / strata
-        seen += len(own)
-        nats.append(own)
-        tokens.append(found.scored.sum(1).double())
-        num_bytes += float((token_bytes[found.labels.clamp_min(0)] * found.scored).sum())
+                samples.append(objective.token_nll(model, model, batch, noise, sample=number % strata, samples=strata))
+        sums = torch.stack([sample.nats.double().sum(1) for sample in samples], 1)
+        nats.append(sums.unflatten(1, (estimates, strata)).mean(2))
+        labels, scored = samples[0].labels, samples[0].scored
+        seen += len(labels)
+        tokens.append(scored.sum(1).double())
+        num_bytes += float((token_bytes[labels.clamp_min(0)] * scored).sum())
     return torch.cat(nats).cpu(), torch.cat(tokens).cpu(), num_bytes
 
 
-def summarize(
+def bound_figures(
     nats: Float[Tensor, "windows estimates"], tokens: Float[Tensor, " windows"], num_bytes: float
 ) -> dict[str, float]:
     """Return nats per token with both errors, perplexity, and bits per byte where the tokens stand for bytes."""

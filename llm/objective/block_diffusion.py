@@ -59,7 +59,8 @@ class BlockDiffusion:
         if block_length < 1:
             raise ConfigError(f"objective.block_length={block_length}: must be at least 1 token; try 16")
         self.vocab_size, self.bos_id, self.samples = vocab_size, bos_id, samples
-        self.block_length, self.order, self.steps = block_length, order, steps
+        self.block_length, self.steps = block_length, steps
+        self.order: RevealOrder = order
         self.sight = Sight("block_pair", block_length)
 
     def check(self, *, context_length: int) -> None:

@@ -45,7 +45,8 @@ class MaskedDiffusion:
     def __init__(self, *, vocab_size: int, bos_id: int, samples: int, order: RevealOrder, steps: int | None) -> None:
         check_unmasking(samples=samples, steps=steps)
         self.vocab_size, self.bos_id, self.samples = vocab_size, bos_id, samples
-        self.order, self.steps = order, steps
+        self.order: RevealOrder = order
+        self.steps = steps
         self.sight: Sight = BIDIRECTIONAL
 
     def check(self, *, context_length: int) -> None:

@@ -61,7 +61,8 @@ class UnmaskedText:
             raise ConfigError("use_cache=false: objective=masked reads the whole text in each pass anyway; set true")
         if steps is not None and steps > max_new_tokens:
             raise ConfigError(f"steps={steps}: above max_new_tokens={max_new_tokens}, one token per pass; lower it")
-        self.model, self.num_new, self.order, self.bos_id = model, max_new_tokens, order, bos_id
+        self.model, self.num_new, self.bos_id = model, max_new_tokens, bos_id
+        self.order: RevealOrder = order
         self.num_passes = max_new_tokens if steps is None else steps
         self.generator = torch.Generator().manual_seed(seed)
         ids, positions, documents = pad_left(prompts, next(model.parameters()).device)
@@ -80,8 +81,15 @@ class UnmaskedText:
             out = self.model(
                 self.ids, positions=self.positions, document_ids=self.documents, sight=BIDIRECTIONAL
             ).hidden[:, -self.num_new :]
-            options = {"order": self.order, "sampling": self.sampling, "generator": self.generator}
-            reveal(new, self.model.logits(out), passes_left=left, bos_id=self.bos_id, **options)
+            reveal(
+                new,
+                self.model.logits(out),
+                passes_left=left,
+                order=self.order,
+                bos_id=self.bos_id,
+                sampling=self.sampling,
+                generator=self.generator,
+            )
         return new
 
     def __iter__(self) -> Iterator[Int[Tensor, "batch new"]]:
