@@ -135,19 +135,19 @@ def compiled_flex() -> tuple[Any, Any]:
 
 def flex_spans(q: Tensor, k: Tensor, v: Tensor, *, spans: Tensor, scale: float) -> Tensor:
     """Run FlexAttention where each query sees one or two spans of keys; see `key_spans`."""
-    has_two = spans.shape[-1] == 4
-
-    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own = spans[row, query]
-        seen = (key >= own[0]) & (key < own[1])
-        return seen | ((key >= own[2]) & (key < own[3])) if has_two else seen
-
     attend, build_mask = compiled_flex()
     rows = None if len(spans) == 1 else len(spans)
-    mask = build_mask(visible, rows, None, q.shape[1], k.shape[1], device=q.device)
+    sizes = (rows, None, q.shape[1], k.shape[1])
+    mask = build_mask(lambda row, _, query, key: is_within(spans[row, query], key), *sizes, device=q.device)
     heads = (x.transpose(1, 2) for x in (q, k, v))
     result = attend(*heads, block_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
     return result.transpose(1, 2)
+
+
+def is_within(bounds: Tensor, key: Tensor) -> Tensor:
+    """Return whether a key lies in one of the spans of a query."""
+    seen = (key >= bounds[0]) & (key < bounds[1])
+    return seen if len(bounds) == 2 else seen | ((key >= bounds[2]) & (key < bounds[3]))
 
 
 def flex(

@@ -1,0 +1,92 @@
+"""The kernels that a CUDA device takes for sights other than causal, as far as a CPU can run them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm.contracts import Sight
+from llm.model.attention.kernels import cuda, reference_attention, sighted_attention
+from llm.model.attention.kernels.key_spans import key_spans
+
+TWO_SIDED = Sight("bidirectional")
+
+
+def inputs(time, dtype=torch.float32):
+    return tuple(torch.randn(2, time, heads, 16).to(dtype) for heads in (4, 2, 2))
+
+
+def options(sight, time, documents):
+    """Arguments of a sight over `time` keys; rows of two documents, or of one."""
+    half = time // 2 if sight.kind == "block_pair" else time
+    starts = torch.arange(half) >= (13 if documents else half)
+    positions = torch.where(starts, torch.arange(half) - 13, torch.arange(half)).repeat(time // half).expand(2, -1)
+    ids = starts.long().repeat(time // half).expand(2, -1) if documents else None
+    return {"positions": positions, "document_ids": ids, "window": None}
+
+
+def on_cuda(q, k, v, sight, given):
+    spans = key_spans(sight, time=q.shape[1], time_k=k.shape[1], **given)
+    kept = {name: given[name] for name in ("document_ids", "window")}
+    return cuda.sighted_cuda_attention(q, k, v, sight=sight, spans=spans, scale=0.25, **kept)
+
+
+def dense_flex():
+    """Return an attention and a mask builder with the whole mask in memory; the compiler refuses type checks."""
+
+    def build_mask(visible, rows, _, time, time_k, *, device):
+        return torch.stack(
+            [
+                torch.stack([torch.stack([visible(r, 0, i, j) for j in torch.arange(time_k)]) for i in range(time)])
+                for r in range(rows or 1)
+            ]
+        )
+
+    def attend(q, k, v, *, block_mask, scale, enable_gqa):
+        mask = block_mask[:, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+
+    return attend, build_mask
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("sight", [TWO_SIDED, Sight("block", 4), Sight("block_pair", 4)], ids=str)
+def test_flex_attention_reads_the_spans(sight, documents, monkeypatch):
+    monkeypatch.setattr(cuda, "compiled_flex", dense_flex)
+    q, k, v = inputs(32)
+    given = options(sight, 32, documents)
+    expected = reference_attention(q, k, v, sight=sight, scale=0.25, **given)
+    torch.testing.assert_close(on_cuda(q, k, v, sight, given), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_whole_rows_take_sdpa_without_a_mask_and_documents_a_two_sided_window(monkeypatch):
+    q, k, v = inputs(20)
+    given = options(TWO_SIDED, 20, documents=False)
+    expected = reference_attention(q, k, v, sight=TWO_SIDED, scale=0.25, **given)
+    torch.testing.assert_close(on_cuda(q, k, v, TWO_SIDED, given), expected, atol=1e-5, rtol=1e-4)
+    seen = []
+
+    def kernel(q, k, v, starts, ends, longest, longest_k, **settings):
+        seen.append((starts.unique().tolist(), settings["window_size"]))
+        return q
+
+    monkeypatch.setattr(cuda, "varlen_kernel", lambda: kernel)
+    monkeypatch.setattr(cuda, "can_use_varlen", lambda q, v: True)
+    given = options(TWO_SIDED, 20, documents=True)
+    on_cuda(q, k, v, TWO_SIDED, given)
+    on_cuda(q, k, v, TWO_SIDED, given | {"window": 5})
+    assert seen == [([0, 13, 20, 33, 40], (-1, -1)), ([0, 13, 20, 33, 40], (4, 4))]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("sight", [TWO_SIDED, Sight("block", 4), Sight("block_pair", 4)], ids=str)
+def test_a_gpu_equals_the_definition(sight, documents, dtype):
+    q, k, v = inputs(80, dtype)
+    given = options(sight, 80, documents)
+    expected = reference_attention(*(x.float() for x in (q, k, v)), sight=sight, scale=0.25, **given)
+    placed = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    found = sighted_attention(q.cuda(), k.cuda(), v.cuda(), sight=sight, scale=0.25, **placed)
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-3}
+    torch.testing.assert_close(found.float().cpu(), expected, **tolerance)
