@@ -13,7 +13,12 @@ from llm.ops.memory import peak_memory_bytes
 from llm.run_folder.folder import RunFolder
 from llm.run_folder.provenance import git_commit, versions
 
-_FINAL = {"val/loss": "val/loss", "val/bits_per_byte": "bits_per_byte", "val/perplexity": "perplexity"}
+_FINAL = {
+    "val/loss": "val/loss",
+    "val/loss_standard_error": "loss_standard_error",
+    "val/bits_per_byte": "bits_per_byte",
+    "val/perplexity": "perplexity",
+}
 
 
 class Summary(Callback):

@@ -39,6 +39,8 @@ class Row:
     """Number of pruned runs at all learning rates."""
     runs: int
     """Number of runs at all learning rates."""
+    is_bound: bool
+    """Whether loss and bits per byte are upper bounds, as those of most objectives are."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def _row(group: Group, cell: Cell, rank: int | None, target: float | None) -> Ro
         finished=sum(run.state == "finished" for run in group.runs),
         pruned=sum(cell.pruned for cell in group.cells),
         runs=len(group.runs),
+        is_bound=any(run.summary.get("bound") is True for run in cell.runs),
     )
 
 
@@ -176,7 +179,7 @@ def to_text(rows: Sequence[Row], pairs: Sequence[GroupComparison], target: float
             "–" if row.rank is None else str(row.rank),
             row.group,
             _text(row.lr, "{:.3g}".format),
-            _text(row.loss, "{:.4f}".format),
+            _text(row.loss, ("<= {:.4f}" if row.is_bound else "{:.4f}").format),
             _text(row.standard_error, "{:.4f}".format),
             str(row.seeds),
             _text(row.tokens_to_loss, format_count),

@@ -158,7 +158,7 @@ function board() {
     { name: "#", value: (r) => r.rank, show: (r) => r.rank ?? "–" },
     { name: "setting", text: true, value: (r) => r.group, show: (r) => el("span", {}, el("span", { class: "dot", style: `background:${color(r.index)}` }), r.group) },
     { name: "best\u00a0lr", value: (r) => r.lr },
-    { name: "loss", value: (r) => r.loss, show: (r) => el("span", {}, el("b", {}, fixed(r.loss, 4)), r.standard_error === null ? "" : ` ± ${fixed(r.standard_error, 4)}`, bar(r, r.index)) },
+    { name: "loss", value: (r) => r.loss, show: (r) => el("span", {}, el("b", {}, (r.is_bound ? "≤ " : "") + fixed(r.loss, 4)), r.standard_error === null ? "" : ` ± ${fixed(r.standard_error, 4)}`, bar(r, r.index)) },
     { name: "seeds", value: (r) => r.seeds },
     { name: "bits/byte", value: (r) => r.bits_per_byte, show: (r) => fixed(r.bits_per_byte, 4) },
     { name: "tokens" + goal, value: (r) => r.tokens_to_loss, show: (r) => reached(r, r.tokens_to_loss, compact) },

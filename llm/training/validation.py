@@ -1,5 +1,6 @@
 """The validation of a LightningModule: loss, bits per byte and perplexity over the validation set of all ranks."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -9,7 +10,7 @@ import torch.distributed as distributed
 from jaxtyping import Float
 from torch import Tensor
 
-from llm.contracts import Batch, Objective
+from llm.contracts import Batch, Objective, TokenNLL
 from llm.evals.loss_metrics import validation_metrics
 from llm.model.transformer import Transformer, TransformerOutput
 from llm.ops.loss import loss_and_byte_sums
@@ -28,7 +29,7 @@ class ValidatedModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the sums of loss, tokens and bytes, and the number of windows."""
-        self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self._validation = torch.zeros(8, dtype=torch.float64, device=self.device)
         self._validated = 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -37,17 +38,17 @@ class ValidatedModule(L.LightningModule):
         self._validated += len(own)
         # ranks read the validation windows in turns
         noise = KeyedNoise(0, 0, own * self.trainer.world_size + self.trainer.global_rank)
-        self._validation += self.loss_sums(batch, noise).to(self._validation)
-
-    def loss_sums(self, batch: Batch, noise: KeyedNoise) -> Float[Tensor, " 3"]:
-        """Return the summed loss in nats, the number of labels and the bytes that they stand for, in fp64."""
         found = self.objective.validation_nll(self.model, self.run_model, batch, noise)
-        return loss_and_byte_sums(found.nats, found.labels, self.token_bytes)
+        sums = loss_and_byte_sums(found.nats, found.labels, self.token_bytes)
+        self._validation += torch.cat([sums, window_moments(found)]).to(self._validation)
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, bits per byte and perplexity over the whole validation set of all ranks."""
-        sums = self.reduced(self._validation, "sum")
-        for name, value in validation_metrics(*sums.tolist()).items():
+        loss, tokens, num_bytes, *moments = self.reduced(self._validation, "sum").tolist()
+        figures = validation_metrics(loss, tokens, num_bytes)
+        if self.objective.is_bound:
+            figures["val/loss_standard_error"] = standard_error_of(loss, tokens, *moments)
+        for name, value in figures.items():
             # the recorder hands them to the loggers, with tokens_seen beside them
             self.log(name, value, logger=False, sync_dist=self.trainer.world_size > 1)
 
@@ -58,3 +59,19 @@ class ValidatedModule(L.LightningModule):
         total = value.detach().clone()
         distributed.all_reduce(total)  # Lightning's own reduction waits at a barrier first
         return total / self.trainer.world_size if reduce_op == "mean" else total
+
+
+def window_moments(found: TokenNLL) -> Float[Tensor, " 5"]:
+    """Return the number of windows, and the sums over windows of s², s n, n² and n, with s nats of n labels each."""
+    nats, labels = found.nats.double().sum(1), found.scored.double().sum(1)
+    count = torch.ones_like(labels).sum()
+    return torch.stack([count, nats.square().sum(), (nats * labels).sum(), labels.square().sum(), labels.sum()])
+
+
+def standard_error_of(
+    loss: float, tokens: float, windows: float, squares: float, products: float, counts: float, labels: float
+) -> float:
+    """Return the standard error of loss / tokens over windows, from the sums of `window_moments`."""
+    mean = loss / max(tokens, 1.0)
+    spread = max(0.0, squares - 2 * mean * products + mean**2 * counts)
+    return math.sqrt(spread / max(windows - 1, 1.0) * windows) / max(labels, 1.0)

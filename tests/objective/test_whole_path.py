@@ -14,6 +14,7 @@ from llm.commands.talk import talk
 from llm.config.check import check
 from llm.errors import ConfigError
 from llm.evals.bound import LikelihoodBound, window_sums
+from llm.evals.evaluation import window_noise
 from llm.evals.extrapolation import Extrapolation
 from llm.evals.held_out_loss import HeldOutLoss
 from llm.training.plan import describe_plan
@@ -64,9 +65,20 @@ def test_accumulation_changes_neither_corruption_nor_losses(trained, composed, t
 
 def test_every_validation_draws_the_same_corruption(trained):
     _, _, folder = trained
-    found = HeldOutLoss(sources={})(subject_of(rebuild(folder, "last"))).figures
+    subject = subject_of(rebuild(folder, "last"))
+    found = HeldOutLoss(sources={})(subject).figures
     summary = json.loads((folder / "summary.json").read_text())
     assert found["val/loss"] == pytest.approx(summary["val/loss"], rel=1e-6)
+    sums, counts, seen = [], [], 0
+    for batch in subject.data.validation_batches():
+        own = subject.objective.validation_nll(subject.model, subject.model, batch, window_noise(seen, batch))
+        sums.append(own.nats.double().sum(1))
+        counts.append(own.scored.double().sum(1))
+        seen += len(batch["input_ids"])
+    nats, labels = torch.cat(sums), torch.cat(counts)
+    deviations = nats - labels * nats.sum() / labels.sum()
+    error = (deviations.square().sum() / (len(nats) - 1) * len(nats)).sqrt() / labels.sum()
+    assert summary["loss_standard_error"] == pytest.approx(float(error), rel=1e-4)
 
 
 def test_the_bound_is_marked_and_has_errors_and_more_samples_only_lower_the_spread(trained):

@@ -87,3 +87,13 @@ def test_a_curve_crosses_where_it_first_reaches_the_loss():
     assert crossing(points, 0.5) is None
     assert mean_curve([points, points[1:3]]) == points[1:3]
     assert mean_curve([]) == []
+
+
+def test_the_loss_of_an_objective_with_a_bound_is_marked(make_run):
+    objective = {"objective._target_": "llm.objective.masked_diffusion.MaskedDiffusion"}
+    bound = make_run("bound", loss=3.0, summary={"bound": True}, **objective)
+    rows = leaderboard(groups_of(make_run("exact", loss=2.0), bound), None)
+    assert [row.is_bound for row in rows] == [False, True]
+    text = to_text(rows, [], None)
+    assert "<= 3.0" in text
+    assert "<= 2.0" not in text
