@@ -88,3 +88,19 @@ def test_a_signature_that_its_module_computes_is_not_read_from_source():
 def test_the_pieces_of_a_default_run_that_import_lightning_are_read_from_source():
     own = yaml.safe_load((conf_folder() / "callbacks" / "default.yaml").read_text())
     assert {"lightning.Trainer", *(node["_target_"] for node in own.values())} <= {*_targets()}
+
+
+ASKING = """
+import sys
+from llm.ops.light_start import without_compiler
+with without_compiler():
+    import torch
+    torch._dynamo.disable(print)
+    from torch._dynamo import OptimizedModule
+import torch._dynamo
+assert torch._dynamo.OptimizedModule is OptimizedModule
+"""
+
+
+def test_a_library_that_asks_for_the_compiler_itself_gets_it():
+    subprocess.run([sys.executable, "-c", ASKING], check=True)
