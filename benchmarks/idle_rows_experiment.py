@@ -30,7 +30,6 @@ EXPERTS = [
 CASES = {
     "lion, embeddings": ["optimizer=lion", *EMBEDDINGS],
     "tiger, embeddings": ["optimizer=tiger", *EMBEDDINGS],
-    "muon with aux=lion, embeddings": ["optimizer=muon", "optimizer.aux=lion", "optimizer.aux_eps=null", *EMBEDDINGS],
     "lion, experts": ["optimizer=lion", *EXPERTS],
     "tiger, experts": ["optimizer=tiger", *EXPERTS],
     "muon, experts": ["optimizer=muon", *EXPERTS],

@@ -118,8 +118,10 @@ def as_text(override: str, *, is_multirun: bool = False) -> str:
         parsed = parse_override(override)
     except HydraException:
         return f"{key}={quote(value)}"
-    if parsed.is_sweep_override():
-        is_text = name in PATH_KEYS and not is_multirun
+    if value != value.strip():  # Hydra removes spaces around a value
+        is_text = True
+    elif parsed.is_sweep_override():
+        is_text = not is_multirun and (name in PATH_KEYS or Path(value).expanduser().exists())
     else:
         is_text = name in PATH_KEYS and isinstance(parsed.value(), int | float)
     return f"{key}={quote(value)}" if is_text else override

@@ -14,11 +14,10 @@ from llm.optim.blocks import as_blocks, check_heads, move_piece, used_blocks
 from llm.optim.checks import in_range, one_of
 from llm.optim.exchange import OwnerExchange
 from llm.optim.grouped_optimizer import CHUNK, GroupedOptimizer, between, gradients_of, slabs
-from llm.optim.idle_rows import row_axes
 from llm.optim.muon_shards import make_exchange, update_matrix_shard
 from llm.optim.newton_schulz import ITERATIONS, orthogonalize
 from llm.optim.row_normalization import balance_rows
-from llm.optim.shard import ShardLayout, rows_to_watch
+from llm.optim.shard import ShardLayout
 from llm.optim.threads import side_by_side
 from llm.optim.update_rules import apply_rule, apply_rule_to_shard, make_rule
 from llm.optim.update_scales import AUX_LR_SCALES, UPDATE_SCALES, update_norm
@@ -51,7 +50,7 @@ class Muon(GroupedOptimizer):
         aux_lr_scale: factor on the lr of the other kinds, > 0; "auto" for `AUX_LR_SCALES`.
         aux_betas: betas of `aux`, each in [0, 1).
         aux_eps: eps of AdamW; None for Lion.
-        skip_idle_rows: do not update an expert, or with `aux="lion"` an embedding, that has no gradient in this step.
+        skip_idle_rows: do not update an expert that has no gradient in this step; it does not apply to embeddings.
 
     Raises:
         ConfigError: if a setting is out of range, a name is unknown, or there is no matrix to orthogonalise.
@@ -134,7 +133,6 @@ class Muon(GroupedOptimizer):
         """Update a flat shard. Owner ranks orthogonalise the matrices; other kinds are updated on each rank."""
         (gradient,) = gradients_of([flat])
         if group["kind"] != "matrix":
-            rows = rows_to_watch(layout, group["kind"]) if self.skip_idle_rows else {}
             apply_rule_to_shard(
                 self.aux,
                 flat,
@@ -142,7 +140,7 @@ class Muon(GroupedOptimizer):
                 self._aux_state(group, [flat]),
                 lr=float(group["lr"]),
                 weight_decay=float(group["weight_decay"]),
-                active=layout.active_elements(gradient, rows) if rows else None,
+                active=None,
             )
             return
         largest = max((min(shape[-2:]) for shape in layout.shapes.values()), default=0)
@@ -193,7 +191,7 @@ class Muon(GroupedOptimizer):
             self._aux_state(group, params),
             lr=float(group["lr"]),
             weight_decay=float(group["weight_decay"]),
-            axes=row_axes(params[0], group["kind"]) if self.skip_idle_rows else None,
+            axes=None,
         )
 
     def _stacks(self, group: dict[str, Any], params: list[Tensor]) -> Iterator[tuple[list[Tensor], int]]:

@@ -20,9 +20,6 @@ class Rule(Protocol):
 
     name: ClassVar[str]
     buffers: ClassVar[tuple[str, ...]]
-    skips_idle_rows: ClassVar[bool]
-    """Whether `skip_idle_rows` acts. An Adam step without it is the usual dense one: a momentum that decays while its
-    row stays would lose most of a rare token's updates."""
 
     def update(self, slab: Slab, *, lr: float, weight_decay: float) -> None:
         """Update `slab.params` and its state."""
@@ -42,7 +39,6 @@ class LionRule:
 
     name: ClassVar[str] = "lion"
     buffers: ClassVar[tuple[str, ...]] = ("momentum",)
-    skips_idle_rows: ClassVar[bool] = True
 
     def __init__(self, *, betas: Sequence[float]) -> None:
         self.betas = check_betas("betas", betas)
@@ -69,7 +65,6 @@ class AdamWRule:
 
     name: ClassVar[str] = "adamw"
     buffers: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
-    skips_idle_rows: ClassVar[bool] = False
 
     def __init__(self, *, betas: Sequence[float], eps: float) -> None:
         self.betas, self.eps = check_betas("betas", betas), in_range("eps", eps, 1e-30, 1.0)
@@ -128,7 +123,7 @@ def apply_rule(
 ) -> None:
     """Run `rule` over whole tensors, slab by slab; with `axes`, rows along them without a gradient are not changed."""
     for slab in slabs(params, gradients, state):
-        if axes is not None and rule.skips_idle_rows:
+        if axes is not None:
             keep_idle_rows(slab, lambda slab=slab: rule.update(slab, lr=lr, weight_decay=weight_decay), axes)
         else:
             rule.update(slab, lr=lr, weight_decay=weight_decay)
@@ -145,7 +140,6 @@ def apply_rule_to_shard(
     active: Tensor | None,
 ) -> None:
     """Run `rule` over a flat shard; elements that are not `active` are not changed, but their state is."""
-    active = active if rule.skips_idle_rows else None
     held = state if active is None else state | {"active": [active]}
     for slab in slabs([flat], [gradient], held):
         mask = None if active is None else slab.state["active"][0]

@@ -149,7 +149,7 @@ def test_an_expert_without_a_token_is_not_changed_by_its_momentum(zoo, groups_of
     assert moved.all()  # a dense Adam step, as AdamW's own
 
 
-def test_lion_does_not_change_the_embedding_of_a_token_that_did_not_occur(zoo, groups_of, set_gradients):
+def test_an_embedding_without_a_token_follows_its_momentum_under_the_sign_of_lion(zoo, groups_of, set_gradients):
     optimizer = muon(groups_of(zoo, lr=0.1), aux="lion", aux_eps=None)
     set_gradients(zoo, 0)
     optimizer.step()
@@ -157,7 +157,7 @@ def test_lion_does_not_change_the_embedding_of_a_token_that_did_not_occur(zoo, g
     set_gradients(zoo, 1)
     zoo.embedding.weight.grad[4] = 0
     optimizer.step()
-    assert (zoo.embedding.weight != before).any(1).tolist() == [row != 4 for row in range(13)]
+    assert (zoo.embedding.weight != before).any(1).all()  # its loss is lower so (docs/optimizers.md)
 
 
 def test_the_rates_of_other_kinds_follow_from_the_update_scale(zoo, groups_of):
