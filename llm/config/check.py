@@ -22,6 +22,9 @@ SUPPLIED_TO = {"data.data_module.TokenDataModule": frozenset({"source"})}
 MAX_SEED = 2**32
 """Seeds lie below this number, as NumPy's generators require."""
 
+MISSING_RULE = "missing; every run needs it, so remove the override that deletes it"
+"""Rule of a key that `~key` has removed."""
+
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]+")
 NAME_RULE = "may have only letters, digits, dots, dashes and underscores; try name=my-run"
 """Names of runs become names of folders."""
@@ -51,14 +54,28 @@ def key_problems(cfg: Mapping[str, Any], groups: Iterable[str] = GROUPS) -> list
     problems = [*_check_run_keys(cfg), *secrets_in(cfg), *escaping_paths(cfg)]
     nodes = {group: cfg.get(group) for group in groups}
     trainer = nodes.get("trainer")
+    if isinstance(trainer, Mapping) and "precision" not in trainer:
+        problems.append(Problem("trainer.precision", MISSING_RULE))
     if isinstance(trainer, Mapping):  # `resolve_precision` checks it: Lightning does not know `auto`
         nodes["trainer"] = {key: value for key, value in trainer.items() if key != "precision"}
     problems += decided_elsewhere(nodes)
+    problems += [_without_option(group, node) for group, node in nodes.items() if _lacks_option(group, node)]
     for group in {"callbacks", "logger", "eval"} & nodes.keys():
         problems += check_pieces(group, cfg.get(group))
     for path, node in target_nodes(nodes):
         problems += check_node(path, node, SUPPLIED_TO.get(str(node["_target_"]), frozenset()))
     return problems
+
+
+def _lacks_option(group: str, node: Any) -> bool:
+    """Return whether a group has settings and no option that reads them, as `+averaging.decay=0.9` alone."""
+    is_piece = group not in {"callbacks", "logger", "eval"}  # these have one piece per name
+    return is_piece and isinstance(node, Mapping) and bool(node) and "_target_" not in node
+
+
+def _without_option(group: str, node: Mapping[str, Any]) -> Problem:
+    key, value = next(iter(node.items()))
+    return Problem(f"{group}.{key}", f"no option reads it; choose one first, as in {group}=<option>", value=value)
 
 
 def _without_unknown_keys(cfg: Mapping[str, Any], problems: Iterable[Problem]) -> dict[str, Any]:
@@ -76,7 +93,9 @@ def _without_unknown_keys(cfg: Mapping[str, Any], problems: Iterable[Problem]) -
 
 def _check_run_keys(cfg: Mapping[str, Any]) -> list[Problem]:
     hints = get_type_hints(RunConfig)
-    problems = []
+    problems = [Problem(key, MISSING_RULE) for key in hints if key not in cfg]
+    if not cfg.get("loader"):
+        problems.append(Problem("loader", MISSING_RULE))
     for key, value in cfg.items():
         if key not in hints and key not in GROUPS:
             rule = f"unknown key{suggest(str(key), {*hints, *GROUPS})}"

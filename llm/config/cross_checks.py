@@ -163,9 +163,9 @@ def _check_probe(cfg: Mapping[str, Any]) -> None:
 
 def _check_held_out_share(cfg: Mapping[str, Any]) -> None:
     """Refuse a share to hold out that somebody has set, where the data has a validation set of its own."""
-    share = cfg["loader"]["val_fraction"]
+    share = (cfg["loader"] or {}).get("val_fraction")
     default = yaml.safe_load((conf_folder() / "train.yaml").read_text(encoding="utf-8"))["loader"]["val_fraction"]
-    if share != default and instantiate(cfg["data"]).validation is not None:
+    if share not in (None, default) and instantiate(cfg["data"]).validation is not None:
         raise ConfigError(
             f"loader.val_fraction={share}: the data has a validation set of its own, so no share of it is held out; "
             "remove loader.val_fraction"
@@ -179,7 +179,7 @@ def check_rates(node: Mapping[str, Any]) -> None:
         ("lr", "above 0", lambda value: 0 < value < math.inf, "4e-3 suits adamw at tiny"),
         ("weight_decay", "at least 0", lambda value: 0 <= value < math.inf, "0.1 is usual"),
     ):
-        value = node[name]
+        value = node.get(name)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not is_valid(value):
             what = rule if is_number else f"a number {rule}"

@@ -4,12 +4,18 @@ from llm.config.check import check
 from llm.config.decided import DECIDED
 from llm.errors import ConfigError
 
+OPTIONS = {
+    "model.ffn": ("model=moe",),
+    "model.first_ffn": ("model=moe",),
+    "model.attention": ("model/attention=vq", "model/position=none"),
+}
+"""Options of a group that have the pieces below it."""
 SETTINGS = [(path, key) for path, keys in DECIDED.items() for key in keys]
 
 
 @pytest.mark.parametrize(("path", "key"), SETTINGS, ids=[f"{path}.{key}" for path, key in SETTINGS])
 def test_a_setting_that_another_key_decides_is_refused_with_that_key(composed, path, key):
-    cfg = composed()
+    cfg = composed(*OPTIONS.get(path.rpartition(".")[0], ()), *OPTIONS.get(path, ()))
     node = cfg
     for part in path.split("."):
         node = node[part]
@@ -43,3 +49,16 @@ def test_a_share_to_hold_out_is_refused_with_a_validation_set_of_the_user(compos
     check(composed(*settings[:-1], "loader.val_fraction=0.1"))
     with pytest.raises(ConfigError, match=r"loader\.val_fraction=0\.1: the data has a validation set of its own"):
         check(composed(*settings, "loader.val_fraction=0.1"))
+
+
+@pytest.mark.parametrize("setting", ["averaging.decay=0.9", "spikes.sigma=3"])
+def test_a_setting_of_a_group_without_an_option_is_refused(composed, setting):
+    group = setting.partition(".")[0]
+    with pytest.raises(ConfigError, match=rf"{setting}: no option reads it; choose one first, as in {group}=<option>"):
+        check(composed(f"+{setting}"))
+
+
+@pytest.mark.parametrize("key", ["max_steps", "seed", "name", "batch_tokens", "loader", "trainer.precision"])
+def test_a_deleted_key_that_every_run_needs_is_named(composed, key):
+    with pytest.raises(ConfigError, match=rf"(?m)^{key}: missing; every run needs it"):
+        check(composed(f"~{key}"))
