@@ -59,7 +59,7 @@ def key_problems(cfg: Mapping[str, Any], groups: Iterable[str] = GROUPS) -> list
     if isinstance(trainer, Mapping):  # `resolve_precision` checks it: Lightning does not know `auto`
         nodes["trainer"] = {key: value for key, value in trainer.items() if key != "precision"}
     problems += decided_elsewhere(nodes)
-    problems += [_without_option(group, node) for group, node in nodes.items() if _lacks_option(group, node)]
+    problems += [_without_option(group, node) for group, node in nodes.items() if node and _lacks_option(group, node)]
     for group in {"callbacks", "logger", "eval"} & nodes.keys():
         problems += check_pieces(group, cfg.get(group))
     for path, node in target_nodes(nodes):
