@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    rows = sorted((read(f) for f in arguments.runs), key=lambda r: (r["size"], not r["revived"], r["estimator"]))
+    runs = [folder for folder in arguments.runs if (folder / "config.yaml").is_file()]
+    rows = sorted((read(folder) for folder in runs), key=lambda r: (r["size"], not r["revived"], r["estimator"]))
     lines = [
         "| codes | estimator | dead codes | in use | perplexity | error | val/loss |",
         "|---|---|---|---|---|---|---|",
