@@ -12,7 +12,7 @@ import torch
 from catalogue import options
 
 from llm.commands.export import ExportConfig, export, write_model
-from llm.config.build import build_model, build_tokenizer
+from llm.config.build import build_model, build_objective, build_tokenizer
 from llm.config.check import check
 from llm.config.settings import settings
 from llm.errors import CheckpointError, ConfigError
@@ -87,6 +87,7 @@ def random_model(composed):
             tokenizer=tokenizer,
             device=torch.device("cpu"),
             precision="32-true",
+            objective=build_objective(cfg, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id),
         )
 
     return make
