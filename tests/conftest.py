@@ -6,6 +6,9 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel; more threads than cores slow them down
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts its background jobs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import pytest
 import torch
 from catalogue import CONF

@@ -98,11 +98,31 @@ def _signature(given: ast.arguments, module: str, *, is_method: bool) -> Signatu
 
 def _evaluate(annotation: ast.expr, module: str) -> Any:
     """Return the value of an annotation, with stand-ins for classes that are not imported."""
-    code = compile(ast.Expression(body=annotation), module, "eval")
     try:
-        return eval(code, {"__builtins__": {}}, _Names(module))
+        return _value(annotation, _Names(module))
     except TypeError:  # an operation that a stand-in does not have
         return _Unread
+
+
+def _value(node: ast.expr, names: _Names) -> Any:
+    """Return the value of a part of an annotation; a stand-in for an expression that annotations do not use."""
+    match node:
+        case ast.Name():
+            return names[node.id]
+        case ast.Constant():
+            return node.value
+        case ast.Attribute():
+            return getattr(_value(node.value, names), node.attr)
+        case ast.Subscript():
+            return _value(node.value, names)[_value(node.slice, names)]
+        case ast.BinOp(op=ast.BitOr()):
+            return _value(node.left, names) | _value(node.right, names)
+        case ast.Tuple():
+            return tuple(_value(part, names) for part in node.elts)
+        case ast.List():
+            return [_value(part, names) for part in node.elts]
+        case _:
+            return _Unread
 
 
 def _with_bases(node: ast.ClassDef, module: str) -> Iterator[tuple[ast.ClassDef | None, str]]:

@@ -66,7 +66,8 @@ def measured_matmul_flops(dtype: torch.dtype, *, size: int = 1024, repeats: int 
 
     In fp32 both MKL and oneDNN are measured, because training may use either; the kernels take turns.
     """
-    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    generator = torch.Generator().manual_seed(0)  # the run's own numbers stay as they are
+    left, right = (torch.randn(size, size, generator=generator).to(dtype) for _ in range(2))
     kernels: list[Callable[[Tensor, Tensor], Tensor]] = [torch.mm]
     if dtype == torch.float32 and HAS_ONEDNN:
         kernels.append(onednn_product)

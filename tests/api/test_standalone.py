@@ -161,8 +161,8 @@ def test_each_group_without_a_run_has_a_piece():
         }.items()
     }
     assert list(built.values()) == [
-        "TopKRouter", "Quantile", "LayerNorm", "MuP", "ByteTokenizer", "PythonSource", "Loss", "SpikeGuard", "NoneType",
-        "EMA",
+        "TopKRouter", "Quantile", "LayerNorm", "MuP", "ByteTokenizer", "PythonSource", "HeldOutLoss", "SpikeGuard",
+        "NoneType", "EMA",
     ]  # fmt: skip
 
 

@@ -84,7 +84,7 @@ def test_every_setting_equals_its_definition_and_decodes(settings, rows, monkeyp
     monkeypatch.setattr(
         layer,
         "attend",
-        lambda q, k, v, *, positions, document_ids, cache: (
+        lambda q, k, v, *, positions, document_ids, cache, sight: (
             layer.reference_attend(q, k, v, positions=positions, document_ids=document_ids),
             {},
             {},

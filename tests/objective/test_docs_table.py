@@ -3,7 +3,7 @@
 import os
 import re
 
-from attention_pairs import LEGAL_PAIRS, build_pair
+from attention_pairs import VALID_PAIRS, build_pair
 from catalogue import CONF, options
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -27,7 +27,7 @@ def table_and_reasons():
     built = {name: instantiate(node)(vocab_size=64, bos_id=0) for name, node in nodes.items()}
     lines, reasons = ["| attention | position |" + "".join(f" {name} |" for name in built)], []
     lines.append("|---|---|" + "---|" * len(built))
-    for attention, position in LEGAL_PAIRS:
+    for attention, position in VALID_PAIRS:
         cells = []
         for objective in built.values():
             reason = reason_against_sight(attention, position, objective.sight)
