@@ -175,7 +175,7 @@ def test_invalid_arguments_are_refused(options, error, text):
 def test_a_gpu_takes_larger_chunks_of_scores(device, tokens, monkeypatch):
     chunks = []
     monkeypatch.setattr(
-        "llm.ops.loss._cross_entropy", lambda h, w, ids, chunk, *_: chunks.append(chunk) or (h.sum(),) * 4
+        "llm.ops.loss._cross_entropy", lambda h, w, ids, weights, chunk, *_: chunks.append(chunk) or (h.sum(),) * 4
     )
     with FakeTensorMode():
         hidden, weight = torch.empty(1, 8, 4, device=device), torch.empty(4096, 4, device=device)

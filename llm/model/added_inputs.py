@@ -44,7 +44,7 @@ class TimeEmbedding(nn.Module):
         total: Any = 0.0
         for index, (inner, outer) in enumerate(zip(self.inner, self.outer, strict=True)):
             angles = times[..., index, None].float() * waves
-            total = total + outer(F.silu(inner(torch.cat([angles.sin(), angles.cos()], -1))))
+            total = total + outer(F.silu(inner(torch.cat([angles.sin(), angles.cos()], -1).to(inner.weight.dtype))))
         return total
 
 

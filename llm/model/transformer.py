@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from llm.contracts import CAUSAL, AttentionGeometry, LayerCache, Sight
 from llm.model.added_inputs import build_extra_embedding, build_time_embedding, look_up
 from llm.model.block import Block
 from llm.model.decoder_checks import check_decoder, choose_ffns, resolve_head_dim
+from llm.ops.head_loss import Rule, head_loss
 from llm.ops.loss import Reduction, linear_cross_entropy
 from llm.ops.products import is_read_only, read_only_product
 
@@ -40,7 +41,11 @@ class Head(nn.Linear):
         labels: Int[Tensor, "batch time"] | None = None,
         reduction: Reduction = "mean",
         weights: Float[Tensor, "batch time"] | None = None,
-    ) -> Tensor:
+        rule: Rule | None = None,
+        per_token: Sequence[Tensor] = (),
+    ) -> Any:
+        if rule is not None:
+            return head_loss(input, self.weight, rule, *per_token)
         if labels is not None:
             return linear_cross_entropy(input, self.weight, labels, reduction=reduction, weights=weights)
         is_plain = torch.is_autocast_enabled(input.device.type)
@@ -181,6 +186,12 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "*result"]:
         """Return the cross-entropy of hidden states in nats; see `linear_cross_entropy`."""
         return self.lm_head(hidden, labels, reduction, weights)
+
+    def rule_loss(
+        self, hidden: Float[Tensor, "batch time d_model"], rule: Rule, *per_token: Tensor
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch time"]]:
+        """Return the sum and the values of a loss per token that a rule computes from its scores; see `head_loss`."""
+        return self.lm_head(hidden, rule=rule, per_token=per_token)
 
     def new_caches(self, *, batch: int, max_length: int, dtype: torch.dtype) -> list[LayerCache]:
         """Return one empty cache per layer, for decoding up to max_length tokens."""
