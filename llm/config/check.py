@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
 from llm.config.build import GROUPS
@@ -93,7 +94,8 @@ def _without_unknown_keys(cfg: Mapping[str, Any], problems: Iterable[Problem]) -
 
 def _check_run_keys(cfg: Mapping[str, Any]) -> list[Problem]:
     hints = get_type_hints(RunConfig)
-    problems = [Problem(key, MISSING_RULE) for key in hints if key not in cfg]
+    needed = [field.name for field in fields(RunConfig) if field.default is MISSING]
+    problems = [Problem(key, MISSING_RULE) for key in needed if key not in cfg]
     if not cfg.get("loader"):
         problems.append(Problem("loader", MISSING_RULE))
     for key, value in cfg.items():

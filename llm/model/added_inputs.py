@@ -42,9 +42,10 @@ class TimeEmbedding(nn.Module):
     def forward(self, times: Float[Tensor, "batch time num_times"]) -> Float[Tensor, "batch time d_model"]:
         waves = 1.5 ** torch.arange(NUM_WAVES, device=times.device) / 4
         total: Any = 0.0
+        dtype = next(self.parameters()).dtype
         for index, (inner, outer) in enumerate(zip(self.inner, self.outer, strict=True)):
             angles = times[..., index, None].float() * waves
-            total = total + outer(F.silu(inner(torch.cat([angles.sin(), angles.cos()], -1).to(inner.weight.dtype))))
+            total = total + outer(F.silu(inner(torch.cat([angles.sin(), angles.cos()], -1).to(dtype))))
         return total
 
 

@@ -13,9 +13,9 @@ DRAWING = (Tensor.normal_, Tensor.uniform_, init.normal_, init.uniform_, init.tr
 
 
 class WithoutStorage(TorchFunctionMode):
-    """Creates tensors of `torch.empty` on the meta device, and skips random initial values.
+    """Creates tensors of `torch.empty` and `torch.ones` on the meta device, and skips random initial values.
 
-    Small tables, such as frequencies and gains, are computed as usual. Only these few functions are replaced, because
+    Small tables, such as frequencies, are computed as usual. Only these few functions are replaced, because
     torch imports its compiler for most others on the meta device, which takes as long as importing torch.
     """
 
@@ -25,6 +25,6 @@ class WithoutStorage(TorchFunctionMode):
         options = kwargs or {}
         if func in DRAWING:
             return args[0] if args else options["tensor"]
-        if func is torch.empty:
-            options = {**options, "device": "meta"}
+        if func in (torch.empty, torch.ones):
+            return torch.empty(*args, **{**options, "device": "meta"})
         return func(*args, **options)

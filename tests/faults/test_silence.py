@@ -35,7 +35,7 @@ from llm.training.train import train
             "+callbacks.own={_target_: lightning.pytorch.callbacks.ModelCheckpoint, filename: ../../x}",
             "leads out of the run folder",
         ),
-        ("name=..", "name=..: letters"),
+        ("name=..", "name=..: may have only letters"),
         ("trainer.precision=bf61", "trainer.precision=bf61"),
         ("schedule.warmup=9999", "schedule.warmup=9999"),
         ("spikes=skipp", "did you mean skip?"),
