@@ -96,6 +96,27 @@ def new_caches(model: Any, ids: Tensor, max_new_tokens: int) -> list[Any]:
     return model.new_caches(batch=ids.shape[0], max_length=ids.shape[1] + max_new_tokens, dtype=dtype)
 
 
+def pad_left_before(
+    prompts: Sequence[Sequence[int]], new: Int[Tensor, "batch new"]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return ids, positions and document ids of prompts with the same number of tokens behind each.
+
+    The document ids are None where all prompts have one length, so that kernels without documents are used.
+
+    Raises:
+        ConfigError: there is no prompt, or one is empty.
+    """
+    ids, positions, documents = pad_left(prompts, new.device)
+    later = torch.arange(1, new.shape[1] + 1, device=new.device)
+    is_padded = len({len(prompt) for prompt in prompts}) > 1
+    documents = torch.cat([documents, documents[:, -1:].expand(-1, new.shape[1])], 1)
+    return (
+        torch.cat([ids, new], 1),
+        torch.cat([positions, positions[:, -1:] + later], 1),
+        documents if is_padded else None,
+    )
+
+
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return ids, positions and document ids of prompts that end in the same column.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm.contracts import BIDIRECTIONAL
 from llm.errors import ConfigError
-from llm.generate.decode import pad_left
+from llm.generate.decode import pad_left_before
 from llm.generate.sampling import check_sampling, filter_logits, sample_token
 from llm.objective.unmasking import check_meaning
 
@@ -75,14 +75,9 @@ class UniformText:
         self.model, self.num_new, self.bos_id = model, max_new_tokens, bos_id
         self.kept = 1 - torch.linspace(1 - margin, margin, steps, dtype=torch.float64)  # α of each pass
         self.generator = torch.Generator().manual_seed(seed)
-        ids, positions, documents = pad_left(prompts, next(model.parameters()).device)
-        later = torch.arange(1, max_new_tokens + 1, device=ids.device)
-        new = torch.randint(model.vocab_size, (len(ids), max_new_tokens), generator=self.generator).to(ids.device)
-        self.ids = torch.cat([ids, new], 1)
-        self.positions = torch.cat([positions, positions[:, -1:] + later], 1)
-        is_padded = len({len(prompt) for prompt in prompts}) > 1
-        documents = torch.cat([documents, documents[:, -1:].expand(-1, max_new_tokens)], 1)
-        self.documents = documents if is_padded else None
+        device = next(model.parameters()).device
+        new = torch.randint(model.vocab_size, (len(prompts), max_new_tokens), generator=self.generator).to(device)
+        self.ids, self.positions, self.documents = pad_left_before(prompts, new)
 
     @torch.inference_mode()
     def _draw(self) -> Int[Tensor, "batch new"]:

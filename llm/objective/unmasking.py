@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm.contracts import BIDIRECTIONAL
 from llm.errors import ConfigError
-from llm.generate.decode import pad_left
+from llm.generate.decode import pad_left_before
 from llm.generate.sampling import check_sampling, sample_token
 
 RevealOrder = Literal["random", "margin", "confidence"]
@@ -65,14 +65,9 @@ class UnmaskedText:
         self.order: RevealOrder = order
         self.num_passes = max_new_tokens if steps is None else steps
         self.generator = torch.Generator().manual_seed(seed)
-        ids, positions, documents = pad_left(prompts, next(model.parameters()).device)
-        later = torch.arange(1, max_new_tokens + 1, device=ids.device)
-        masks = torch.full((len(ids), max_new_tokens), model.vocab_size, device=ids.device)
-        self.ids = torch.cat([ids, masks], 1)
-        self.positions = torch.cat([positions, positions[:, -1:] + later], 1)
-        is_padded = len({len(prompt) for prompt in prompts}) > 1
-        documents = torch.cat([documents, documents[:, -1:].expand(-1, max_new_tokens)], 1)
-        self.documents = documents if is_padded else None
+        device = next(model.parameters()).device
+        masks = torch.full((len(prompts), max_new_tokens), model.vocab_size, device=device)
+        self.ids, self.positions, self.documents = pad_left_before(prompts, masks)
 
     @torch.inference_mode()
     def _draw(self) -> Int[Tensor, "batch new"]:

@@ -68,13 +68,14 @@ def test_exhausted_descriptors_are_one_line_with_the_limit():
 
 def test_exhausted_descriptors_are_recognized_from_any_error():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 64
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 4, hard))
+    used = {int(number) for number in os.listdir("/dev/fd")}
+    limit = [number for number in range(soft) if number not in used][4]  # four numbers below the limit are free
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     try:
         found = limits.limit_error(RuntimeError("received 0 items"), killed_workers=[], micro_batch_tokens=1)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert f"the limit of {used + 4} is reached" in str(found)
+    assert f"the limit of {limit} is reached" in str(found)
 
 
 def test_a_full_shared_memory_is_named(monkeypatch):
