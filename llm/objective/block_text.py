@@ -10,7 +10,8 @@ from torch import Tensor
 from llm.contracts import BIDIRECTIONAL, RewindableCache, Sight
 from llm.generate.decode import new_caches, pad_left
 from llm.generate.sampling import check_sampling
-from llm.objective.unmasking import RevealOrder, check_meaning, reveal
+from llm.objective.unmasking import RevealOrder, reveal
+from llm.objective.whole_text import check_meaning
 
 
 class BlockText:

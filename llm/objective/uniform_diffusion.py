@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm.contracts import BIDIRECTIONAL, IGNORED_LABEL, Batch, LossShare, Noise, Prepared, Sight, TokenNLL
 from llm.objective.scoring import label_count, per_label, scored_tokens
-from llm.objective.uniform_text import CLEAN_TIME, UniformText, log_odds
+from llm.objective.uniform_text import CLEAN_TIME, UniformText
 from llm.objective.unmasking import check_unmasking
 from llm.ops.noise import MASKS, REPLACEMENTS
 
@@ -70,7 +70,7 @@ class UniformDiffusion:
             "input_ids": noisy,
             "positions": batch["positions"],
             "document_ids": batch["document_ids"],
-            "times": torch.where(scored, log_odds(kept), CLEAN_TIME).float()[..., None],
+            "times": torch.where(scored, torch.logit(kept), CLEAN_TIME).float()[..., None],
             "sight": self.sight,
         }
         labels = ids.masked_fill(~scored, IGNORED_LABEL)
