@@ -11,6 +11,7 @@ COMMANDS = {
     "eval": "evaluate a trained model",
     "generate": "continue prompts with a trained model",
     "export": "write a trained model in the format of another library",
+    "compress": "lower the rank of a trained model, or drop hidden units",
     "report": "compare run folders in a table and an HTML page",
     "prepare": "tokenize a corpus ahead of time",
     "replay": "compute the losses of one update's windows again",

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from llm.errors import ConfigError
 from llm.huggingface.rotary_settings import EXPORTED, rope_parameters
 from llm.model.attention.softmax import SoftmaxAttention
+from llm.model.factored import FactoredLinear
 from llm.model.ffn.moe import MoE
 from llm.model.ffn.router import TopKRouter
 from llm.model.ffn.swiglu import SwiGLU
@@ -45,7 +46,7 @@ def find_family(model: Transformer, *, context_length: int, bos_id: int) -> Fami
     Raises:
         NoFamilyError: no class computes it; the message lists the reasons.
     """
-    reasons = [*_attention_reasons(model), *_norm_reasons(model), *_ffn_reasons(model)]
+    reasons = [*_factor_reasons(model), *_attention_reasons(model), *_norm_reasons(model), *_ffn_reasons(model)]
     if reasons:
         raise NoFamilyError(reasons)
     config = _geometry(model, context_length=context_length, bos_id=bos_id)
@@ -53,6 +54,11 @@ def find_family(model: Transformer, *, context_length: int, bos_id: int) -> Fami
     family = _expert_family(model, experts[0], config) if experts else _dense_family(model, config)
     config = {"architectures": [family.architecture], "model_type": family.model_type} | family.config
     return family._replace(config=config)
+
+
+def _factor_reasons(model: Transformer) -> list[str]:
+    is_factored = any(isinstance(module, FactoredLinear) for module in model.modules())
+    return ["model.low_rank factors projections"] if is_factored else []
 
 
 def _attention_reasons(model: Transformer) -> list[str]:

@@ -45,7 +45,7 @@ def fan_in_normal(model: nn.Module, *, num_layers: int, embedding_std: float, he
             std = head_std
         else:
             std = parameter.shape[-1] ** -0.5
-            if owner in RESIDUAL_OUTPUTS:
+            if owner in RESIDUAL_OUTPUTS or (owner == "second" and name.split(".")[-3] in RESIDUAL_OUTPUTS):
                 std /= math.sqrt(2 * num_layers)
         parameter.normal_(0.0, std)
         stds[name] = std

@@ -1,6 +1,6 @@
 """The decoder-only Transformer: embedding, layers, final norm and head."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -14,6 +14,7 @@ from llm.contracts import CAUSAL, AttentionGeometry, LayerCache, Sight
 from llm.model.added_inputs import build_extra_embedding, build_time_embedding, look_up
 from llm.model.block import Block
 from llm.model.decoder_checks import check_decoder, choose_ffns, resolve_head_dim
+from llm.model.factored import factor_projections
 from llm.ops.head_loss import Rule, head_loss
 from llm.ops.loss import Reduction, linear_cross_entropy
 from llm.ops.products import is_read_only, read_only_product
@@ -75,6 +76,7 @@ class Transformer(nn.Module):
         init: called once as `init(model, num_layers=…)`; returns the standard deviation of each matrix by name.
         first_ffn: feed-forward factory of the first layers, where they differ from the others.
         first_ffn_layers: number of first layers that use it, in [0, num_layers].
+        low_rank: rank of projections by their name, such as `q_proj`, in every layer; None for full rank.
         extra_tokens: number of input ids above the vocabulary, such as a mask, which the head never predicts.
         num_times: number of times that `forward` reads per token, as diffusions and flows need.
 
@@ -101,6 +103,7 @@ class Transformer(nn.Module):
         init: Callable[..., dict[str, float]],
         first_ffn: Callable[..., nn.Module] | None = None,
         first_ffn_layers: int = 0,
+        low_rank: Mapping[str, int] | None = None,
         extra_tokens: int = 0,
         num_times: int = 0,
     ) -> None:
@@ -129,6 +132,7 @@ class Transformer(nn.Module):
         self.lm_head = Head(d_model, vocab_size, bias=False)
         if tie_embeddings:
             self.lm_head.weight = self.token_embedding.weight
+        factor_projections(self, low_rank or {})
         self.initial_stds = init(self, num_layers=num_layers)
         # created after `init`, so that every objective starts from the same shared weights
         self.extra_embedding = build_extra_embedding(self, extra_tokens)

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+WEIGHTS_ONLY = "weights_only"
+"""Entry of a manifest that says how weights without a training state were made."""
 MODEL, TRAINING = "model.safetensors", "training.pt"
 _STEP = re.compile(r"step-(\d{8,})")
 

@@ -19,12 +19,12 @@ from llm.config.checked import CheckedConfig
 from llm.config.files import save
 from llm.config.resume import RESOLVED_FROM_AUTO
 from llm.contracts import WorkerWatcher
-from llm.errors import CrucibleError, OutOfMemoryError, SpikeError
+from llm.errors import ConfigError, CrucibleError, OutOfMemoryError, SpikeError
 from llm.ops.allocator import keep_freed_memory
 from llm.ops.kernel_choice import KERNELS, using
 from llm.ops.products import keep_compiled_products
 from llm.run_folder.checkpoint import FoundCheckpoint, find_last
-from llm.run_folder.checkpoint_files import list_checkpoints, read_manifest
+from llm.run_folder.checkpoint_files import WEIGHTS_ONLY, list_checkpoints, read_manifest
 from llm.run_folder.folder import RunFolder
 from llm.run_folder.rollback import read_rollbacks, roll_back
 from llm.training.announce import announce, announce_result
@@ -165,6 +165,11 @@ def _checkpoint_to_resume(checked: CheckedConfig, folder: RunFolder) -> FoundChe
     found = find_last(folder.path)
     for line in found.skipped:
         log.warning("skipped %s", line)
+    if how := (read_manifest(found.path) or {}).get(WEIGHTS_ONLY):
+        raise ConfigError(
+            f"resume={folder.path}: its weights were made by {how} and have no optimizer state to resume; start a run "
+            f"with init_from={folder.path} and the model settings of its config.yaml"
+        )
     log.info("resuming from %s", found.path)
     folder.truncate_metrics(found.step)
     return found

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path for package in ("llm", "data") for path in (ROOT / package).rglob("*.py"))
 
 DOORS = {
+    "llm/compress.py": "python -m llm.compress",
     "llm/export.py": "python -m llm.export",
     "llm/harness.py": "python -m llm.harness",
     "llm/replay.py": "python -m llm.replay",

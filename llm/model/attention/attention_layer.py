@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llm.contracts import CAUSAL, AttentionGeometry, LayerCache, Sight, SublayerOutput
 from llm.errors import ConfigError
 from llm.model.attention.cache import KeyValueCache
+from llm.model.factored import matrix_size, stacked_matrix
 from llm.model.norm import RMSNorm
 from llm.model.position.position_module import Position
 from llm.ops.linear_layer import Linear
@@ -82,12 +83,13 @@ class Attention(nn.Module, ABC):
     @property
     def parameter_heads(self) -> Mapping[str, int]:
         """Heads per projection, negative where they are stacked along the input columns; see `HeadStack`."""
-        return {
-            "q_proj.weight": self.num_heads,
-            "k_proj.weight": self.num_kv_heads,
-            "v_proj.weight": self.num_kv_heads,
-            "o_proj.weight": -self.num_heads,
+        stacks = {
+            "q_proj": self.num_heads,
+            "k_proj": self.num_kv_heads,
+            "v_proj": self.num_kv_heads,
+            "o_proj": -self.num_heads,
         }
+        return {stacked_matrix(name, self.get_submodule(name), heads): heads for name, heads in stacks.items()}
 
     def cautions(self, *, context_length: int, is_training: bool) -> list[str]:
         """Return one line per setting of the position that cannot act as its name says; see `Position.cautions`."""
@@ -189,5 +191,5 @@ class Attention(nn.Module, ABC):
         """Return the forward FLOPs per clean token: two per weight of the projections, and the mixing."""
         projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         copies = 2 if sight.kind == "block_pair" else 1
-        weights = sum(p.weight.numel() for p in projections)
+        weights = sum(map(matrix_size, projections))
         return 2.0 * copies * weights + self.mixing_flops_per_token(context_length, sight)
