@@ -49,7 +49,7 @@ def factor(model: Transformer, node: Mapping[str, Any], *, rank: int | None, sha
     """
     if any(isinstance(module, FactoredLinear) for module in model.modules()):
         raise ConfigError("method=svd: the projections of this run are already factored; compress the original run")
-    matrices = {name: module for name, module in model.named_modules() if _is_projection(name, module)}
+    matrices = projections(model)
     ranks: dict[str, int] = {}
     for name, module in matrices.items():
         leaf, wanted = name.rpartition(".")[2], rank or _rank_of_share(module, share or 1.0)
@@ -64,8 +64,10 @@ def factor(model: Transformer, node: Mapping[str, Any], *, rank: int | None, sha
     return Compressed(model=changed, state=state, kept=after / before, settings=f"model.low_rank={{{text}}}")
 
 
-def _is_projection(name: str, module: torch.nn.Module) -> bool:
-    return type(module) is Linear and name.endswith("_proj")
+def projections(model: torch.nn.Module) -> dict[str, Linear]:
+    """Return the linear projections of full rank by name."""
+    named = model.named_modules()
+    return {name: module for name, module in named if isinstance(module, Linear) and name.endswith("_proj")}
 
 
 def _rank_of_share(module: Linear, share: float) -> int:

@@ -1,5 +1,7 @@
 """Approximations of matrix products: singular values, interpolative decomposition, and columns by norm."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -33,7 +35,8 @@ def interpolative_units(
     matrix = activations.double()
     if matrix.shape[0] > matrix.shape[1]:  # R of a QR decomposition has the same inner products in fewer rows
         matrix = torch.linalg.qr(matrix, mode="r").R
-    order, projection = interpolative.interp_decomp(np.array(matrix.cpu().numpy()), rank, rand=False)
+    found: Any = interpolative.interp_decomp(np.array(matrix.cpu().numpy()), rank, rand=False)
+    order, projection = found  # three values where a precision is given instead of a rank
     kept = [int(index) for index in order[:rank]]
     mixing = torch.zeros(rank, matrix.shape[1], dtype=torch.float64)
     mixing[:, torch.as_tensor(order.astype(np.int64))] = torch.cat(

@@ -1,10 +1,10 @@
 """Evaluates how many directions the matrices of a model, their gradients and their inputs use."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
@@ -73,13 +73,13 @@ def _gradients_and_inputs(
     model, objective = subject.model, subject.objective
     grams: dict[str, Tensor] = {}
 
-    def see(name: str, x: Float[Tensor, "*shape d_in"]) -> None:
-        rows = x.detach().flatten(0, -2).double()
+    def see(name: str, inputs: tuple[Tensor, ...]) -> None:
+        rows = inputs[0].detach().flatten(0, -2).double()
         grams[name] = grams.get(name, 0) + rows.T @ rows
 
     modules = [(name, model.get_submodule(name)) for name, matrix in matrices.items() if matrix.ndim == 2]
     hooks = [
-        module.register_forward_pre_hook(lambda _m, inputs, name=name: see(name, inputs[0]))
+        module.register_forward_pre_hook(partial(_report, name, see))
         for name, module in modules
         if isinstance(module, nn.Linear)
     ]
@@ -103,6 +103,10 @@ def _gradients_and_inputs(
         for hook in hooks:
             hook.remove()
     return sums, grams
+
+
+def _report(name: str, see: Callable[[str, tuple[Tensor, ...]], None], module: nn.Module, inputs: Any) -> None:
+    see(name, inputs)
 
 
 def _means(found: Mapping[str, Mapping[str, Spectrum]]) -> dict[str, float]:
