@@ -33,6 +33,7 @@ TITLES = {
     "batch_schedule": "Batch size over the run",
     "spikes": "Loss spikes",
     "averaging": "Averages of the weights",
+    "grow": "Larger models from trained ones",
     "tokenizer": "Tokenizers",
     "data": "Sources of documents",
     "trainer": "Devices",

@@ -21,7 +21,7 @@ from llm.scaling.rates import Rates
 
 GROUPS = (
     "model", "optimizer", "schedule", "scaling", "batch_schedule", "rates", "data", "tokenizer", "trainer", "logger",
-    "callbacks", "loader", "eval", "averaging", "spikes", "objective",
+    "callbacks", "loader", "eval", "averaging", "spikes", "objective", "grow",
 )  # fmt: skip
 NEXT_TOKEN = {"_target_": "llm.objective.next_token.NextToken", "_partial_": True}
 """The objective of a configuration without one; version 0.1 had no other."""

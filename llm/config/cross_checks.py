@@ -71,6 +71,7 @@ def check_across_groups(cfg: Mapping[str, Any], *, invalid: Collection[str]) -> 
         ({"tokenizer"}, lambda: build_tokenizer(cfg)),
         ({"spikes"}, lambda: instantiate(cfg.get("spikes") or {})),
         ({"eval"}, lambda: build_evaluations(cfg)),
+        ({"grow", "init_from"}, lambda: _check_growth(cfg)),
         (run_keys | {"averaging", "trainer", "batch_schedule"}, lambda: _check_averaging(cfg)),
     ]
     problems = []
@@ -109,6 +110,12 @@ def _check_averaging(cfg: Mapping[str, Any]) -> None:
                 f"averaging.{key}={cfg['averaging'][key]}: the first average would follow update "
                 f"{averager.first_average} of a run of {steps}; lower it, or set averaging=null"
             )
+
+
+def _check_growth(cfg: Mapping[str, Any]) -> None:
+    """Refuse a growth without the weights to grow."""
+    if cfg.get("grow") and cfg.get("init_from") is None:
+        raise ConfigError("grow: needs the trained run that is grown; add init_from=<run folder>")
 
 
 def _check_schedule(cfg: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from llm.config.source_signatures import IMPORTS_LIGHTNING, read_signature
 from llm.errors import closest
 
 ALLOWED_TARGETS = (
+    "llm.adapt.",
     "llm.callbacks.",
     "llm.distributed.deepspeed_trainer.",
     "llm.evals.",

@@ -11,7 +11,6 @@ import torch
 from llm.callbacks.rng_state import get_rng_state, set_rng_state
 from llm.config.build import build_objective, module_factories
 from llm.config.checked import CheckedConfig
-from llm.config.run import RunConfig
 from llm.config.sizes import Sizes
 from llm.contracts import Objective
 from llm.distributed.launch import find_launch
@@ -27,6 +26,7 @@ from llm.ops.memory import SavedBytes
 from llm.run_folder.checkpoint import compare_state, find_last, load_model
 from llm.run_folder.folder import RunFolder
 from llm.scaling.noise_estimate import PROBE_REMEDY
+from llm.training.grown import grown_state
 from llm.training.learning_rate import rated_groups
 from llm.training.micro_batch import find_micro_batch_size
 from llm.training.noise_probe import PROBE_PATIENCE, PROBE_UPDATES, measure_noise_scale
@@ -35,12 +35,17 @@ from llm.training.trial import NO_TOKEN, trial_batch, trial_loss
 log = logging.getLogger(__name__)
 
 
-def load_initial_weights(run: RunConfig, model: Transformer, bos_id: int) -> None:
-    """Copy the weights that `init_from` names into the model; do nothing where it is null."""
+def load_initial_weights(checked: CheckedConfig, model: Transformer, bos_id: int) -> None:
+    """Copy the weights that `init_from` names into the model, and grow them; do nothing where it is null."""
+    run = checked.run
     if run.init_from is None:
         return
     source = Path(run.init_from)
     if is_hf_folder(source):
+        if checked.tree.get("grow"):
+            raise ConfigError(
+                f"grow: init_from={source} is a Hugging Face folder; train one update from it, and grow that run"
+            )
         hf_state = load_hf_weights(source, model, context_length=run.context_length, bos_id=bos_id)
         model.load_state_dict(hf_state)
         launch = find_launch()
@@ -50,6 +55,9 @@ def load_initial_weights(run: RunConfig, model: Transformer, bos_id: int) -> Non
         return
     folder = source if (source / "manifest.json").is_file() else find_last(source, key="init_from").path
     own = model.state_dict()
+    if checked.tree.get("grow"):
+        model.load_state_dict(grown_state(checked, folder, model_state(folder), model))
+        return
     state = with_added(without_statistics(model_state(folder)), own)
     compare_state(state, without_statistics(own), source=f"init_from={folder}")
     model.load_state_dict(own | state)

@@ -86,7 +86,7 @@ def _train_until_spike(checked: CheckedConfig, folder: RunFolder) -> CheckedConf
     data.setup("fit")
     data.leave_out(entry["left_out"] for entry in read_rollbacks(folder))
     model = build_model(checked.tree, data.tokenizer.vocab_size)
-    load_initial_weights(checked.run, model, data.tokenizer.bos_id)
+    load_initial_weights(checked, model, data.tokenizer.bos_id)
     data.micro_batch_size = chosen_micro_batch_size(checked, model, folder)
     if checked.run.micro_batch_size == "auto":
         folder.update({RESOLVED_FROM_AUTO: {"micro_batch_size": data.micro_batch_size}})
