@@ -65,6 +65,14 @@ FAMILIES = {
     "MixtralForCausalLM, statistics of balance": (
         *SOFTMAX, "model.ffn.router.normalize=true", "model.ffn.balance.scope=global_batch",
     ),
+    "Glm4MoeForCausalLM, a share of each head turns": (*MOE, "model.head_dim=12", "model.position.rotary_share=0.4"),
+    "Glm4MoeForCausalLM, a share of a raised base": (
+        *MOE, "model.head_dim=12", "model.position.rotary_share=0.5", "model/position=ntk", "model.position.factor=4.0",
+    ),
+    "Glm4MoeForCausalLM, a share under YaRN": (
+        *MOE, "model.head_dim=24", "model.position.rotary_share=0.5", "model/position=yarn",
+        "model.position.original_context_length=16",
+    ),
     "Glm4MoeForCausalLM, no bias": (*MOE, "model/ffn/balance=none", "model.ffn.router.normalize=false"),
 }  # fmt: skip
 
@@ -120,6 +128,9 @@ def test_an_exported_model_has_the_logits_and_gives_back_the_very_weights(random
         (("model/position=rerope",), "model/position is ReRoPE"),
         (("model/norm=layer",), "model/norm is LayerNorm"),
         (("model.attention.key_norm=true",), "key_norm"),
+        (("model.position.turn_values=true",), r"model\.position\.turn_values"),
+        (("model.attention.shared_kv=true",), r"model\.attention\.shared_kv"),
+        (("model.position.rotary_share=0.5",), r"model\.position\.rotary_share below 1"),
         (("model.position.log_n=clipped", "model.position.train_length=24"), "log_n"),
         ((QK_NORM, "model.norm.eps=1e-5"), "differ in eps"),
         ((*MOE, "model.ffn.normalize_outputs=true"), "normalize_outputs"),
@@ -181,8 +192,14 @@ ROPE_KEYS = ("rope_theta", "rope_parameters")
 @pytest.mark.parametrize(
     ("overrides", "changes", "absent", "reason"),
     [
-        (MOE, {"partial_rotary_factor": 0.5}, ("rope_parameters",), r"partial_rotary_factor=0\.5"),
-        (MOE, {}, ("rope_parameters", "partial_rotary_factor"), r"partial_rotary_factor=0\.5"),
+        (
+            MOE,
+            {"partial_rotary_factor": 0.5},
+            ("rope_parameters",),
+            r"model\.position\.rotary_share is 1\.0, there it is 0\.5",
+        ),
+        ((), {"partial_rotary_factor": 0.5}, ("rope_parameters",), "its class turns all of each head"),
+        (MOE, {}, ("rope_parameters", "partial_rotary_factor"), r"model\.position\.rotary_share is 1\.0"),
         (MOE, {"n_group": 4, "topk_group": 1}, (), "n_group and topk_group: .* 1 of 4 groups"),
         (MOE, {}, ("norm_topk_prob", "routed_scaling_factor"), r"router\.routed_scale is .*, there it is 1\.0"),
         (MOE, {}, ("first_k_dense_replace",), r"model\.first_ffn_layers is 0, there it is 1"),

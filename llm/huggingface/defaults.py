@@ -133,6 +133,8 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     heads = given["num_attention_heads"]
     settings["num_key_value_heads"] = given["num_key_value_heads"] or heads
     settings["head_dim"] = given.get("head_dim") or given["hidden_size"] // heads
+    turning = int(settings["head_dim"] * settings["partial_rotary_factor"])  # rounded down, as transformers does
+    settings["partial_rotary_factor"] = turning / settings["head_dim"]
     settings["hidden_act"] = "silu" if given["hidden_act"] == "swish" else given["hidden_act"]
     if model_type in ("qwen3_moe", "glm4_moe"):
         settings |= _expert_settings(settings, _dense_layers(given))

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from llm.errors import ConfigError
-from llm.huggingface.rotary_settings import EXPORTED, rope_parameters
+from llm.huggingface.rotary_settings import EXPORTED, rope_parameters, rotary_share
 from llm.model.attention.softmax import SoftmaxAttention
 from llm.model.factored import FactoredLinear
 from llm.model.ffn.moe import MoE
@@ -69,12 +69,29 @@ def _attention_reasons(model: Transformer) -> list[str]:
             reasons.append(f"model/attention is {type(attention).__name__}")
         elif attention.key_norm:
             reasons.append("model.attention.key_norm=true")
+        elif attention.shared_kv:
+            reasons.append("model.attention.shared_kv=true")
     position = model.position
     if type(position) not in EXPORTED:
         reasons.append(f"model/position is {type(position).__name__}")
     elif position.scales_queries:
         reasons.append("model.position.log_n scales queries")
+    elif position.turns_values:
+        reasons.append("model.position.turn_values=true")
+    elif _turning_share(model) < 1 and not _is_glm(model):
+        reasons.append("model.position.rotary_share below 1 without experts of sigmoid scores, which GLM-4-MoE has")
     return reasons
+
+
+def _is_glm(model: Transformer) -> bool:
+    """Return whether the experts are those of GLM-4-MoE, the one class here that turns a part of each head."""
+    routers = [block.ffn.router for block in model.blocks() if isinstance(block.ffn, MoE)]
+    return bool(routers) and isinstance(routers[0], TopKRouter) and routers[0].scores == "sigmoid"
+
+
+def _turning_share(model: Transformer) -> float:
+    """Return the share of each head that turns."""
+    return rotary_share(model.position, _attentions(model)[0].head_dim) if _attentions(model) else 1.0
 
 
 def _norm_reasons(model: Transformer) -> list[str]:
@@ -108,7 +125,7 @@ def _ffn_reasons(model: Transformer) -> list[str]:
 
 def _geometry(model: Transformer, *, context_length: int, bos_id: int) -> dict[str, Any]:
     attention = _attentions(model)[0]
-    rope = rope_parameters(attention.position, attention.head_dim)
+    rope = rope_parameters(attention.position)
     scaled = {} if rope["rope_type"] == "default" else {"rope_scaling": rope}  # read by transformers 4
     return {
         "vocab_size": model.vocab_size,
@@ -187,9 +204,9 @@ def _expert_family(model: Transformer, moe: MoE, config: dict[str, Any]) -> Fami
             "n_group": 1,
             "topk_group": 1,
             "use_qk_norm": _has_qk_norm(model),
-            "partial_rotary_factor": 1.0,
+            "partial_rotary_factor": _turning_share(model),
         }
-        rope = config["rope_parameters"] | {"partial_rotary_factor": 1.0}
+        rope = config["rope_parameters"] | {"partial_rotary_factor": _turning_share(model)}
         return Family("Glm4MoeForCausalLM", "glm4_moe", config | own | {"rope_parameters": rope})
     return _softmax_experts(model, moe, router, config, dense=dense, dense_width=dense_width)
 

@@ -18,11 +18,19 @@ EXPORTED = (RoPE, NTKRoPE, LinearScalingRoPE, Llama3RoPE, YaRNRoPE)
 """Positions that config.json can express."""
 
 
-def rope_parameters(position: Position, head_dim: int) -> dict[str, Any]:
+def rotary_share(position: Position, head_dim: int) -> float:
+    """Return the `partial_rotary_factor` of a rotary position, of which transformers rounds head_dim · factor down."""
+    turning = 2 * len(position.frequencies)
+    share = turning / head_dim
+    return share if int(head_dim * share) == turning else math.nextafter(share, 2.0)
+
+
+def rope_parameters(position: Position) -> dict[str, Any]:
     """Return the `rope_parameters` under which Hugging Face's classes compute one of the `EXPORTED` positions."""
     assert isinstance(position, RoPE)
     if isinstance(position, NTKRoPE):
-        theta = position.base * position.factor ** (head_dim / (head_dim - 2))
+        turning = 2 * len(position.frequencies)
+        theta = position.base * position.factor ** (turning / (turning - 2))
         return {"rope_type": "default", "rope_theta": theta}
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": position.base}
     if isinstance(position, LinearScalingRoPE):

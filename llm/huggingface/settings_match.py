@@ -15,6 +15,7 @@ OVERRIDES = {
     "tie_word_embeddings": "model.tie_embeddings",
     "rms_norm_eps": "model.norm.eps",
     "rope_theta": "model.position.base",
+    "partial_rotary_factor": "model.position.rotary_share",
     "factor": "model.position.factor",
     "low_freq_factor": "model.position.low_freq_factor",
     "high_freq_factor": "model.position.high_freq_factor",
@@ -51,8 +52,8 @@ REFUSALS = {
     "attention_bias": "its projections have biases, and no attention here has",
     "mlp_bias": "its projections have biases, and no feed-forward here has",
     "hidden_act": "its feed-forward uses {value}, and the one here uses silu",
-    "partial_rotary_factor": "partial_rotary_factor={value}: it rotates a part of each head, and positions here rotate "
-    "all of it",
+    "partial_rotary_factor": "partial_rotary_factor={value}: its class turns all of each head whatever the factor; "
+    "delete the key from config.json",
     "expert_groups": "n_group and topk_group: its router chooses among {value} groups of experts, and no router here "
     "has groups",
 }
@@ -74,7 +75,9 @@ def setting_problems(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list
         if key == "model_type" or (key in given and is_same(value, given[key])):
             continue
         is_of_class = key in OVERRIDES or value == DEFAULTS[wanted["model_type"]].get(key)
-        if key in given or not is_of_class:  # a key that only their class has is covered by the hint
+        if key == "partial_rotary_factor" and wanted["model_type"] != "glm4_moe":
+            problems.append(REFUSALS[key].format(value=value))
+        elif key in given or not is_of_class:  # a key that only their class has is covered by the hint
             problems.append(_difference(key, value, given.get(key)))
     return problems
 

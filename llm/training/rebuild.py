@@ -127,12 +127,24 @@ def read_config(
         raise ConfigError(f"run_dir={folder}: holds no config.yaml; name a run folder, such as runs/<folder>")
     cfg = load(folder / "config.yaml") | {"callbacks": {}}
     if position is not None:
+        _check_turning(cfg["model"]["position"], position)
         cfg["model"]["position"] = dict(position)
     if context_length is not None:
         _set_context_length(cfg, context_length)
     if "path" in cfg.get("tokenizer", {}) and (folder / TOKENIZER).is_file():  # made elsewhere; the run keeps a copy
         cfg["tokenizer"]["path"] = str(folder / TOKENIZER)
     return check(cfg)
+
+
+def _check_turning(trained: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Refuse another position that turns other parts of a head, or values where training did not."""
+    for key, default in (("rotary_share", 1.0), ("turn_values", False)):
+        wanted = trained.get(key, default)
+        if "base" in trained and "base" in other and other.get(key, default) != wanted:
+            remedy = f"model.position.{key}={wanted}" if key in other else "a position with this key, such as rope"
+            raise ConfigError(
+                f"model.position.{key}={other.get(key, default)}: this run was trained with {wanted}; set {remedy}"
+            )
 
 
 def _set_context_length(cfg: dict[str, Any], context_length: int) -> None:

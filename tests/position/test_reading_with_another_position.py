@@ -53,3 +53,10 @@ def test_a_position_with_a_mistake_is_refused_by_name(trained, loss):
         loss(trained, "rerope", windo=3)
     with pytest.raises(ConfigError, match="context_length=0"):
         loss(trained, context_length=0)
+
+
+def test_a_position_that_turns_another_share_than_in_training_is_refused(trained, loss):
+    with pytest.raises(ConfigError, match=r"rotary_share=0\.5: this run was trained with 1\.0; set model\.position"):
+        loss(trained, "rerope", rotary_share=0.5)
+    with pytest.raises(ConfigError, match=r"turn_values=True: this run was trained with False"):
+        loss(trained, "ntk", turn_values=True)

@@ -32,6 +32,7 @@ class Attention(nn.Module, ABC):
         key_norm: score by q·k/‖k‖, without a gain and without head_dim^−1/2 (kexue.fm/archives/9859).
         qk_norm_eps: added to the mean square of queries and keys under qk_norm; the default serves a config.yaml
             without this key.
+        shared_kv: whether values are the keys, so that there is no v_proj.
 
     Raises:
         ConfigError: num_kv_heads does not divide num_heads, this attention cannot use the position, or both norms
@@ -56,6 +57,7 @@ class Attention(nn.Module, ABC):
         qk_norm: bool,
         key_norm: bool,
         qk_norm_eps: float = QK_NORM_EPS,
+        shared_kv: bool = False,
     ) -> None:
         super().__init__()
         if qk_norm and key_norm:
@@ -73,7 +75,7 @@ class Attention(nn.Module, ABC):
         self.position, self.layer_index = position, layer_index
         self.q_proj = Linear(geometry.d_model, heads * head_dim, bias=False)
         self.k_proj = Linear(geometry.d_model, kv_heads * head_dim, bias=False)
-        self.v_proj = Linear(geometry.d_model, kv_heads * head_dim, bias=False)
+        self.v_proj = None if shared_kv else Linear(geometry.d_model, kv_heads * head_dim, bias=False)
         self.o_proj = Linear(heads * head_dim, geometry.d_model, bias=False)
         self.q_norm = RMSNorm(dim=head_dim, eps=qk_norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(dim=head_dim, eps=qk_norm_eps) if qk_norm else None
@@ -89,7 +91,8 @@ class Attention(nn.Module, ABC):
             "v_proj": self.num_kv_heads,
             "o_proj": -self.num_heads,
         }
-        return {stacked_matrix(name, self.get_submodule(name), heads): heads for name, heads in stacks.items()}
+        modules = {name: module for name in stacks if (module := getattr(self, name)) is not None}
+        return {stacked_matrix(name, module, stacks[name]): stacks[name] for name, module in modules.items()}
 
     def cautions(self, *, context_length: int, is_training: bool) -> list[str]:
         """Return one line per setting of the position that cannot act as its name says; see `Position.cautions`."""
@@ -128,15 +131,14 @@ class Attention(nn.Module, ABC):
         return SublayerOutput(hidden=self.o_proj(mixed.flatten(2)), losses=losses, metrics=metrics)
 
     def project(self, x: Float[Tensor, "batch time d_model"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [batch time heads head_dim] and k, v [batch time kv_heads head_dim]."""
+        """Return q [batch time heads head_dim] and k, v [batch time kv_heads head_dim]; v may be k."""
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.key_norm:
             k = F.normalize(k.float(), dim=-1, eps=QK_NORM_EPS).to(k.dtype)
-        return q, k, v
+        return q, k, k if self.v_proj is None else self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
 
     @abstractmethod
     def attend(
@@ -191,5 +193,5 @@ class Attention(nn.Module, ABC):
         """Return the forward FLOPs per clean token: two per weight of the projections, and the mixing."""
         projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         copies = 2 if sight.kind == "block_pair" else 1
-        weights = sum(map(matrix_size, projections))
+        weights = sum(matrix_size(projection) for projection in projections if projection is not None)
         return 2.0 * copies * weights + self.mixing_flops_per_token(context_length, sight)

@@ -37,31 +37,34 @@ class KeyValueCache:
     def append(
         self,
         views: tuple[PositionView, ...],
-        v: Float[Tensor, "batch time kv_heads value_dim"],
+        v: Float[Tensor, "batch time kv_heads value_dim"] | None,
         document_ids: Int[Tensor, "batch time"] | None,
-    ) -> tuple[tuple[PositionView, ...], Tensor, Tensor | None]:
+    ) -> tuple[tuple[PositionView, ...], Tensor | None, Tensor | None]:
         """Store the new tokens; return views, values and document ids that cover all tokens seen.
 
-        The ids are None while no call has passed any: every row is one document.
+        The ids are None while no call has passed any: every row is one document. Values are None where the keys of
+        the first view are the values.
 
         Raises:
             ShapeError: the cache would exceed max_length tokens.
         """
-        start, end = self._length, self._length + v.shape[1]
+        start, end = self._length, self._length + views[0].k.shape[1]
         if end > self.max_length:
             raise ShapeError(f"cache length={end}: exceeds max_length={self.max_length}; allocate a longer cache")
-        if self._values is None:
+        if not self._keys:
             self._keys = [self._buffer(view.k) for view in views]
-            self._values = self._buffer(v)
+            self._values = None if v is None else self._buffer(v)
         for keys, view in zip(self._keys, views, strict=True):
             keys[:, start:end] = view.k
-        self._values[:, start:end] = v
+        if self._values is not None:
+            self._values[:, start:end] = v
         if document_ids is not None:
             self._is_one_document = False
             self._document_ids[:, start:end] = document_ids
         self._length = end
         whole = tuple(view._replace(k=keys[:, :end]) for keys, view in zip(self._keys, views, strict=True))
-        return whole, self._values[:, :end], None if self._is_one_document else self._document_ids[:, :end]
+        values = None if self._values is None else self._values[:, :end]
+        return whole, values, None if self._is_one_document else self._document_ids[:, :end]
 
     def _buffer(self, like: Tensor) -> Tensor:
         return torch.zeros(self.batch, self.max_length, *like.shape[2:], dtype=self.dtype, device=self.device)

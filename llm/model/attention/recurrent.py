@@ -31,7 +31,12 @@ class RecurrentAttention(Attention):
         """Return the mixed values and the states after the last token; shapes as in `attend`, `ids` of documents."""
 
     def check_position(self, position: Position) -> None:
-        """Accept positions with one view."""
+        """Accept positions with one view that turn no values."""
+        if position.turns_values:
+            raise ConfigError(
+                f"model.position.turn_values=true: model.attention={self.option} sums values in a state, and its "
+                "output is not turned back; set model.position.turn_values=false, or use model/attention=softmax"
+            )
         if position.far_from is not None:
             raise ConfigError(
                 f"model.position={type(position).__name__}: it scores far pairs one by one, which "

@@ -24,12 +24,14 @@ class SoftmaxAttention(Attention):
     Args:
         window: number of keys that a query sees, itself included, at least 1; None for all. A two-sided query sees
             keys at a distance below it.
+        shared_kv: use keys as values. A position that turns values lets the cache hold one tensor for both.
         geometry, position, layer_index, qk_norm, key_norm, qk_norm_eps: see `Attention`.
 
     Raises:
         ConfigError: window is below 1.
 
-    Source: Vaswani et al., "Attention Is All You Need", arXiv:1706.03762, eq. 1; windows of arXiv:2004.05150.
+    Source: Vaswani et al., "Attention Is All You Need", arXiv:1706.03762, eq. 1; windows of arXiv:2004.05150; shared
+    keys and values of Su Jianlin, kexue.fm/archives/10907 and 11111.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class SoftmaxAttention(Attention):
         key_norm: bool,
         window: int | None,
         qk_norm_eps: float = QK_NORM_EPS,
+        shared_kv: bool = False,
     ) -> None:
         if window is not None and window < 1:
             raise ConfigError(f"model.attention.window={window}: must be at least 1, or null for all; try 256")
@@ -52,8 +55,9 @@ class SoftmaxAttention(Attention):
             qk_norm=qk_norm,
             key_norm=key_norm,
             qk_norm_eps=qk_norm_eps,
+            shared_kv=shared_kv,
         )
-        self.window = window
+        self.window, self.shared_kv = window, shared_kv
 
     def check_position(self, position: Position) -> None:
         """Accept every position."""
@@ -83,12 +87,44 @@ class SoftmaxAttention(Attention):
     ) -> tuple[Float[Tensor, "batch time heads head_dim"], dict[str, Tensor], dict[str, Tensor]]:
         """Mix values by the softmax of scores."""
         views = self.position(q, k, positions)
+        values = None if self.stores_one_tensor else self.position.turn(v, positions) if self.turns_values else v
         if cache is not None:
-            views, v, document_ids = cache.append(views, v, document_ids)
-        if sight != CAUSAL:
-            options = {"sight": sight, "positions": positions, "document_ids": document_ids}
-            return sighted_attention(views[0].q, views[0].k, v, **options, scale=self.scale, window=self.window), {}, {}
-        return attend_views(views, v, document_ids=document_ids, scale=self.scale, window=self.window), {}, {}
+            views, values, document_ids = cache.append(views, values, document_ids)
+        values = views[0].k if values is None else values
+        options: dict[str, Any] = {"document_ids": document_ids, "scale": self.scale, "window": self.window}
+        if sight == CAUSAL:
+            mixed = attend_views(views, values, **options)
+        else:
+            mixed = sighted_attention(views[0].q, views[0].k, values, sight=sight, positions=positions, **options)
+        return self.position.turn_back(mixed, positions) if self.turns_values else mixed, {}, {}
+
+    @property
+    def turns_values(self) -> bool:
+        """Whether values are turned by their positions, and outputs back."""
+        return self.position.turns_values
+
+    @property
+    def stores_one_tensor(self) -> bool:
+        """Whether the keys that are scored are the values as well, so that a cache holds them once."""
+        return self.shared_kv and (self.turns_values or self.position.bare_keys_from == 0)
+
+    def reference_attend(
+        self,
+        q: Float[Tensor, "batch time heads head_dim"],
+        k: Float[Tensor, "batch time kv_heads head_dim"],
+        v: Float[Tensor, "batch time kv_heads head_dim"],
+        *,
+        positions: Int[Tensor, "batch time"],
+        document_ids: Int[Tensor, "batch time"] | None,
+        sight: Sight = CAUSAL,
+    ) -> Float[Tensor, "batch time heads head_dim"]:
+        """Mix as in `Attention`, values turned and outputs turned back where the position does so."""
+        keys = {"positions": positions, "document_ids": document_ids, "sight": sight}
+        if not self.turns_values:
+            return super().reference_attend(q, k, v, **keys)
+        return self.position.turn_back(
+            super().reference_attend(q, k, self.position.turn(v, positions), **keys), positions
+        )
 
     def pair_weights(
         self,

@@ -19,6 +19,7 @@ class LinearScalingRoPE(RoPE):
         factor: target length over training length, at least 1; 1 is RoPE.
         log_n: see `Position`.
         train_length: see `Position`.
+        rotary_share, turn_values: see `RoPE`.
 
     Raises:
         ConfigError: factor is below 1.
@@ -27,9 +28,26 @@ class LinearScalingRoPE(RoPE):
     arXiv:2306.15595, eq. 4; `rope_type: linear` of Hugging Face.
     """
 
-    def __init__(self, *, head_dim: int, base: float, factor: float, log_n: LogNMode, train_length: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        head_dim: int,
+        base: float,
+        factor: float,
+        log_n: LogNMode,
+        train_length: int | None,
+        rotary_share: float = 1.0,
+        turn_values: bool = False,
+    ) -> None:
         self.factor = check_factor(factor)
-        super().__init__(head_dim=head_dim, base=base, log_n=log_n, train_length=train_length)
+        super().__init__(
+            head_dim=head_dim,
+            base=base,
+            log_n=log_n,
+            train_length=train_length,
+            rotary_share=rotary_share,
+            turn_values=turn_values,
+        )
 
     def reach(self, train_length: int) -> float:
         """Return `factor` times the training length."""

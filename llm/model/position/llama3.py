@@ -28,6 +28,7 @@ class Llama3RoPE(RoPE):
         original_context_length: tokens per window before the extension.
         log_n: see `Position`.
         train_length: see `Position`.
+        rotary_share, turn_values: see `RoPE`.
 
     Raises:
         ConfigError: factor is below 1, the two bounds are not in ascending order above 0, or the length is below 1.
@@ -47,6 +48,8 @@ class Llama3RoPE(RoPE):
         original_context_length: int,
         log_n: LogNMode,
         train_length: int | None,
+        rotary_share: float = 1.0,
+        turn_values: bool = False,
     ) -> None:
         if not 0 < low_freq_factor < high_freq_factor:
             raise ConfigError(
@@ -56,7 +59,14 @@ class Llama3RoPE(RoPE):
         self.factor = check_factor(factor)
         self.low_freq_factor, self.high_freq_factor = low_freq_factor, high_freq_factor
         self.original_context_length = check_original_length(original_context_length)
-        super().__init__(head_dim=head_dim, base=base, log_n=log_n, train_length=train_length)
+        super().__init__(
+            head_dim=head_dim,
+            base=base,
+            log_n=log_n,
+            train_length=train_length,
+            rotary_share=rotary_share,
+            turn_values=turn_values,
+        )
 
     def reach(self, train_length: int) -> float:
         """Return `factor` times the training length."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from llm.errors import ConfigError
 from llm.model.position.log_n import LogNMode
 from llm.model.position.rope import RoPE
-from llm.model.position.rotary import check_factor
+from llm.model.position.rotary import check_factor, rotated_size
 
 
 class NTKRoPE(RoPE):
@@ -23,6 +23,7 @@ class NTKRoPE(RoPE):
         factor: target length over training length, at least 1; 1 is RoPE.
         log_n: see `Position`.
         train_length: see `Position`.
+        rotary_share, turn_values: see `RoPE`.
 
     Raises:
         ConfigError: factor is below 1, or head_dim is 2, which leaves a single frequency.
@@ -32,9 +33,26 @@ class NTKRoPE(RoPE):
     Differs: Su's radix exponent 2/head_dim divides the lowest frequency by slightly less than `factor`.
     """
 
-    def __init__(self, *, head_dim: int, base: float, factor: float, log_n: LogNMode, train_length: int | None) -> None:
-        self.factor = check_scaling(factor, head_dim)
-        super().__init__(head_dim=head_dim, base=base, log_n=log_n, train_length=train_length)
+    def __init__(
+        self,
+        *,
+        head_dim: int,
+        base: float,
+        factor: float,
+        log_n: LogNMode,
+        train_length: int | None,
+        rotary_share: float = 1.0,
+        turn_values: bool = False,
+    ) -> None:
+        self.factor = check_scaling(factor, rotated_size(head_dim, rotary_share))
+        super().__init__(
+            head_dim=head_dim,
+            base=base,
+            log_n=log_n,
+            train_length=train_length,
+            rotary_share=rotary_share,
+            turn_values=turn_values,
+        )
 
     def reach(self, train_length: int) -> float:
         """Return `factor` times the training length."""
@@ -60,6 +78,7 @@ class NTKMixedRoPE(RoPE):
         exponent: b, in [0, 1].
         log_n: see `Position`.
         train_length: see `Position`.
+        rotary_share, turn_values: see `RoPE`.
 
     Raises:
         ConfigError: factor is below 1, or exponent lies outside [0, 1].
@@ -76,11 +95,20 @@ class NTKMixedRoPE(RoPE):
         exponent: float,
         log_n: LogNMode,
         train_length: int | None,
+        rotary_share: float = 1.0,
+        turn_values: bool = False,
     ) -> None:
         if not 0 <= exponent <= 1:
             raise ConfigError(f"model.position.exponent={exponent}: must lie in [0, 1]; 0.625 is the source's")
-        self.factor, self.exponent = check_scaling(factor, head_dim), exponent
-        super().__init__(head_dim=head_dim, base=base, log_n=log_n, train_length=train_length)
+        self.factor, self.exponent = check_scaling(factor, rotated_size(head_dim, rotary_share)), exponent
+        super().__init__(
+            head_dim=head_dim,
+            base=base,
+            log_n=log_n,
+            train_length=train_length,
+            rotary_share=rotary_share,
+            turn_values=turn_values,
+        )
 
     def reach(self, train_length: int) -> float:
         """Return `factor` times the training length."""

@@ -31,6 +31,9 @@ class Position(nn.Module, ABC):
     amplitude: float = 1.0
     """Factor on rotated queries and on rotated keys, which multiplies scores by its square."""
 
+    turns_values: bool = False
+    """Whether values are turned by their positions, and outputs back by theirs."""
+
     def __init__(self, *, log_n: LogNMode, train_length: int | None) -> None:
         super().__init__()
         self.log_n = LogN(mode=log_n, train_length=train_length)
@@ -96,6 +99,14 @@ class Position(nn.Module, ABC):
     ) -> tuple[PositionView, ...]:
         """Return the views, in ascending order of the distance from which they apply."""
         return self.views(self.log_n(q, positions), k, positions)
+
+    def turn(self, x: Tensor, positions: Int[Tensor, "batch time"]) -> Tensor:
+        """Turn values by their positions, as keys are turned; the same values where a position turns none."""
+        return x
+
+    def turn_back(self, x: Tensor, positions: Int[Tensor, "batch time"]) -> Tensor:
+        """Undo `turn` at the positions of the outputs."""
+        return x
 
     @abstractmethod
     def views(

@@ -8,8 +8,7 @@ from llm.contracts import PositionView
 from llm.errors import ConfigError
 from llm.model.position.log_n import LogNMode
 from llm.model.position.position_module import Position
-from llm.model.position.rotary import AngleMemo, cos_sin, inverse_frequencies
-from llm.ops.functional import rotate
+from llm.model.position.rotary import AngleMemo, cos_sin, inverse_frequencies, rotate_first, rotated_size
 
 
 class ReRoPE(Position):
@@ -27,6 +26,7 @@ class ReRoPE(Position):
             length.
         log_n: see `Position`; clipped helps beyond the training length.
         train_length: see `Position`.
+        rotary_share: see `RoPE`.
 
     Raises:
         ConfigError: window is below 1.
@@ -37,11 +37,20 @@ class ReRoPE(Position):
 
     is_for_evaluation = True
 
-    def __init__(self, *, head_dim: int, base: float, window: int, log_n: LogNMode, train_length: int | None) -> None:
+    def __init__(
+        self,
+        *,
+        head_dim: int,
+        base: float,
+        window: int,
+        log_n: LogNMode,
+        train_length: int | None,
+        rotary_share: float = 1.0,
+    ) -> None:
         super().__init__(log_n=log_n, train_length=train_length)
         self.window = check_window(window)
         self.far_from = self.bare_keys_from = self.window
-        self.frequencies = inverse_frequencies(head_dim=head_dim, base=base)
+        self.frequencies = inverse_frequencies(head_dim=rotated_size(head_dim, rotary_share), base=base)
         self.angles = AngleMemo()
 
     def cautions(self, *, context_length: int, window: int | None, is_training: bool) -> list[str]:
@@ -56,9 +65,9 @@ class ReRoPE(Position):
     def views(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[PositionView, ...]:
         """Return RoPE below the window; beyond it, a constant rotation of the query and unrotated keys."""
         cos, sin = self.angles(positions, self.frequencies)
-        near = PositionView(q=rotate(q, cos, sin), k=rotate(k, cos, sin), min_distance=0)
+        near = PositionView(q=rotate_first(q, cos, sin), k=rotate_first(k, cos, sin), min_distance=0)
         far_cos, far_sin = cos_sin(positions.new_full((1, 1), self.window), self.frequencies)
-        return near, PositionView(q=rotate(q, far_cos, far_sin), k=k, min_distance=self.window)
+        return near, PositionView(q=rotate_first(q, far_cos, far_sin), k=k, min_distance=self.window)
 
 
 class LeakyReRoPE(Position):
@@ -76,6 +85,7 @@ class LeakyReRoPE(Position):
         slowdown: factor, above 0, by which distances beyond the window grow more slowly.
         log_n: see `Position`.
         train_length: see `Position`.
+        rotary_share: see `RoPE`.
 
     Raises:
         ConfigError: window is below 1, or slowdown is not above 0.
@@ -92,13 +102,14 @@ class LeakyReRoPE(Position):
         slowdown: float,
         log_n: LogNMode,
         train_length: int | None,
+        rotary_share: float = 1.0,
     ) -> None:
         super().__init__(log_n=log_n, train_length=train_length)
         if slowdown <= 0:
             raise ConfigError(f"model.position.slowdown={slowdown}: must be above 0; 16 slows far distances 16 times")
         self.window, self.slowdown = check_window(window), slowdown
         self.far_from = self.window
-        self.frequencies = inverse_frequencies(head_dim=head_dim, base=base)
+        self.frequencies = inverse_frequencies(head_dim=rotated_size(head_dim, rotary_share), base=base)
         self.angles, self.slow_angles = AngleMemo(), AngleMemo()
         self.is_for_evaluation = slowdown > 1
 
@@ -122,13 +133,13 @@ class LeakyReRoPE(Position):
     def views(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[PositionView, ...]:
         """Return RoPE below the window; beyond it, RoPE of slowed positions, shifted to be continuous at the window."""
         cos, sin = self.angles(positions, self.frequencies)
-        near = PositionView(q=rotate(q, cos, sin), k=rotate(k, cos, sin), min_distance=0)
+        near = PositionView(q=rotate_first(q, cos, sin), k=rotate_first(k, cos, sin), min_distance=0)
         # slowed positions have the angles of slowed frequencies; the query's constant shift is a second rotation
         shift = positions.new_full((1, 1), self.window)
         shift_cos, shift_sin = cos_sin(shift, self.frequencies * (1 - 1 / self.slowdown))
         far_cos, far_sin = self.slow_angles(positions, self.frequencies / self.slowdown)
-        far_q = rotate(rotate(q, shift_cos, shift_sin), far_cos, far_sin)
-        return near, PositionView(q=far_q, k=rotate(k, far_cos, far_sin), min_distance=self.window)
+        far_q = rotate_first(rotate_first(q, shift_cos, shift_sin), far_cos, far_sin)
+        return near, PositionView(q=far_q, k=rotate_first(k, far_cos, far_sin), min_distance=self.window)
 
 
 def check_window(window: int) -> int:

@@ -1,10 +1,13 @@
 """Arithmetic that rotary positions share: frequencies, angles and checks of their settings."""
 
+import math
+
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from llm.errors import ConfigError
+from llm.ops.functional import rotate
 
 
 def inverse_frequencies(*, head_dim: int, base: float) -> Float[Tensor, " half"]:
@@ -21,6 +24,39 @@ def inverse_frequencies(*, head_dim: int, base: float) -> Float[Tensor, " half"]
         raise ConfigError(f"model.position.base={base}: must be above 1; 10000 is usual")
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     return base**-exponents
+
+
+def rotated_size(head_dim: int, rotary_share: float) -> int:
+    """Return n = 2⌊rotary_share · head_dim / 2⌋, the elements of a head that turn.
+
+    Raises:
+        ConfigError: head_dim is odd and all of it turns, the share is outside (0, 1], or no pair of elements is left.
+    """
+    if not 0 < rotary_share <= 1:
+        raise ConfigError(
+            f"model.position.rotary_share={rotary_share}: must be above 0 and at most 1; 0.5 turns half of each head"
+        )
+    if rotary_share == 1:
+        return head_dim
+    turning = 2 * math.floor(rotary_share * head_dim / 2)
+    if turning < 2:
+        raise ConfigError(
+            f"model.position.rotary_share={rotary_share}: turns no pair of a head of {head_dim}; set at least "
+            f"{2 / head_dim:.4g}, or use model/position=none"
+        )
+    return turning
+
+
+def rotate_first(
+    x: Float[Tensor, "batch time heads head_dim"],
+    cos: Float[Tensor, "#batch #time half"],
+    sin: Float[Tensor, "#batch #time half"],
+) -> Float[Tensor, "batch time heads head_dim"]:
+    """Rotate the first 2 · half elements of each head, and keep the others."""
+    turning = 2 * cos.shape[-1]
+    if turning == x.shape[-1]:
+        return rotate(x, cos, sin)
+    return torch.cat((rotate(x[..., :turning], cos, sin), x[..., turning:]), dim=-1)
 
 
 def check_factor(factor: float) -> float:

@@ -30,6 +30,7 @@ class YaRNRoPE(RoPE):
         truncate: whether the two bounds on m are rounded outwards to whole pairs.
         log_n: see `Position`; with it, scores would be sharpened twice.
         train_length: see `Position`.
+        rotary_share, turn_values: see `RoPE`.
 
     Raises:
         ConfigError: factor is below 1, the two bounds are not in ascending order above 0, the length is below 1,
@@ -51,13 +52,22 @@ class YaRNRoPE(RoPE):
         truncate: bool,
         log_n: LogNMode,
         train_length: int | None,
+        rotary_share: float = 1.0,
+        turn_values: bool = False,
     ) -> None:
         check_yarn(beta_fast=beta_fast, beta_slow=beta_slow, attention_factor=attention_factor)
         self.factor, self.beta_fast, self.beta_slow = check_factor(factor), beta_fast, beta_slow
         self.original_context_length = check_original_length(original_context_length)
         self.truncate = truncate
         self.amplitude = yarn_amplitude(factor) if attention_factor is None else attention_factor
-        super().__init__(head_dim=head_dim, base=base, log_n=log_n, train_length=train_length)
+        super().__init__(
+            head_dim=head_dim,
+            base=base,
+            log_n=log_n,
+            train_length=train_length,
+            rotary_share=rotary_share,
+            turn_values=turn_values,
+        )
 
     def reach(self, train_length: int) -> float:
         """Return `factor` times the training length."""
