@@ -91,7 +91,7 @@ def _is_glm(model: Transformer) -> bool:
 
 def _turning_share(model: Transformer) -> float:
     """Return the share of each head that turns."""
-    return rotary_share(model.position, _attentions(model)[0].head_dim) if _attentions(model) else 1.0
+    return min((rotary_share(a.position, a.head_dim) for a in _attentions(model)), default=1.0)
 
 
 def _norm_reasons(model: Transformer) -> list[str]:

@@ -56,7 +56,7 @@ class KeyValueCache:
             self._values = None if v is None else self._buffer(v)
         for keys, view in zip(self._keys, views, strict=True):
             keys[:, start:end] = view.k
-        if self._values is not None:
+        if v is not None and self._values is not None:
             self._values[:, start:end] = v
         if document_ids is not None:
             self._is_one_document = False
