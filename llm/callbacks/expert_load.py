@@ -111,7 +111,8 @@ def load_rows(lines: list[dict[str, Any]]) -> list[list[Any]]:
 def expert_layers(pl_module: Any) -> Iterator[tuple[int, Tensor]]:
     """Yield (layer, tokens of each expert in the last update) for the layers that have experts."""
     for index, layer in enumerate(pl_module.model.layers):
-        if isinstance(layer.ffn, ExpertCounter):
+        is_trained = any(parameter.requires_grad for parameter in layer.parameters())
+        if isinstance(layer.ffn, ExpertCounter) and is_trained:  # a frozen layer counts nothing
             yield index, layer.ffn.update_counts
 
 

@@ -62,6 +62,8 @@ def compress(config: CompressConfig) -> Path:
     folder = Path(config.run_dir)
     run = rebuild(folder, config.checkpoint, average=config.average)
     original = subject_of(run).model.float()
+    if original.frozen_names:
+        raise ConfigError(f"run_dir={config.run_dir}: an adapted run; compress the run that it adapted")
     compressor = Compressor(config, run, original)
     chosen = compressor(rank=config.rank, share=config.share)
     others = [compressor(rank=None, share=share) for share in config.curve if share != config.share]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llm.adapt.lora import merge_additions
 from llm.commands.cli import run_plain_command
 from llm.contracts import CAUSAL
 from llm.errors import CheckpointError, ConfigError
@@ -57,6 +58,7 @@ def export(config: ExportConfig) -> Path:
             "computes this decoder; export a run of objective=next_token"
         )
     model = trained.model.float()
+    merge_additions(model)
     round_weights(model, DTYPES[config.dtype])
     temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     temporary.mkdir(parents=True)

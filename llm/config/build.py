@@ -21,7 +21,7 @@ from llm.scaling.rates import Rates
 
 GROUPS = (
     "model", "optimizer", "schedule", "scaling", "batch_schedule", "rates", "data", "tokenizer", "trainer", "logger",
-    "callbacks", "loader", "eval", "averaging", "spikes", "objective", "grow",
+    "callbacks", "loader", "eval", "averaging", "spikes", "objective", "grow", "adapt",
 )  # fmt: skip
 NEXT_TOKEN = {"_target_": "llm.objective.next_token.NextToken", "_partial_": True}
 """The objective of a configuration without one; version 0.1 had no other."""
@@ -32,7 +32,7 @@ CHECK_VOCABULARY = 64
 def build_meta_model(cfg: Mapping[str, Any], vocab_size: int = CHECK_VOCABULARY) -> Transformer:
     """Build the model without storage, to check its shapes and rules."""
     with WithoutStorage():
-        return _prepared_model(cfg, vocab_size)
+        return adapted(cfg, _prepared_model(cfg, vocab_size))
 
 
 def _prepared_model(cfg: Mapping[str, Any], vocab_size: int) -> Transformer:
@@ -102,6 +102,18 @@ def retuned_optimizer(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     kept = keep_half_life(node, ratio=ratio, lr_scale=lr_scale) if cfg.get("keep_half_life") else node
     is_scaled = piece_at(cfg["scaling"]["_target_"]) is not rules.none or kept != node
     return kept, half_life_note(node, kept, ratio=ratio, lr_scale=lr_scale) if is_scaled else ""
+
+
+def adapted(cfg: Mapping[str, Any], model: Transformer) -> Transformer:
+    """Return the decoder with the trained parts that `adapt` adds beside its frozen weights; itself without `adapt`.
+
+    The parts are drawn from the run's seed, and the state of the generator is left as it was.
+    """
+    if not cfg.get("adapt"):
+        return model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run_config(cfg).seed)
+        return instantiate(cfg["adapt"])(model)
 
 
 def build_callbacks(cfg: Mapping[str, Any], **supplied: Any) -> list[Any]:

@@ -71,7 +71,7 @@ def check_across_groups(cfg: Mapping[str, Any], *, invalid: Collection[str]) -> 
         ({"tokenizer"}, lambda: build_tokenizer(cfg)),
         ({"spikes"}, lambda: instantiate(cfg.get("spikes") or {})),
         ({"eval"}, lambda: build_evaluations(cfg)),
-        ({"grow", "init_from"}, lambda: _check_growth(cfg)),
+        ({"grow", "adapt", "init_from", "trainer", "averaging"}, lambda: _check_start(cfg)),
         (run_keys | {"averaging", "trainer", "batch_schedule"}, lambda: _check_averaging(cfg)),
     ]
     problems = []
@@ -112,10 +112,23 @@ def _check_averaging(cfg: Mapping[str, Any]) -> None:
             )
 
 
-def _check_growth(cfg: Mapping[str, Any]) -> None:
-    """Refuse a growth without the weights to grow."""
-    if cfg.get("grow") and cfg.get("init_from") is None:
-        raise ConfigError("grow: needs the trained run that is grown; add init_from=<run folder>")
+def _check_start(cfg: Mapping[str, Any]) -> None:
+    """Refuse growth and adaptation without trained weights, and what does not work on frozen ones."""
+    for key in ("grow", "adapt"):
+        if cfg.get(key) and cfg.get("init_from") is None:
+            raise ConfigError(f"{key}: needs the weights of a trained run; add init_from=<run folder>")
+    if not cfg.get("adapt"):
+        return
+    if cfg.get("grow"):
+        raise ConfigError("adapt: frozen weights are stored by name and hash, and grown ones have none; remove grow")
+    if cfg["trainer"].get("stage") == 3:
+        raise ConfigError(
+            "adapt: trainer.stage=3 shards trained weights alone, and most are frozen; use trainer.stage=2"
+        )
+    if cfg.get("averaging"):
+        raise ConfigError(
+            "adapt: averaging copies the frozen weights into every checkpoint; use eval.py average=5 afterwards"
+        )
 
 
 def _check_schedule(cfg: Mapping[str, Any]) -> None:

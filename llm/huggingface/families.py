@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from llm.adapt.ladder import LadderTransformer
 from llm.errors import ConfigError
 from llm.huggingface.rotary_settings import EXPORTED, rope_parameters, rotary_share
 from llm.model.attention.softmax import SoftmaxAttention
@@ -57,6 +58,8 @@ def find_family(model: Transformer, *, context_length: int, bos_id: int) -> Fami
 
 
 def _factor_reasons(model: Transformer) -> list[str]:
+    if isinstance(model, LadderTransformer):
+        return ["adapt=ladder: no class has a side network"]
     is_factored = any(isinstance(module, FactoredLinear) for module in model.modules())
     return ["model.low_rank factors projections"] if is_factored else []
 

@@ -17,6 +17,9 @@ from llm.errors import ShapeError
 NUM_WAVES = 16
 """Number of frequencies of a time; the highest is 1.5^15 / 4, about 110 radians per unit."""
 
+ADDED = ("extra_embedding.", "time_embedding.")
+"""Beginnings of the names of weights that only some objectives have."""
+
 
 class ExtraEmbedding(nn.Embedding):
     """The vectors of the input ids above the vocabulary."""
@@ -83,8 +86,7 @@ def draw(weight: Tensor, std: float, *, stream: int) -> float:
 
 def with_added(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return weights with those of extra tokens and times from `own` where a model without such inputs has none."""
-    added = ("extra_embedding.", "time_embedding.")
-    return {name: tensor for name, tensor in own.items() if name.startswith(added)} | dict(state)
+    return {name: tensor for name, tensor in own.items() if name.startswith(ADDED)} | dict(state)
 
 
 def look_up(

@@ -65,6 +65,12 @@ def factor_projections(model: nn.Module, low_rank: Mapping[str, int]) -> None:
             setattr(model.get_submodule(owner), leaf, narrow)
 
 
+def matrix_names(model: nn.Module) -> set[str]:
+    """Return the last names of the linear projections of a decoder, such as `q_proj`."""
+    ends = (name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return {name for name in ends if name.endswith("_proj")}
+
+
 def stacked_matrix(name: str, projection: nn.Module, heads: int) -> str:
     """Return the name of the matrix of a projection that stacks heads, along its input where `heads` is negative."""
     if not isinstance(projection, FactoredLinear):

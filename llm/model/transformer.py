@@ -137,6 +137,8 @@ class Transformer(nn.Module):
         # created after `init`, so that every objective starts from the same shared weights
         self.extra_embedding = build_extra_embedding(self, extra_tokens)
         self.time_embedding = build_time_embedding(self, num_times)
+        self.frozen_names: frozenset[str] = frozenset()
+        """Names of weights that are not trained and that a checkpoint does not repeat; see `llm.adapt`."""
 
     def blocks(self) -> list[Block]:
         """Return the layers in order."""
@@ -176,9 +178,13 @@ class Transformer(nn.Module):
             metrics |= {f"layer{i}/{name}": value for name, value in out.metrics.items()}
         return TransformerOutput(hidden=self.final_norm(x), losses=losses, metrics=metrics)
 
+    def head(self) -> Head:
+        """Return the projection that reads hidden states."""
+        return self.lm_head
+
     def logits(self, hidden: Float[Tensor, "batch time d_model"]) -> Float[Tensor, "batch time vocab"]:
         """Return the vocabulary scores of hidden states."""
-        return self.lm_head(hidden)
+        return self.head()(hidden)
 
     def loss(
         self,
@@ -189,13 +195,13 @@ class Transformer(nn.Module):
         weights: Float[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "*result"]:
         """Return the cross-entropy of hidden states in nats; see `linear_cross_entropy`."""
-        return self.lm_head(hidden, labels, reduction, weights)
+        return self.head()(hidden, labels, reduction, weights)
 
     def rule_loss(
         self, hidden: Float[Tensor, "batch time d_model"], rule: Rule, *per_token: Tensor
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch time"]]:
         """Return the sum and the values of a loss per token that a rule computes from its scores; see `head_loss`."""
-        return self.lm_head(hidden, rule=rule, per_token=per_token)
+        return self.head()(hidden, rule=rule, per_token=per_token)
 
     def new_caches(self, *, batch: int, max_length: int, dtype: torch.dtype) -> list[LayerCache]:
         """Return one empty cache per layer, for decoding up to max_length tokens."""

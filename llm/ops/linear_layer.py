@@ -63,11 +63,19 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return onednn_linear_grad(grad, *ctx.saved_tensors)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    if not ctx.needs_input_grad[1]:  # a frozen layer
+        return linear_product_grad(grad, weight), None
+    return onednn_linear_grad(grad, x, weight)
 
 
 onednn_linear.register_autograd(_backward, setup_context=_save)
+
+
+def linear_product_grad(grad: Float[Tensor, "*shape d_out"], weight: Float[Tensor, "d_out d_in"]) -> Tensor:
+    """Return dx = dy W, the gradient of the input alone."""
+    return product_nn(grad.flatten(0, -2), weight).view(*grad.shape[:-1], weight.shape[1])
 
 
 def plain_linear(x: Float[Tensor, "*shape d_in"], weight: Float[Tensor, "d_out d_in"]) -> Tensor:

@@ -87,6 +87,7 @@ def linear_cross_entropy(
         max(1, chunk),
         dtype,
         wants_grad,
+        wants_grad and weight.requires_grad,
     )
     if reduction == "none":
         return losses.view(labels.shape)
@@ -97,7 +98,7 @@ def linear_cross_entropy(
     "crucible::linear_cross_entropy",
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor labels, Tensor? weights, int chunk, ScalarType dtype,"
-    " bool wants_grad) -> (Tensor total, Tensor losses, Tensor grad_hidden, Tensor grad_weight)",
+    " bool wants_grad, bool wants_weight) -> (Tensor total, Tensor losses, Tensor grad_hidden, Tensor grad_weight)",
 )
 def _cross_entropy(
     hidden: Float[Tensor, "tokens d_model"],
@@ -107,9 +108,11 @@ def _cross_entropy(
     chunk: int,
     dtype: torch.dtype,
     wants_grad: bool,
+    wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the summed loss, the loss per token, and the gradients of the sum (empty unless wants_grad)."""
-    total, losses, grad_hidden, grad_weight = _empty_results(hidden, weight, labels, weights, chunk, dtype, wants_grad)
+    """Return the summed loss, the loss per token, and the gradients of the sum that are wanted; others are empty."""
+    results = _empty_results(hidden, weight, labels, weights, chunk, dtype, wants_grad, wants_weight)
+    total, losses, grad_hidden, grad_weight = results
     grad_weight.zero_()
     projection = weight.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -122,19 +125,22 @@ def _cross_entropy(
             if wants_grad:
                 is_ignored = (ids == IGNORED_LABEL)[:, None]
                 grad_hidden[span] = product_nn(slope, projection).masked_fill_(is_ignored, 0.0)
-                grad_weight += product_tn(slope, states.masked_fill(is_ignored, 0.0))
+                if wants_weight:
+                    grad_weight += product_tn(slope, states.masked_fill(is_ignored, 0.0))
     total.copy_(losses.sum())
     return total, losses, grad_hidden, grad_weight
 
 
 @_cross_entropy.register_fake
-def _empty_results(hidden, weight, labels, weights, chunk, dtype, wants_grad) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_results(
+    hidden, weight, labels, weights, chunk, dtype, wants_grad, wants_weight
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     precise = torch.promote_types(hidden.dtype, torch.float32)
     return (
         hidden.new_empty((), dtype=precise),
         hidden.new_empty(labels.shape, dtype=precise),
         torch.empty_like(hidden) if wants_grad else hidden.new_empty(0),
-        torch.empty_like(weight, dtype=precise) if wants_grad else weight.new_empty(0),
+        torch.empty_like(weight, dtype=precise) if wants_weight else weight.new_empty(0),
     )
 
 
@@ -176,8 +182,9 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 def _backward(ctx: Any, grad_total: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
     grad_hidden, grad_weight = ctx.saved_tensors
-    scaled = (grad_weight * grad_total).to(ctx.weight_dtype)
-    return grad_hidden * grad_total.to(grad_hidden.dtype), scaled, None, None, None, None, None
+    # a frozen projection has no gradient
+    scaled = (grad_weight * grad_total).to(ctx.weight_dtype) if grad_weight.numel() else None
+    return grad_hidden * grad_total.to(grad_hidden.dtype), scaled, *(None,) * 6
 
 
 _cross_entropy.register_autograd(_backward, setup_context=_save)

@@ -55,7 +55,8 @@ def process_bytes() -> int:
 def held_bytes(model: nn.Module, sizes: Sizes, *, state: int) -> dict[str, int]:
     """Return the bytes that stay allocated between updates."""
     size, parameters = 2 if sizes.precision == "bf16-true" else 4, sum(p.numel() for p in model.parameters())
-    return {"weights": parameters * size, "gradients": parameters * size, "optimizer state": state}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"weights": parameters * size, "gradients": trained * size, "optimizer state": state}
 
 
 def _parts_on_cpu(model: Transformer, sizes: Sizes, *, state: int, passing: int, process: int) -> dict[str, int]:
@@ -66,7 +67,7 @@ def _parts_on_cpu(model: Transformer, sizes: Sizes, *, state: int, passing: int,
     """
     parameters = sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
-    checkpoint = 4 * parameters + state
+    checkpoint = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) + state
     kept = KEPT_OF_PASSING * passing + (KEPT_OF_CHECKPOINT + KEPT_OF_EXPERTS * experts / parameters) * checkpoint
     return {
         "bf16 copies for validation": 2 * parameters if sizes.precision == "bf16-mixed" else 0,

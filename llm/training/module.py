@@ -8,10 +8,10 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from llm.adapt.work import training_factor
 from llm.contracts import Batch, Objective, ParamGroup, ShardingStrategy
 from llm.distributed.zero.weights import state_shapes
 from llm.model.transformer import Transformer, TransformerOutput
-from llm.ops.flops import FORWARD_AND_BACKWARD
 from llm.optim.gradients import FirstGradients, WholeGradients
 from llm.run_folder.checkpoint import compare_state
 from llm.scaling.batching import BatchRamp
@@ -83,7 +83,8 @@ class LanguageModule(ValidatedModule):
         self.generate = generate
         self.guard = StepGuard(on_nonfinite=on_nonfinite, spikes=spikes)
         self.register_buffer("token_bytes", token_bytes.float(), persistent=False)
-        self.flops_per_token = FORWARD_AND_BACKWARD * objective.flops_per_token(model, context_length)
+        factor = training_factor(model, context_length, objective.sight)
+        self.flops_per_token = factor * objective.flops_per_token(model, context_length)
         self.run_model: Callable[..., TransformerOutput] = model.__call__  # a method: the decoder is registered once
         self.step_metrics: dict[str, Tensor | float] = {}
         self._shares = UpdateShares(seed=seed, with_last=objective.scores_last_label)
@@ -221,11 +222,15 @@ class LanguageModule(ValidatedModule):
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the spike detector's state and the counts of refused updates."""
+        """Save the spike detector's state and the counts of refused updates; leave out frozen weights."""
         self.guard.save_to(checkpoint)
+        for name in self.model.frozen_names:
+            checkpoint["state_dict"].pop(f"model.{name}", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another architecture before Lightning copies any, then restore the guard."""
+        own = self.state_dict()
+        checkpoint["state_dict"] |= {f"model.{name}": own[f"model.{name}"] for name in self.model.frozen_names}
         compare_state(checkpoint["state_dict"], state_shapes(self), source=f"resume=step {checkpoint['global_step']}")
         self.guard.load_from(checkpoint)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -27,6 +28,7 @@ from llm.generate import generate_text
 from llm.model.transformer import Transformer
 from llm.ops.flops import peak_flops
 from llm.ops.kernel_choice import KERNELS, KernelChoice
+from llm.run_folder.backbone import BACKBONE, backbone_of
 from llm.run_folder.folder import RunFolder
 from llm.run_folder.provenance import config_hash, versions
 from llm.training.module import LanguageModule
@@ -55,8 +57,17 @@ def build_module(checked: CheckedConfig, model: Transformer, tokenizer: Any) -> 
     return module
 
 
-def build_run_trainer(checked: CheckedConfig, folder: RunFolder, kernels: KernelChoice) -> L.Trainer:
-    """Return the Trainer of a run, with its callbacks and loggers, and checkpoint folders that record its kernels."""
+def build_run_trainer(
+    checked: CheckedConfig, folder: RunFolder, kernels: KernelChoice, *, backbone: Path | None = None
+) -> L.Trainer:
+    """Return the Trainer of a run, with its callbacks and loggers, and checkpoints that record kernels and backbone.
+
+    Args:
+        checked: the configuration.
+        folder: the run folder.
+        kernels: the kernels of the run.
+        backbone: the folder of the frozen weights of an adapted run; None where all weights are saved.
+    """
     tree, run, sizes = checked.tree, checked.run, checked.sizes
     supplied = {
         "run_folder": folder,
@@ -75,6 +86,7 @@ def build_run_trainer(checked: CheckedConfig, folder: RunFolder, kernels: Kernel
     callbacks = build_callbacks(tree, **supplied)
     manifest = {"world_size": sizes.world_size, "versions": versions(), "config_hash": config_hash(tree)}
     manifest |= {KERNELS: asdict(kernels)}
+    manifest |= {} if backbone is None else {BACKBONE: asdict(backbone_of(backbone))}
     return build_trainer(
         tree,
         sizes,

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from llm.adapt.work import training_factor
 from llm.config.build import (
+    adapted,
     build_averaging,
     build_meta_model,
     build_model,
@@ -21,7 +23,7 @@ from llm.config.sizes import Sizes
 from llm.distributed.parameters import own_parameters
 from llm.distributed.zero.engine_settings import STAGES
 from llm.distributed.zero.rank_memory import bytes_per_rank
-from llm.ops.flops import FORWARD_AND_BACKWARD, peak_flops
+from llm.ops.flops import peak_flops
 from llm.ops.loss import chunk_scores
 from llm.ops.memory import SavedBytes, optimizer_state_bytes
 from llm.optim.receipt import receipt
@@ -54,7 +56,8 @@ def describe_plan(checked: CheckedConfig) -> str:
     groups = rated_groups(model, **{key: factories[key] for key in ("rates", "optimizer", "lr", "weight_decay")})
     state = sum(optimizer_state_bytes(groups, factories["optimizer"]).values())
     objective = build_objective(tree, vocab_size=vocab_size, bos_id=NO_TOKEN)
-    flops = FORWARD_AND_BACKWARD * objective.flops_per_token(model, checked.run.context_length)
+    length = checked.run.context_length
+    flops = training_factor(model, length, objective.sight) * objective.flops_per_token(model, length)
     passing = activation_bytes(checked, vocab_size)
     memory = memory_table(model, sizes, state=state, activations=passing[0], logits=passing[1], process=process)
     unmeasured = sizes.needs_probe
@@ -98,10 +101,12 @@ def _memory_by_stage(model: nn.Module, sizes: Sizes, state: int, passing: int) -
     """Return the memory of each device at each stage of `trainer=deepspeed`, and the smallest usual device for it."""
     ranks = sizes.world_size if sizes.world_size > 1 else EXAMPLE_DEVICES
     precision = sizes.precision
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - parameters
     rows = []
     for stage in STAGES:
         held = bytes_per_rank(parameters=parameters, state_bytes=state, stage=stage, ranks=ranks, precision=precision)
+        held = held._replace(weights=held.weights + frozen * (2 if precision == "bf16-true" else 4))
         needed = held.total + passing
         fits = next((f"{size} GB" for size in DEVICE_GIGABYTES if needed <= size * 1e9 * USABLE), "none of these")
         rows.append([f"stage {stage}", *(format_bytes(int(part)) for part in (*held, needed)), fits])
@@ -115,7 +120,7 @@ def activation_bytes(checked: CheckedConfig, vocab_size: int) -> tuple[int, int]
     tokens = plan.micro_batch_size * plan.context_length
     is_quick = tokens * sum(p.numel() for p in build_meta_model(checked.tree, vocab_size).parameters()) < QUICK_PASS
     with contextlib.nullcontext() if is_quick else without_data():
-        model = build_model(checked.tree, vocab_size)
+        model = adapted(checked.tree, build_model(checked.tree, vocab_size))
         objective = build_objective(checked.tree, vocab_size=vocab_size, bos_id=NO_TOKEN)
         batch = trial_batch(plan.micro_batch_size, plan.context_length, torch.device("cpu"))
         mixed = checked.sizes.precision.endswith("mixed")

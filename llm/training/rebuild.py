@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llm.config.build import build_data, build_model, build_objective, build_tokenizer
+from llm.config.build import adapted, build_data, build_model, build_objective, build_tokenizer
 from llm.config.check import check
 from llm.config.checked import CheckedConfig
 from llm.config.files import load
@@ -20,6 +20,7 @@ from llm.run_folder.checkpoint import compare_state
 from llm.run_folder.checkpoint_mean import last_checkpoints, mean_state
 from llm.training.module import LanguageModule
 from llm.training.module_and_trainer import build_module
+from llm.training.start import load_initial_weights
 
 TOKENIZER = "tokenizer.json"
 
@@ -72,7 +73,7 @@ def rebuild_model(
     state = trained_state(folder, weights, average)
     tokenizer = saved_tokenizer(folder, checked.tree)
     check_vocabulary(state, tokenizer.vocab_size, weights)
-    model = _model_with(checked.tree, tokenizer.vocab_size, state, weights)
+    model = _model_with(checked, tokenizer, state, weights)
     own = _own(folder, checked, device)
     objective = build_objective(checked.tree, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id)
     return TrainedModel(**own, model=model.to(own["device"]).eval(), tokenizer=tokenizer, objective=objective)
@@ -100,7 +101,7 @@ def rebuild(folder: Path, checkpoint: str, *, average: int = 1, **changes: Any) 
         data.max_val_tokens = max(data.max_val_tokens, data.val_tokens)
     state = trained_state(folder, weights, average)
     check_vocabulary(state, data.tokenizer.vocab_size, weights)
-    model = _model_with(checked.tree, data.tokenizer.vocab_size, state, weights)
+    model = _model_with(checked, data.tokenizer, state, weights)
     module = build_module(checked, model, data.tokenizer)
     own = _own(folder, checked, device=None)
     return TrainedRun(**own, data=data, module=module.to(own["device"]).eval())
@@ -164,8 +165,15 @@ def trained_state(folder: Path, weights: Path, average: int) -> dict[str, torch.
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
-def _model_with(cfg: Mapping[str, Any], vocab_size: int, state: dict[str, torch.Tensor], weights: Path) -> Transformer:
-    model = build_model(cfg, vocab_size)
+def _model_with(checked: CheckedConfig, tokenizer: Any, state: dict[str, torch.Tensor], weights: Path) -> Transformer:
+    """Return the decoder with a checkpoint's weights, and with the frozen ones that an adapted run names."""
+    cfg = checked.tree
+    model = build_model(cfg, tokenizer.vocab_size)
+    if cfg.get("adapt"):
+        load_initial_weights(checked, model, tokenizer.bos_id, resumed=weights)
+        model = adapted(cfg, model)
+        own = model.state_dict()
+        state = {name: own[name] for name in model.frozen_names} | state
     compare_state(state, model.state_dict(), source=f"checkpoint={weights}")
     model.load_state_dict(state)
     return model
@@ -184,7 +192,8 @@ def saved_tokenizer(folder: Path, cfg: Mapping[str, Any]) -> Any:
 
 def check_vocabulary(state: Mapping[str, torch.Tensor], vocab_size: int, source: Path) -> None:
     """Raise CheckpointError where the weights were trained with a vocabulary of another size."""
-    trained = state["token_embedding.weight"].shape[0]
+    embedding = state.get("token_embedding.weight")
+    trained = vocab_size if embedding is None else embedding.shape[0]  # an adapted run compares its frozen weights
     if trained != vocab_size:
         raise CheckpointError(
             f"tokenizer: has {vocab_size} tokens and the weights in {source} were trained with {trained}; use the "

@@ -23,7 +23,9 @@ from llm.model.added_inputs import with_added
 from llm.model.ffn.balance.balance_rule import without_statistics
 from llm.model.transformer import Transformer
 from llm.ops.memory import SavedBytes
+from llm.run_folder.backbone import BACKBONE, find_backbone
 from llm.run_folder.checkpoint import compare_state, find_last, load_model
+from llm.run_folder.checkpoint_files import list_checkpoints, read_manifest
 from llm.run_folder.folder import RunFolder
 from llm.scaling.noise_estimate import PROBE_REMEDY
 from llm.training.grown import grown_state
@@ -35,12 +37,23 @@ from llm.training.trial import NO_TOKEN, trial_batch, trial_loss
 log = logging.getLogger(__name__)
 
 
-def load_initial_weights(checked: CheckedConfig, model: Transformer, bos_id: int) -> None:
-    """Copy the weights that `init_from` names into the model, and grow them; do nothing where it is null."""
+def load_initial_weights(
+    checked: CheckedConfig, model: Transformer, bos_id: int, *, resumed: Path | None = None
+) -> Path | None:
+    """Copy the weights that `init_from` names into the model, and grow them; return their folder, None without any.
+
+    Args:
+        checked: the configuration.
+        model: the decoder, before it is adapted.
+        bos_id: the id of the run's tokenizer that begins a document.
+        resumed: the checkpoint that the run continues from; it names the frozen weights of an adapted run.
+    """
     run = checked.run
     if run.init_from is None:
-        return
+        return None
     source = Path(run.init_from)
+    if checked.tree.get("adapt") and resumed is not None:
+        source = find_backbone(read_manifest(resumed) or {}, init_folders(source))
     if is_hf_folder(source):
         if checked.tree.get("grow"):
             raise ConfigError(
@@ -49,19 +62,30 @@ def load_initial_weights(checked: CheckedConfig, model: Transformer, bos_id: int
         hf_state = load_hf_weights(source, model, context_length=run.context_length, bos_id=bos_id)
         model.load_state_dict(hf_state)
         launch = find_launch()
-        if launch is None or launch.rank == 0:
+        if resumed is None and (launch is None or launch.rank == 0):
             check_import(source, model, context_length=run.context_length, bos_id=bos_id)
         log.info("weights from %s", source)
-        return
+        return source
     folder = source if (source / "manifest.json").is_file() else find_last(source, key="init_from").path
+    if BACKBONE in (read_manifest(folder) or {}):
+        raise ConfigError(
+            f"init_from={folder}: an adapted run stores what it added and not the frozen weights; name the run that it "
+            "adapted, or export a run of adapt=lora and name that folder"
+        )
     own = model.state_dict()
     if checked.tree.get("grow"):
         model.load_state_dict(grown_state(checked, folder, model_state(folder), model))
-        return
+        return folder
     state = with_added(without_statistics(model_state(folder)), own)
     compare_state(state, without_statistics(own), source=f"init_from={folder}")
     model.load_state_dict(own | state)
     log.info("weights from %s", folder)
+    return folder
+
+
+def init_folders(source: Path) -> list[Path]:
+    """Return the folders that may have the weights of `init_from`: itself, and the checkpoints of a run."""
+    return [source, *(folder for _, folder in reversed(list_checkpoints(source / "checkpoints")))]
 
 
 def model_state(folder: Path) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from llm.callbacks.stop_signals import StopSignals
-from llm.config.build import build_data, build_model
+from llm.config.build import adapted, build_data, build_model
 from llm.config.check import check
 from llm.config.checked import CheckedConfig
 from llm.config.files import save
@@ -86,7 +86,9 @@ def _train_until_spike(checked: CheckedConfig, folder: RunFolder) -> CheckedConf
     data.setup("fit")
     data.leave_out(entry["left_out"] for entry in read_rollbacks(folder))
     model = build_model(checked.tree, data.tokenizer.vocab_size)
-    load_initial_weights(checked, model, data.tokenizer.bos_id)
+    resumed = None if checkpoint is None else checkpoint.path
+    source = load_initial_weights(checked, model, data.tokenizer.bos_id, resumed=resumed)
+    model = adapted(checked.tree, model)
     data.micro_batch_size = chosen_micro_batch_size(checked, model, folder)
     if checked.run.micro_batch_size == "auto":
         folder.update({RESOLVED_FROM_AUTO: {"micro_batch_size": data.micro_batch_size}})
@@ -102,7 +104,7 @@ def _train_until_spike(checked: CheckedConfig, folder: RunFolder) -> CheckedConf
     folder.update({KERNELS: asdict(kernels)})
     if module.objective.is_bound:
         folder.update({"bound": True, "bound_samples": 1})
-    trainer = build_run_trainer(checked, folder, kernels)
+    trainer = build_run_trainer(checked, folder, kernels, backbone=source if checked.tree.get("adapt") else None)
     announce(checked, folder, module, data)
     with using(kernels):
         is_over = _fit(checked, folder, trainer, module, data, checkpoint)
@@ -155,6 +157,7 @@ def quiet_lightning() -> None:
         ".*smaller than the logging interval.*",
         ".*does not have many workers.*",
         ".*your dataloader is not resumable.*",
+        ".*module.s. in eval mode at the start of training.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 
