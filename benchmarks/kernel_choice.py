@@ -48,18 +48,18 @@ def main() -> None:
     print(f"{torch.backends.cpu.get_cpu_capability()}, {args.threads} threads; ms (speed relative to the default)")
     sizes = {"windows": 8, "heads": None, "muon_sizes": ()}
     for d_model, d_ff in ((128, 384), (384, 1024), (768, 2048)):
-        work = Workload(context_length=256, d_model=d_model, d_ff=d_ff, precision="32-true", **sizes)
+        work = Workload(context_length=256, matrices=((d_ff, d_model),), precision="32-true", **sizes)
         show(f"{d_model} x {d_ff}", work, args.repeats)
     dtypes = ["32-true", *(["bf16-mixed"] if cpu_multiplies_bf16() else [])]
     for precision in dtypes:
         for context in (64, 256, 512, 1024, 2048):
             options = sizes | {"heads": (6, 6, 64), "windows": 64}
-            work = Workload(context_length=context, d_model=384, d_ff=1024, precision=precision, **options)
+            work = Workload(context_length=context, matrices=(), precision=precision, **options)
             for name in ("attention", "short_row"):
                 show(f"{precision} {context}", work, args.repeats, only=name)
     for size in (128, 256, 384, 768):
         options = sizes | {"muon_sizes": (size,)}
-        work = Workload(context_length=256, d_model=384, d_ff=1024, precision="32-true", **options)
+        work = Workload(context_length=256, matrices=(), precision="32-true", **options)
         show(f"orthogonalize {size}", work, args.repeats, only="muon")
 
 

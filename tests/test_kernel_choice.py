@@ -18,7 +18,12 @@ from llm.training.timed_operations import Workload, operations_of, workload_of
 from llm.training.train import train
 
 WORKLOAD = Workload(
-    windows=4, context_length=32, d_model=32, d_ff=64, heads=(2, 2, 16), precision="32-true", muon_sizes=()
+    windows=4,
+    context_length=32,
+    matrices=((32, 32), (64, 32)),
+    heads=(2, 2, 16),
+    precision="32-true",
+    muon_sizes=(),
 )
 
 
@@ -54,6 +59,17 @@ def test_the_default_is_kept_in_a_bounded_time_where_no_time_is_reproduced(clock
     began = tuning.time.perf_counter()
     assert fastest(Operation(name="a", candidates=calls)) == "default"
     assert tuning.time.perf_counter() - began < 1.0
+
+
+def test_on_a_busy_machine_a_kernel_that_wins_nearly_every_turn_is_chosen_and_one_that_wins_half_is_not(clock):
+    loads = [0.002 * 1.15**n for n in range(40)]
+    turns = {"default": clock(*loads), "other": clock(*(0.8 * load for load in loads))}
+    assert fastest(Operation(name="a", candidates=turns)) == "other"
+    mixed = {
+        "default": clock(*loads),
+        "other": clock(*(load * (0.7 if n % 2 else 1.3) for n, load in enumerate(loads))),
+    }
+    assert fastest(Operation(name="a", candidates=mixed)) == "default"
 
 
 def test_two_slow_timings_are_too_few_to_tell(clock):

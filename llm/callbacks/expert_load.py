@@ -1,7 +1,6 @@
 """Reports the load of experts per update, warns of idle experts, and draws the load over the run."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +47,22 @@ class ExpertLoad(Callback):
             raise ConfigError(f"callbacks.expert_load.alarm_after={alarm_after}: must be at least 1 update; try 100")
         self.run_folder, self.alarm_after = run_folder, alarm_after
         self._idle: dict[int, Tensor] = {}
+        self._layers: list[tuple[int, ExpertCounter]] = []
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start counting at the update from which the run starts or resumes."""
         self._step = trainer.global_step
-        self._idle = {index: torch.zeros_like(counts) for index, counts in expert_layers(pl_module)}
+        self._layers = expert_layers(pl_module)
+        self._idle = {index: torch.zeros_like(layer.update_counts) for index, layer in self._layers}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         """Count the consecutive updates in which each expert received no token."""
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        for index, counts in expert_layers(pl_module):
-            idle = self._idle[index]
-            idle.add_(1).mul_(counts == 0)
+        for index, layer in self._layers:
+            self._idle[index].add_(1).mul_(layer.update_counts == 0)
         if self._step % self.alarm_after == 0 and trainer.is_global_zero:  # reading them synchronizes with the GPU
             self._warn()
 
@@ -80,8 +80,8 @@ class ExpertLoad(Callback):
     def step_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Tensor]:
         """Return the figures of the update for the recorder."""
         metrics = {}
-        for index, counts in expert_layers(pl_module):
-            load = counts / counts.sum().clamp_min(1)
+        for index, layer in self._layers:
+            load = layer.update_counts / layer.update_counts.sum().clamp_min(1)
             metrics[f"train/layer{index}/{LOAD}"] = load
             metrics[f"train/layer{index}/max_violation_global"] = load.max() * load.numel() - 1
         return metrics
@@ -108,12 +108,14 @@ def load_rows(lines: list[dict[str, Any]]) -> list[list[Any]]:
     ]
 
 
-def expert_layers(pl_module: Any) -> Iterator[tuple[int, Tensor]]:
-    """Yield (layer, tokens of each expert in the last update) for the layers that have experts."""
-    for index, layer in enumerate(pl_module.model.layers):
-        is_trained = any(parameter.requires_grad for parameter in layer.parameters())
-        if isinstance(layer.ffn, ExpertCounter) and is_trained:  # a frozen layer counts nothing
-            yield index, layer.ffn.update_counts
+def expert_layers(pl_module: Any) -> list[tuple[int, ExpertCounter]]:
+    """Return (layer, its feed-forward) for the layers that count the tokens of experts; a frozen layer counts none."""
+    trained = [
+        (index, layer.ffn)
+        for index, layer in enumerate(pl_module.model.layers)
+        if any(parameter.requires_grad for parameter in layer.parameters())
+    ]
+    return [(index, piece) for index, piece in trained if isinstance(piece, ExpertCounter)]
 
 
 def draw_expert_load(lines: list[dict[str, Any]], path: Path) -> None:

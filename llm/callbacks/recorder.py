@@ -32,10 +32,12 @@ class Recorder(Callback):
         self._first = True
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._last: tuple[int, dict[str, float]] | None = None
+        self._reporters: list[StepReporter] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start counting at the update from which the run starts or resumes."""
         self._step, self._first, self._pending, self._last = trainer.global_step, True, None, None
+        self._reporters = [c for c in trainer.callbacks if isinstance(c, StepReporter)]  # pyright: ignore[reportAttributeAccessIssue]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         """Collect this update's metrics when they are due, after writing those of the previous one."""
@@ -76,9 +78,8 @@ class Recorder(Callback):
     def _collect(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
         metrics: dict[str, Any] = {"tokens_seen": pl_module.tokens_seen(trainer.global_step)}
         metrics.update(pl_module.step_metrics)
-        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            if isinstance(callback, StepReporter):
-                metrics.update(callback.step_metrics(trainer, pl_module))
+        for callback in self._reporters:
+            metrics.update(callback.step_metrics(trainer, pl_module))
         return metrics
 
     def _flush(self, trainer: L.Trainer) -> None:

@@ -86,12 +86,17 @@ def module_factories(cfg: Mapping[str, Any], ramp: BatchRamp) -> dict[str, Any]:
         "optimizer": instantiate(optimizer),
         "lr": float(optimizer["lr"]),
         "weight_decay": float(optimizer["weight_decay"]),
-        "schedule": instantiate(cfg["schedule"]),
-        "scaling": instantiate(cfg["scaling"]),
+        "schedule": _plain_partial(instantiate(cfg["schedule"])),
+        "scaling": _plain_partial(instantiate(cfg["scaling"])),
         "ramp": ramp,
         "rates": build_rates(cfg),
         "spikes": instantiate(cfg["spikes"]) if cfg.get("spikes") else None,
     }
+
+
+def _plain_partial(piece: Any) -> Any:
+    """Return a function that each update calls without Hydra's check of its target, which takes 0.2 ms per call."""
+    return partial(piece.func, *piece.args, **piece.keywords) if isinstance(piece, partial) else piece
 
 
 def retuned_optimizer(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

@@ -16,15 +16,18 @@ from torch import Tensor
 CHUNK = 1 << 18
 """Elements per chunk: 1 MiB of fp32, which fits into the cache of one core."""
 
-WORTHWHILE = 1 << 16
-"""Number of elements below which the plain form is as fast."""
+WORTHWHILE = 1 << 19
+"""Number of elements below which plain elementwise operations are as fast: their results stay in the cache."""
+
+WORTHWHILE_NORM = 1 << 12
+"""The same bound for the norm, whose plain gradient takes many operations."""
 
 
-def runs_fused(x: Tensor) -> bool:
+def runs_fused(x: Tensor, worthwhile: int) -> bool:
     """Return whether a tensor takes the fused form: large, on a CPU, outside the compiler and function transforms."""
-    transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
-    is_eager = not torch.compiler.is_compiling() and not transform
-    return x.device.type == "cpu" and x.numel() >= WORTHWHILE and is_eager
+    if x.device.type != "cpu" or x.numel() < worthwhile or torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def rms_norm(x: Float[Tensor, "*shape dim"], weight: Float[Tensor, " dim"], eps: float) -> Float[Tensor, "*shape dim"]:
@@ -34,7 +37,7 @@ def rms_norm(x: Float[Tensor, "*shape dim"], weight: Float[Tensor, " dim"], eps:
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if not runs_fused(x):
+    if not runs_fused(x, WORTHWHILE_NORM):
         return plain_rms_norm(x, weight, eps, dtype)
     return FusedRMSNorm.apply(x, weight, eps, dtype)
 
@@ -54,7 +57,7 @@ def rotate(
 
     The gradient is rotated by the opposite angle. The fused result is stored head by head, as attention reads it.
     """
-    if not runs_fused(x):
+    if not runs_fused(x, WORTHWHILE):
         return plain_rotate(x, cos, sin)
     return FusedRotation.apply(x, cos, sin)
 
@@ -68,7 +71,7 @@ def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def swiglu(gate: Float[Tensor, "*shape d_ff"], up: Float[Tensor, "*shape d_ff"]) -> Float[Tensor, "*shape d_ff"]:
     """Return silu(gate) ⊙ up; the backward pass stores only gate and up, and recomputes silu."""
-    if not runs_fused(gate):
+    if not runs_fused(gate, WORTHWHILE):
         return plain_swiglu(gate, up)
     return FusedSwiGLU.apply(gate, up)
 
@@ -85,7 +88,11 @@ def _chunks(x: Tensor) -> Iterator[slice]:
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """With r = 1 / sqrt(mean(x²) + eps):  dx = r g dy − x r³ mean(g dy x),  dg = Σ r x dy."""
+    """With r = 1 / sqrt(mean(x²) + eps):  dx = r g dy − x r³ mean(g dy x),  dg = Σ r x dy.
+
+    LayerNorm with the mean set to 0 has the same gradients but for −r mean(g dy) in each element of dx. Its kernel
+    computes both in one pass, and the term is added back.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -96,10 +103,13 @@ class FusedRMSNorm(torch.autograd.Function):
         inverse = torch.empty(len(rows), 1, dtype=precise)
         flat = out.view(rows.shape)
         for span in _chunks(rows):
-            part = rows[span].to(precise)
-            length = torch.linalg.vector_norm(part, dim=-1, keepdim=True)
-            inverse[span] = (length.square_().div_(x.shape[-1]).add_(eps)).rsqrt_()
-            flat[span] = (part * inverse[span]).mul_(gain)
+            part, r = rows[span].to(precise), inverse[span]
+            torch.linalg.vector_norm(part, dim=-1, keepdim=True, out=r)
+            r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            if dtype == precise:
+                torch.mul(part, r, out=flat[span]).mul_(gain)
+            else:
+                flat[span] = (part * r).mul_(gain)
         ctx.save_for_backward(x, weight, inverse)
         return out
 
@@ -107,17 +117,18 @@ class FusedRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return dx and dg."""
         x, weight, inverse = ctx.saved_tensors
-        precise = inverse.dtype
-        rows, slopes, gain = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1]), weight.to(precise)
-        grad_x = torch.empty(x.shape, dtype=x.dtype)
-        flat, grad_gain = grad_x.view(rows.shape), torch.zeros_like(gain)
+        precise, width = inverse.dtype, x.shape[-1]
+        rows, slopes, gain = x.reshape(-1, width), grad.reshape(-1, width), weight.to(precise)
+        parts, grad_gain = [], torch.zeros_like(gain)
         for span in _chunks(rows):
             part, slope, r = rows[span].to(precise), slopes[span].to(precise), inverse[span]
-            product = slope * part
-            grad_gain += r[:, 0] @ product
-            along = (product @ gain)[:, None].mul_(r).mul_(r).mul_(r).div_(x.shape[-1])
-            flat[span] = (slope * gain).mul_(r).addcmul_(part, along, value=-1)
-        return grad_x, grad_gain.to(weight.dtype), None, None
+            centered, part_gain, _ = torch.ops.aten.native_layer_norm_backward(
+                slope, part, (width,), torch.zeros_like(r), r, gain, None, (True, True, False)
+            )
+            parts.append(centered.add_((slope @ gain)[:, None].mul_(r).div_(width)).to(x.dtype))
+            grad_gain += part_gain
+        grad_x = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return grad_x.view(x.shape), grad_gain.to(weight.dtype), None, None
 
 
 class FusedRotation(torch.autograd.Function):

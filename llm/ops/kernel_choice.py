@@ -23,8 +23,10 @@ class KernelChoice:
         product_grad_input: library for dx = dy W.
         product_grad_weight: library for dW = dyᵀ x.
         product_reading: library for products without a gradient, such as those of decoding.
-        attention: kernel on a CPU for rows of one document: blocks of queries, or torch's own attention.
-        short_row: rows up to this many keys share their products under a mask although their documents differ.
+        attention: kernel on a CPU for rows of one document and for short rows: blocks of queries, or torch's own
+            attention.
+        short_row: rows up to this many keys share their products in blocks under a mask although their documents
+            differ.
         muon_bf16_from: smaller side of a matrix from which `optimizer.matmul_dtype=auto` multiplies in bf16 on a CPU
             that does so in hardware.
     """

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm.ops.products import is_read_only, product_nn, product_nt, product_tn, read_only_product, uses_onednn
+from llm.ops.traceable import traceable_op
 
 
 class Linear(nn.Linear):
@@ -32,7 +33,7 @@ def linear_product(
     return F.linear(x, weight)
 
 
-@torch.library.custom_op("crucible::linear", mutates_args=(), schema="(Tensor x, Tensor weight) -> Tensor")
+@traceable_op("crucible::linear", schema="(Tensor x, Tensor weight) -> Tensor")
 def onednn_linear(x: Float[Tensor, "*shape d_in"], weight: Float[Tensor, "d_out d_in"]) -> Tensor:
     """Return x Wᵀ."""
     return product_nt(x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[0])
@@ -43,9 +44,8 @@ def _empty(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op(
+@traceable_op(
     "crucible::linear_grad",
-    mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor weight) -> (Tensor grad_x, Tensor grad_weight)",
 )
 def onednn_linear_grad(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from llm.contracts import IGNORED_LABEL
 from llm.errors import ConfigError, ShapeError
 from llm.ops.products import product_nn, product_nt, product_tn
+from llm.ops.traceable import traceable_op
 
 CHUNK_SCORES = {"cpu": 1 << 23, "cuda": 1 << 28}
 """Vocabulary scores in memory at a time by device, where `chunk_tokens` is None: 32 MiB and 1 GiB in fp32.
@@ -94,9 +95,8 @@ def linear_cross_entropy(
     return total if reduction == "sum" else total / (labels != IGNORED_LABEL).sum().clamp_min(1)
 
 
-@torch.library.custom_op(
+@traceable_op(
     "crucible::linear_cross_entropy",
-    mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor labels, Tensor? weights, int chunk, ScalarType dtype,"
     " bool wants_grad, bool wants_weight) -> (Tensor total, Tensor losses, Tensor grad_hidden, Tensor grad_weight)",
 )

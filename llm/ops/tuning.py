@@ -3,8 +3,10 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +25,9 @@ AGREEMENT = 1.1
 MARGIN = 0.95
 """Share of the default's time that another candidate must stay below."""
 SECONDS_PER_OPERATION = 0.25
-"""Time after which an operation's measurement ends. Its default is kept if the times do not agree by then."""
+"""Time after which an operation's measurement ends. The turns decide if the smallest times do not agree by then."""
+CHANCE = 0.01
+"""Probability of so many won turns, were both equally fast, below which a candidate counts as faster."""
 
 ISA_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 """Environment variables that limit the instructions of torch, oneDNN and MKL."""
@@ -45,7 +49,8 @@ class Operation:
 def fastest(operation: Operation) -> Any:
     """Return the value whose call is fastest; the first unless another one is clearly and reproducibly faster.
 
-    The candidates take turns, so that a change of the machine's load meets all of them.
+    The candidates take turns, so that a change of the machine's load meets all of them. Their smallest times are
+    compared once these are reproduced. On a machine too busy for that, a candidate must win significantly many turns.
     """
     seconds: dict[Any, list[float]] = {value: [] for value in operation.candidates}
     for call in operation.candidates.values():  # the first call compiles kernels and touches memory
@@ -57,11 +62,19 @@ def fastest(operation: Operation) -> Any:
             call()
             seconds[value].append(time.perf_counter() - start)
     default = next(iter(seconds))
-    if not is_settled:
-        return default
     best = {value: min(times) for value, times in seconds.items()}
+    if not is_settled:
+        best = {value: statistics.median(seconds[value]) for value in best if _wins(seconds[value], seconds[default])}
+        best[default] = statistics.median(seconds[default])
     winner = min(best, key=lambda value: best[value])
     return winner if best[winner] < MARGIN * best[default] else default
+
+
+def _wins(times: list[float], default: list[float]) -> bool:
+    """Return whether a candidate is below MARGIN of the default's time in significantly many turns: a sign test."""
+    turns = len(times)
+    won = sum(own < MARGIN * other for own, other in zip(times, default, strict=True))
+    return sum(math.comb(turns, n) for n in range(won, turns + 1)) / 2**turns < CHANCE
 
 
 def _is_settled(timings: Iterable[list[float]]) -> bool:

@@ -13,7 +13,7 @@ from llm.config.pieces import piece_at
 from llm.model.attention.kernels import causal_attention
 from llm.model.attention.softmax import SoftmaxAttention
 from llm.model.transformer import Transformer
-from llm.ops.kernel_choice import DEFAULT, NEVER, using
+from llm.ops.kernel_choice import DEFAULT, NAMES, NEVER, using
 from llm.ops.precision import cpu_multiplies_bf16
 from llm.ops.products import HAS_ONEDNN, onednn_product
 from llm.ops.tuning import Operation
@@ -36,8 +36,7 @@ class Workload:
     Args:
         windows: windows per micro-batch.
         context_length: tokens per window.
-        d_model: width of the residual stream.
-        d_ff: the largest output width of a projection.
+        matrices: the shapes of the projections of a layer, [outputs, inputs], each once.
         heads: query heads, key/value heads and head size of softmax attention without a window; None without such.
         precision: Lightning's name of the arithmetic.
         muon_sizes: smaller sides of the matrices that Muon orthogonalises; empty for other optimizers.
@@ -45,8 +44,7 @@ class Workload:
 
     windows: int
     context_length: int
-    d_model: int
-    d_ff: int
+    matrices: tuple[tuple[int, int], ...]
     heads: tuple[int, int, int] | None
     precision: str
     muon_sizes: tuple[int, ...]
@@ -67,8 +65,7 @@ def workload_of(checked: CheckedConfig, model: Transformer) -> Workload:
     return Workload(
         windows=plan.micro_batch_size,
         context_length=plan.context_length,
-        d_model=model.d_model,
-        d_ff=max((p.shape[-2] for p in matrices), default=model.d_model),
+        matrices=tuple(sorted({(p.shape[-2], p.shape[-1]) for p in matrices})),
         heads=next(((m.num_heads, m.num_kv_heads, m.head_dim) for m in attentions), None),
         precision=checked.sizes.precision,
         muon_sizes=tuple(sorted({min(p.shape[-2:]) for p in matrices})) if is_muon else (),
@@ -81,22 +78,30 @@ def operations_of(workload: Workload) -> list[Operation]:
 
 
 def _products(workload: Workload) -> Iterator[Operation]:
-    """Yield the products of a linear layer in fp32, forward and backward; other dtypes have one library."""
-    if workload.precision != "32-true" or not HAS_ONEDNN:
+    """Yield the products of linear layers in fp32, forward and backward; other dtypes have one library.
+
+    A candidate multiplies with every projection of a layer, because the faster library depends on the shape.
+    """
+    if workload.precision != "32-true" or not HAS_ONEDNN or not workload.matrices:
         return
-    rows = max(64, TIMED_PRODUCT // (workload.d_model * workload.d_ff))
-    rows = min(rows, workload.windows * workload.context_length)
-    x, grad = torch.randn(rows, workload.d_model), torch.randn(rows, workload.d_ff)
-    weight = torch.randn(workload.d_ff, workload.d_model)
-    few = x[:1].expand(8, -1).contiguous()
-    pairs = {
-        "product_forward": (x, weight),
-        "product_grad_input": (grad, weight.t()),
-        "product_grad_weight": (grad.t(), x.t()),
-        "product_reading": (few, weight),
-    }
-    for name, (a, b) in pairs.items():
-        yield Operation(name=name, candidates={"onednn": partial(onednn_product, a, b), "mkl": partial(_mkl, a, b)})
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in NAMES if name.startswith("product_")}
+    for outputs, inputs in workload.matrices:
+        rows = max(64, TIMED_PRODUCT // (inputs * outputs))
+        rows = min(rows, workload.windows * workload.context_length)
+        x, grad, weight = torch.randn(rows, inputs), torch.randn(rows, outputs), torch.randn(outputs, inputs)
+        pairs["product_forward"].append((x, weight))
+        pairs["product_grad_input"].append((grad, weight.t()))
+        pairs["product_grad_weight"].append((grad.t(), x.t()))
+        pairs["product_reading"].append((x[:1].expand(8, -1).contiguous(), weight))
+    libraries = {"onednn": onednn_product, "mkl": _mkl}
+    for name, operands in pairs.items():
+        calls = {library: partial(_multiply, product, operands) for library, product in libraries.items()}
+        yield Operation(name=name, candidates=calls)
+
+
+def _multiply(product: Callable[[Tensor, Tensor], Tensor], operands: list[tuple[Tensor, Tensor]]) -> None:
+    for a, b in operands:
+        product(a, b)
 
 
 def _mkl(a: Tensor, b: Tensor) -> Tensor:
@@ -104,7 +109,7 @@ def _mkl(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _attentions(workload: Workload) -> Iterator[Operation]:
-    """Yield attention over rows of one document, and over short rows whose documents differ."""
+    """Yield attention over short rows whose documents differ, or else over long rows of one document."""
     if workload.heads is None:
         return
     heads, kv_heads, head_dim = workload.heads
@@ -113,13 +118,13 @@ def _attentions(workload: Workload) -> Iterator[Operation]:
     inputs = [
         torch.randn(rows, time, n, head_dim, dtype=dtype, requires_grad=True) for n in (heads, kv_heads, kv_heads)
     ]
-    if heads == kv_heads:
-        kernels = {name: replace(DEFAULT, attention=name) for name in ("blocked", "sdpa")}
-        calls = {name: _attention(inputs, None, kernel) for name, kernel in kernels.items()}
-        yield Operation(name="attention", candidates=calls)
-    if rows > 1 and time <= DEFAULT.short_row:
+    is_short, ids = time <= DEFAULT.short_row, None
+    if is_short:
         chance = torch.rand(rows, time, generator=torch.Generator().manual_seed(0))
         ids = (chance < 1 / min(DOCUMENT, time)).cumsum(1)
+    kernels = {name: replace(DEFAULT, attention=name) for name in ("blocked", "sdpa")}
+    yield Operation(name="attention", candidates={n: _attention(inputs, ids, kernel) for n, kernel in kernels.items()})
+    if is_short and rows > 1:
         calls = {n: _attention(inputs, ids, replace(DEFAULT, short_row=n)) for n in (DEFAULT.short_row, 0)}
         yield Operation(name="short_row", candidates=calls)
 

@@ -74,9 +74,12 @@ def test_gradients_of_the_output_alone_equal_the_reference(shape):
         torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-12)  # fp64: only the order of summation differs
 
 
+@pytest.mark.parametrize("masked_up_to", [512, 0], ids=["masked short rows", "rows one by one"])
+@pytest.mark.parametrize("kv_heads", [2, 1])
 @pytest.mark.parametrize("length", [None, 150, 20], ids=["no documents", "some rows of one", "rows of several"])
-def test_attention_by_torchs_kernel_equals_the_reference(length):
-    inputs, options = make((6, 90, 90, 2, 2, 16, 16, None, length), dtype=torch.float32, seed=3)
+def test_attention_by_torchs_kernel_equals_the_reference(length, kv_heads, masked_up_to, monkeypatch):
+    monkeypatch.setattr("llm.model.attention.kernels.torch_attention.MASKED_UP_TO", masked_up_to)
+    inputs, options = make((6, 90, 90, 2, kv_heads, 16, 16, None, length), dtype=torch.float32, seed=3)
     with using(replace(DEFAULT, attention="sdpa")):
         out = causal_attention(*inputs, **options)
     if length == 150:
@@ -167,7 +170,7 @@ def test_it_compiles_without_a_break():
 @pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[4]], ids=str)
 def test_the_operator_keeps_its_promises_to_the_compiler(shape):
     (q, k, v), options = make(shape)
-    torch.library.opcheck(blocked_attention, (q, k, v, *options.values(), None, True))
+    torch.library.opcheck(blocked_attention.operator, (q, k, v, *options.values(), None, True))
 
 
 def test_the_step_never_holds_time_by_time(monkeypatch):

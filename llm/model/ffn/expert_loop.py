@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llm.ops.kernel_choice import current
 from llm.ops.products import is_large_fp32, product_nn, product_nt, product_tn
+from llm.ops.traceable import traceable_op
 
 ROW_MULTIPLE = 32
 """The rows of an expert are padded to a multiple of this number.
@@ -28,7 +29,7 @@ CHUNK = 1 << 19
 """Bytes of a tensor that elementwise work processes at once, so that they stay in a core's cache."""
 
 
-@torch.library.custom_op("crucible::expert_loop", mutates_args=())
+@traceable_op("crucible::expert_loop")
 def expert_loop(
     x: Tensor, row_weights: Tensor, token_ids: Tensor, offsets: Tensor, gate: Tensor, up: Tensor, down: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -52,7 +53,7 @@ def _(x: Tensor, row_weights: Tensor, token_ids: Tensor, offsets: Tensor, gate: 
     return torch.empty_like(x), x.new_empty(2, most_rows(token_ids, offsets), gate.shape[1])
 
 
-@torch.library.custom_op("crucible::expert_loop_backward", mutates_args=())
+@traceable_op("crucible::expert_loop_backward")
 def expert_loop_backward(
     grad: Tensor,
     x: Tensor,

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from llm.model.attention.kernels.query_blocks import QueryBlock
 from llm.model.attention.kernels.tiles import Tile, take, tiles
+from llm.ops.traceable import traceable_op
 
 aten = torch.ops.aten
 ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? document_ids, float scale, int? window, Tensor? spans"
 
 
-@torch.library.custom_op(
+@traceable_op(
     "crucible::blocked_attention",
-    mutates_args=(),
     schema=f"({ARGUMENTS}, bool return_lse) -> (Tensor out, Tensor lse)",
 )
 def blocked_attention(
@@ -56,9 +56,8 @@ def _empty_results(q, k, v, document_ids, scale, window, spans, return_lse) -> t
     return out, q.new_empty(q.shape[:3] if return_lse else (0,), dtype=_precise(q))
 
 
-@torch.library.custom_op(
+@traceable_op(
     "crucible::blocked_attention_grad",
-    mutates_args=(),
     schema=f"(Tensor grad_out, Tensor? grad_lse, {ARGUMENTS}) -> (Tensor dq, Tensor dk, Tensor dv)",
 )
 def blocked_attention_grad(

@@ -9,8 +9,8 @@ from llm.errors import ShapeError
 from llm.model.attention.kernels.blocked import blocked_attention
 from llm.model.attention.kernels.cuda import cuda_attention, sdpa, sighted_cuda_attention
 from llm.model.attention.kernels.key_spans import key_spans
-from llm.model.attention.kernels.one_document import can_use_sdpa, sdpa_by_rows
 from llm.model.attention.kernels.reference import visible_keys
+from llm.model.attention.kernels.torch_attention import can_use_sdpa, sdpa_by_rows
 from llm.ops.kernel_choice import current
 
 FEW_QUERIES = 16
