@@ -148,7 +148,7 @@ def test_a_run_records_its_kernels_and_a_resumed_one_keeps_them(composed, tiny, 
     assert manifest[KERNELS] == summary[KERNELS]
     checked = check(composed(*tiny, "max_steps=4", "trainer.precision=32-true"))
     model = build_model(checked.tree, 300)
-    kept = decided_kernels(checked, model, tmp_path, cache=tmp_path, recorded=manifest[KERNELS])
+    kept = decided_kernels(checked, model, tmp_path, flops_per_token=1e6, cache=tmp_path, recorded=manifest[KERNELS])
     assert asdict(kept) == manifest[KERNELS]
     assert len(measured) == count
 
@@ -157,7 +157,7 @@ def test_a_short_run_and_kernels_default_measure_nothing_and_given_names_hold(co
     def kernels(*overrides):
         checked = check(composed(*tiny, *overrides))
         model = build_model(checked.tree, 300)
-        return decided_kernels(checked, model, tmp_path, cache=tmp_path / "cache", recorded=None)
+        return decided_kernels(checked, model, tmp_path, flops_per_token=1e6, cache=tmp_path / "cache", recorded=None)
 
     assert kernels("kernels=default") == DEFAULT
     assert kernels("kernels={short_row: 0, muon_bf16_from: 7}").short_row == 0

@@ -51,7 +51,7 @@ class TraceableOp:
 
             @staticmethod
             @once_differentiable
-            def backward(ctx: Any, *grads: Any) -> Any:
+            def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
                 return backward(ctx, *grads)
 
         self.eager = Eager.apply

@@ -12,11 +12,11 @@ from llm.config.checked import CheckedConfig
 from llm.distributed.launch import find_launch
 from llm.distributed.rendezvous import agree
 from llm.model.transformer import Transformer
-from llm.ops.flops import FORWARD_AND_BACKWARD
 from llm.ops.kernel_choice import DEFAULT, KernelChoice, given_kernels
 from llm.ops.products import HAS_ONEDNN
 from llm.ops.tuning import measure, remember, remembered
-from llm.training.timed_operations import Workload, operations_of, workload_of
+from llm.training.compilation import CompiledDecoder, pays_to_compile
+from llm.training.timed_operations import Workload, operations_of
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,13 @@ WORTHWHILE_FLOPS = 2e12
 
 
 def decided_kernels(
-    checked: CheckedConfig, model: Transformer, folder: Path, *, cache: Path, recorded: Mapping[str, Any] | None
+    checked: CheckedConfig,
+    model: Transformer,
+    folder: Path,
+    *,
+    flops_per_token: float,
+    cache: Path,
+    recorded: Mapping[str, Any] | None,
 ) -> KernelChoice:
     """Return the kernels of a run, which are the same on every rank, and log them where they were measured.
 
@@ -33,21 +39,28 @@ def decided_kernels(
         checked: the configuration, with the size of its micro-batches.
         model: the decoder.
         folder: the run folder, which names the agreement of the ranks.
+        flops_per_token: FLOPs of training per token, those of the objective.
         cache: the folder in which measurements are kept.
         recorded: the kernels of the checkpoint that the run resumes; None for a new run. They are kept, because
             another kernel sums in another order.
     """
     known = {field.name for field in fields(KernelChoice)}
+    decides = checked.run.compile == "auto"
     if recorded is not None:
-        return _available(KernelChoice(**{name: value for name, value in recorded.items() if name in known}))
+        kept = KernelChoice(**{name: value for name, value in recorded.items() if name in known})
+        return _available(kept if decides else replace(kept, graph="eager"))
     given = given_kernels(checked.run.kernels)
-    flops = FORWARD_AND_BACKWARD * model.flops_per_token(checked.run.context_length)
-    is_short = flops * checked.sizes.ramp.tokens_seen(checked.sizes.total_steps) < WORTHWHILE_FLOPS
+    flops = flops_per_token * checked.sizes.ramp.tokens_seen(checked.sizes.total_steps)
+    is_short = flops < WORTHWHILE_FLOPS
     if checked.run.kernels == "default" or checked.sizes.accelerator != "cpu" or is_short:
         return _available(replace(DEFAULT, **given))
     launch, found = find_launch(), ""
     if launch is None or launch.rank == 0:
-        found = json.dumps(_measured(workload_of(checked, model), given, cache))
+        decoder = CompiledDecoder.of(checked, model)
+        winners = _measured(decoder.workload, given, cache)
+        if decides and pays_to_compile(checked, decoder, flops=flops / checked.sizes.world_size, cache=cache):
+            winners["graph"] = "compiled"
+        found = json.dumps(winners)
     if launch is not None:
         found = agree(found, launch, about=f"kernels of {folder}")
     return replace(DEFAULT, **json.loads(found))

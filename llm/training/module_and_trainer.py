@@ -1,5 +1,6 @@
 """Builds the LightningModule and the Trainer of a run."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 
 from llm.callbacks.checkpoint_io import FolderCheckpointIO
 from llm.config.build import (
@@ -58,7 +59,12 @@ def build_module(checked: CheckedConfig, model: Transformer, tokenizer: Any) -> 
 
 
 def build_run_trainer(
-    checked: CheckedConfig, folder: RunFolder, kernels: KernelChoice, *, backbone: Path | None = None
+    checked: CheckedConfig,
+    folder: RunFolder,
+    kernels: KernelChoice,
+    clocks: Sequence[Callback] = (),
+    *,
+    backbone: Path | None = None,
 ) -> L.Trainer:
     """Return the Trainer of a run, with its callbacks and loggers, and checkpoints that record kernels and backbone.
 
@@ -66,6 +72,7 @@ def build_run_trainer(
         checked: the configuration.
         folder: the run folder.
         kernels: the kernels of the run.
+        clocks: callbacks beside those of the configuration.
         backbone: the folder of the frozen weights of an adapted run; None where all weights are saved.
     """
     tree, run, sizes = checked.tree, checked.run, checked.sizes
@@ -99,7 +106,7 @@ def build_run_trainer(
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),  # not Lightning's own
-        callbacks=[*callbacks, *build_averaging(tree)],  # averaging sees an update's end last
+        callbacks=[*callbacks, *clocks, *build_averaging(tree)],  # averaging sees an update's end last
         logger=build_loggers(tree, **supplied),
         plugins=[FolderCheckpointIO(manifest=manifest), *own_environment()],
     )
