@@ -91,12 +91,12 @@ class CompileClock(Callback):
         self._began: float | None = None
         self._is_done = False
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
         """Start at the first micro-batch."""
         if self._began is None:
             self._began = self._now()
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         """Stop after the first one."""
         if not self._is_done and self._began is not None and trainer.is_global_zero:
             remember(self.cache, self.decoder, {SECONDS: round(self._now() - self._began, 1)})

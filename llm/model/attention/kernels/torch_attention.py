@@ -16,10 +16,14 @@ MASKED_UP_TO = 512
 
 
 def can_use_sdpa(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, return_lse: bool) -> bool:
-    """Return whether torch's kernel can compute rows of one document, eagerly and without a matrix of all scores."""
+    """Return whether torch's kernel can compute these rows, without a matrix of all scores for long ones.
+
+    In traced code it computes short rows alone, because the choice by documents depends on data.
+    """
     is_whole = q.shape[1] == k.shape[1] and window is None and not return_lse
     is_flash = q.dtype in FLASH_DTYPES and q.shape[-1] == v.shape[-1]
-    return is_whole and is_flash and q.device.type == "cpu" and not torch.compiler.is_compiling()
+    is_static = q.shape[1] <= MASKED_UP_TO or not torch.compiler.is_compiling()
+    return is_whole and is_flash and is_static and q.device.type == "cpu"
 
 
 def sdpa_by_rows(
@@ -37,14 +41,14 @@ def sdpa_by_rows(
     """
     if document_ids is None:
         return _whole_rows(q, k, v, scale=scale, mask=None)
-    is_single = document_ids[:, 0] == document_ids[:, -1]  # ids never decrease along a row
-    single, others = is_single.nonzero()[:, 0], (~is_single).nonzero()[:, 0]
-    if not len(others):
-        return _whole_rows(q, k, v, scale=scale, mask=None)
     time = q.shape[1]
     if time <= MASKED_UP_TO:
         sizes = {"time": time, "time_k": time, "device": q.device, "window": None}
         return _whole_rows(q, k, v, scale=scale, mask=visible_keys(**sizes, document_ids=document_ids)[:, None])
+    is_single = document_ids[:, 0] == document_ids[:, -1]  # ids never decrease along a row
+    single, others = is_single.nonzero()[:, 0], (~is_single).nonzero()[:, 0]
+    if not len(others):
+        return _whole_rows(q, k, v, scale=scale, mask=None)
     if not len(single):
         return blocked_attention(q, k, v, document_ids, scale, None, None, False)[0]
     alone = _whole_rows(*(x[single] for x in (q, k, v)), scale=scale, mask=None)
