@@ -70,11 +70,47 @@ def test_whole_rows_take_sdpa_without_a_mask_and_documents_a_two_sided_window(mo
         return q
 
     monkeypatch.setattr(cuda, "varlen_kernel", lambda: kernel)
-    monkeypatch.setattr(cuda, "can_use_varlen", lambda q, v: True)
+    monkeypatch.setattr(cuda, "can_use_varlen", lambda q, v, ids: True)
     given = options(TWO_SIDED, 20, documents=True)
     on_cuda(q, k, v, TWO_SIDED, given)
     on_cuda(q, k, v, TWO_SIDED, given | {"window": 5})
     assert seen == [([0, 13, 20, 33, 40], (-1, -1)), ([0, 13, 20, 33, 40], (4, 4))]
+
+
+@pytest.mark.parametrize("documents_per_row", [1, 2, 5, 16])
+def test_the_sequences_of_flash_attention_are_the_documents_padded_to_a_power_of_two(documents_per_row, monkeypatch):
+    rows, time = 3, 64
+    q = torch.randn(rows, time, 2, 16)
+    ids = (torch.arange(time) * documents_per_row // time).expand(rows, -1).contiguous()
+    seen = []
+    monkeypatch.setattr(cuda, "varlen_kernel", lambda: lambda q, k, v, offsets, *_, **__: seen.append(offsets) or q)
+    monkeypatch.setattr(cuda, "can_use_varlen", lambda q, v, ids: True)
+    for _ in range(2):  # two layers
+        cuda.cuda_attention(q, q, q, document_ids=ids, scale=0.25, window=None, return_lse=False)
+    documents = rows * documents_per_row
+    assert len(seen[0]) - 1 == 2 ** (documents - 1).bit_length()
+    assert seen[0].unique().tolist() == [*(-(-time * i // documents_per_row) for i in range(documents)), rows * time]
+    assert seen[1] is seen[0]  # counted once per batch
+    cuda.cuda_attention(q, q, q, document_ids=None, scale=0.25, window=8, return_lse=False)
+    assert seen[2].tolist() == [0, 64, 128, 192]
+
+
+def test_a_block_mask_is_made_once_per_batch_and_window(monkeypatch):
+    made = []
+    monkeypatch.setattr(cuda, "compiled_flex", lambda: (lambda q, k, v, **_: q, lambda *a, **_: made.append(a) or a))
+    q = torch.randn(2, 32, 2, 16)
+
+    def layers(ids, *windows):
+        made.clear()
+        for window in windows:
+            cuda.flex(q, q, q, document_ids=ids, scale=0.25, window=window, return_lse=False)
+        return len(made)
+
+    ids = torch.zeros(2, 32, dtype=torch.long)
+    assert layers(ids, None, 4, None, 4) == 2
+    assert layers(ids.clone(), None, None) == 1
+    ids[:, 9:] = 1
+    assert layers(ids, 4, 4) == 1  # changed in place
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from llm.errors import ConfigError
+from llm.ops.batch_memo import BatchMemo
 from llm.ops.functional import rotate
 
 
@@ -93,19 +94,12 @@ class AngleMemo:
 
     def __init__(self, amplitude: float = 1.0) -> None:
         self.amplitude = amplitude
-        self._key: Tensor | None = None
-        self._version = -1
-        self._value: tuple[Tensor, Tensor] | None = None
+        self._last: BatchMemo[tuple[Tensor, Tensor]] = BatchMemo()
 
     def __call__(
         self, positions: Shaped[Tensor, "batch time"], frequencies: Float[Tensor, " half"]
     ) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():  # the compiler merges equal expressions itself
-            return self._compute(positions, frequencies)
-        version = positions._version if not positions.is_inference() else 0
-        if self._value is None or self._key is not positions or self._version != version:
-            self._key, self._version, self._value = positions, version, self._compute(positions, frequencies)
-        return self._value
+        return self._last((positions,), None, lambda: self._compute(positions, frequencies))
 
     def _compute(self, positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = cos_sin(positions, frequencies)

@@ -11,8 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm.contracts import Sight
+from llm.ops.batch_memo import BatchMemo
 
 HALF = (torch.float16, torch.bfloat16)
+
+_offsets: BatchMemo[Tensor] = BatchMemo()
+_masks: BatchMemo[Any] = BatchMemo()
 
 
 def cuda_attention(
@@ -33,7 +37,7 @@ def cuda_attention(
     whole = q.shape[1] == k.shape[1]
     if not return_lse and whole and document_ids is None and window is None:
         return sdpa(q, k, v, scale=scale, is_causal=True, mask=None), q.new_empty(0)
-    if not return_lse and whole and can_use_varlen(q, v):
+    if not return_lse and whole and can_use_varlen(q, v, document_ids):
         return varlen(q, k, v, document_ids=document_ids, scale=scale, window=window), q.new_empty(0)
     return flex(q, k, v, document_ids=document_ids, scale=scale, window=window, return_lse=return_lse)
 
@@ -57,7 +61,7 @@ def sighted_cuda_attention(
     whole = q.shape[1] == k.shape[1]
     if sight.kind == "bidirectional" and document_ids is None and window is None:
         return sdpa(q, k, v, scale=scale, is_causal=False, mask=None)
-    if sight.kind == "bidirectional" and whole and can_use_varlen(q, v):
+    if sight.kind == "bidirectional" and whole and can_use_varlen(q, v, document_ids):
         return varlen(q, k, v, document_ids=document_ids, scale=scale, window=window, is_causal=False)
     return flex_spans(q, k, v, spans=spans, scale=scale)
 
@@ -84,8 +88,13 @@ def varlen_kernel() -> Any:
     return None
 
 
-def can_use_varlen(q: Tensor, v: Tensor) -> bool:
-    """Return whether variable-length flash attention supports these tensors."""
+def can_use_varlen(q: Tensor, v: Tensor, document_ids: Tensor | None) -> bool:
+    """Return whether variable-length flash attention supports these tensors.
+
+    The number of documents decides a shape, which traced code cannot depend on; FlexAttention takes it there.
+    """
+    if document_ids is not None and torch.compiler.is_compiling():
+        return False
     is_flash_shape = q.dtype in HALF and q.shape[-1] == v.shape[-1] <= 256 and q.shape[-1] % 8 == 0
     return is_flash_shape and varlen_kernel() is not None and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
@@ -100,20 +109,9 @@ def varlen(
     window: int | None,
     is_causal: bool = True,
 ) -> Tensor:
-    """Attend within each document of each row, as sequences that are concatenated.
-
-    The list of starts has one element per token, and unused ones at its end are empty sequences. Its length does not
-    depend on the data, so nothing synchronizes with the GPU and nothing is recompiled.
-    """
+    """Attend within each document of each row, as sequences that are concatenated."""
     batch, time = q.shape[:2]
-    starts_document = torch.ones(batch, time, dtype=torch.bool, device=q.device)
-    if document_ids is None:
-        starts_document[:, 1:] = False
-    else:
-        starts_document[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    index = torch.arange(batch * time, device=q.device, dtype=torch.int32)
-    starts = torch.where(starts_document.flatten(), index, batch * time).sort().values
-    offsets = F.pad(starts, (0, 1), value=batch * time).to(torch.int32)
+    offsets = _offsets((document_ids,), (batch, time, q.device), lambda: sequence_offsets(q, document_ids))
     left = -1 if window is None else window - 1
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     options: dict[str, Any] = {
@@ -123,6 +121,25 @@ def varlen(
     }
     out = varlen_kernel()(q, k, v, offsets, offsets, time, time, **options)
     return out.unflatten(0, (batch, time))
+
+
+def sequence_offsets(
+    q: Float[Tensor, "batch time heads head_dim"], document_ids: Int[Tensor, "batch time"] | None
+) -> Int[Tensor, " bucket"]:
+    """Return where each document begins in the concatenation of all rows, and the end, repeated to fill a bucket.
+
+    Flash attention allocates memory for 128 tokens per sequence, so unused sequences are not free. The length is 1 plus
+    a power of two, so that few lengths occur. Counting documents waits for the device, once per batch.
+    """
+    batch, time = q.shape[:2]
+    rows = torch.arange(0, batch * time + 1, time, device=q.device, dtype=torch.int32)
+    if document_ids is None:
+        return rows
+    starts_document = torch.ones(batch, time, dtype=torch.bool, device=q.device)
+    starts_document[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    starts = starts_document.flatten().nonzero()[:, 0].to(torch.int32)
+    bucket = 1 << (len(starts) - 1).bit_length()
+    return F.pad(starts, (0, bucket + 1 - len(starts)), value=batch * time)
 
 
 @functools.cache
@@ -138,7 +155,10 @@ def flex_spans(q: Tensor, k: Tensor, v: Tensor, *, spans: Tensor, scale: float) 
     attend, build_mask = compiled_flex()
     rows = None if len(spans) == 1 else len(spans)
     sizes = (rows, None, q.shape[1], k.shape[1])
-    mask = build_mask(lambda row, _, query, key: is_within(spans[row, query], key), *sizes, device=q.device)
+    mask = _masks(
+        *((spans,), (sizes, q.device)),
+        lambda: build_mask(lambda row, _, query, key: is_within(spans[row, query], key), *sizes, device=q.device),
+    )
     heads = (x.transpose(1, 2) for x in (q, k, v))
     result = attend(*heads, block_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
     return result.transpose(1, 2)
@@ -164,7 +184,8 @@ def flex(
         return (key <= at) & (at - key < reach) & (ids[row, at] == ids[row, key])
 
     attend, build_mask = compiled_flex()
-    mask = build_mask(visible, batch if document_ids is not None else None, None, time, time_k, device=q.device)
+    sizes = (batch if document_ids is not None else None, None, time, time_k)
+    mask = _masks((document_ids,), (sizes, window, q.device), lambda: build_mask(visible, *sizes, device=q.device))
     result = attend(
         *(x.transpose(1, 2) for x in (q, k, v)),
         block_mask=mask,

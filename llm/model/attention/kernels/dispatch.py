@@ -11,7 +11,10 @@ from llm.model.attention.kernels.cuda import cuda_attention, sdpa, sighted_cuda_
 from llm.model.attention.kernels.key_spans import key_spans
 from llm.model.attention.kernels.reference import visible_keys
 from llm.model.attention.kernels.torch_attention import can_use_sdpa, sdpa_by_rows
+from llm.ops.batch_memo import BatchMemo
 from llm.ops.kernel_choice import current
+
+_spans: BatchMemo[Tensor] = BatchMemo()
 
 FEW_QUERIES = 16
 """Up to this many queries against stored keys (decoding), one masked product reads the keys without a copy."""
@@ -93,13 +96,10 @@ def sighted_attention(
         return mixed
     _check(q, k, v, window)
     q, k, v = _cast(q, k, v)
-    spans = key_spans(
-        sight,
-        time=q.shape[1],
-        time_k=k.shape[1],
-        positions=positions,
-        document_ids=document_ids,
-        window=window,
+    sizes = {"time": q.shape[1], "time_k": k.shape[1], "window": window}
+    spans = _spans(
+        *((positions, document_ids), (sight, *sizes.values())),
+        lambda: key_spans(sight, positions=positions, document_ids=document_ids, **sizes),
     )
     if q.is_cuda:
         options = {"sight": sight, "spans": spans, "document_ids": document_ids, "scale": scale, "window": window}
