@@ -1,6 +1,8 @@
 """Which optimizer learns most from the same tokens, each at its best learning rate?
 
     python benchmarks/optimizers_experiment.py --out runs/optimizers
+    python benchmarks/optimizers_experiment.py --out runs/variants --optimizers adamw,muon,hyperball,normuon,cautious \\
+        --batch-tokens 1024 max_steps=300 batch_tokens=1024 micro_batch_size=8
     python benchmarks/optimizers_experiment.py --out runs/optimizers-batch --optimizers adamw,lion,tiger \\
         --batch-tokens 1024,4096,16384 --seeds 1
 
@@ -27,6 +29,13 @@ from llm.training.train import train
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GRID_ORIGIN = 1e-3
+VARIANTS = {
+    "hyperball": ["optimizer=muon", "optimizer.hyperball=true", "optimizer.weight_decay=0", "optimizer.lr=3.2e-2"],
+    "normuon": ["optimizer=muon", "optimizer.row_beta=0.95"],
+    "cautious": ["optimizer=muon", "optimizer.cautious_decay=true"],
+    "muon-no-decay": ["optimizer=muon", "optimizer.weight_decay=0"],
+}
+"""Names that `--optimizers` takes beside the files of conf/optimizer, with their overrides."""
 STEPS_EACH_WAY = 8
 """Largest distance of a search from an optimizer's default, in points of the grid: a factor of 256."""
 
@@ -35,15 +44,16 @@ def run(
     out: Path, optimizer: str, rate_index: int, seed: int, batch_tokens: int, overrides: list[str]
 ) -> dict[str, Any]:
     """Train once, or read the finished run of an earlier call: the summary, and validation loss by tokens seen."""
+    chosen = choice_of(optimizer)
     folder = out / f"{optimizer}_batch{batch_tokens}_rate{rate_index:+d}_seed{seed}"
     if not _finished(folder):
         rate = GRID_ORIGIN * 2.0**rate_index
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            base = compose("train", ["experiment=optimizers", f"optimizer={optimizer}", "name=o", *overrides])
+            base = compose("train", ["experiment=optimizers", *chosen, "name=o", *overrides])
             tokens = base.max_steps * base.batch_tokens
             steps = [f"max_steps={tokens // batch_tokens}", f"checkpoint_every={tokens // batch_tokens}"]
             steps += [f"val_every={max(1, base.val_every * base.batch_tokens // batch_tokens)}"]
-            choice = [f"optimizer={optimizer}", f"optimizer.lr={rate}", f"seed={seed}", f"batch_tokens={batch_tokens}"]
+            choice = [*chosen, f"optimizer.lr={rate}", f"seed={seed}", f"batch_tokens={batch_tokens}"]
             micro = [f"micro_batch_size={min(base.micro_batch_size, batch_tokens // base.context_length)}"]
             cfg = to_plain(compose("train", ["experiment=optimizers", "name=o", *overrides, *choice, *steps, *micro]))
         check(cfg)
@@ -54,6 +64,11 @@ def run(
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = [(row["tokens_seen"], row["val/loss"]) for row in rows if "val/loss" in row]
     return {"loss": summary["val/loss"], "summary": summary, "curve": curve}
+
+
+def choice_of(optimizer: str) -> list[str]:
+    """Return the overrides of a variant, or of a file in conf/optimizer."""
+    return VARIANTS.get(optimizer, [f"optimizer={optimizer}"])
 
 
 def _finished(folder: Path) -> bool:
@@ -82,7 +97,7 @@ def tune(start: int, measure: Any) -> tuple[int, dict[int, float]]:
 def default_index(optimizer: str) -> int:
     """Return the point of the grid nearest to the optimizer's default rate."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        rate = compose("train", ["experiment=optimizers", f"optimizer={optimizer}", "name=o"]).optimizer.lr
+        rate = compose("train", ["experiment=optimizers", *choice_of(optimizer), "name=o"]).optimizer.lr
     return round(math.log2(rate / GRID_ORIGIN))
 
 

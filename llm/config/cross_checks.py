@@ -55,7 +55,7 @@ def check_across_groups(cfg: Mapping[str, Any], *, invalid: Collection[str]) -> 
         (run_keys | {"batch_schedule"}, lambda: batch_ramp(cfg)),
         (run_keys | {"batch_schedule", "trainer"}, lambda: check_ramp(plan=batch_plan(cfg), ramp=batch_ramp(cfg))),
         (run_keys | {"callbacks", "trainer"}, lambda: _check_micro_batches(cfg)),
-        ({"optimizer", "on_nonfinite", "trainer", "spikes"}, lambda: _check_optimizer(cfg)),
+        ({"optimizer", "on_nonfinite", "trainer", "spikes", "rates"}, lambda: _check_optimizer(cfg)),
         (run_keys | {"scaling", "batch_schedule", "optimizer"}, lambda: _check_scaling(cfg)),
         (run_keys | {"batch_schedule", "keep_half_life"}, lambda: _check_half_life(cfg)),
         (run_keys | {"schedule"}, lambda: _check_schedule(cfg)),
@@ -211,8 +211,9 @@ def check_rates(node: Mapping[str, Any]) -> None:
 def _check_optimizer(cfg: Mapping[str, Any]) -> None:
     node, policy = cfg["optimizer"], cfg["on_nonfinite"]
     check_rates(node)
-    parameter = torch.nn.Parameter(torch.zeros(2, 2))
-    group = {"params": [parameter], "names": ["probe"], "kind": "matrix", "lr": node["lr"], "weight_decay": 0.0}
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    decay = node["weight_decay"] if "matrix" in build_rates(cfg).decay_kinds else 0.0
+    group = {"params": [parameter], "names": ["probe"], "kind": "matrix", "lr": node["lr"], "weight_decay": decay}
     try:
         optimizer = instantiate(node)([group])
     except ValueError as error:

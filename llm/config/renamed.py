@@ -37,7 +37,10 @@ LOGGERS = {
 """`_target_` of a logger -> its name in `logger`."""
 
 
-ADDED_SETTINGS = {"llm.optim.tiger.Tiger": {"min_rms_ratio": 0.0}}
+ADDED_SETTINGS = {
+    "llm.optim.muon.Muon": {"hyperball": False},
+    "llm.optim.tiger.Tiger": {"min_rms_ratio": 0.0},
+}
 """`_target_` -> settings that version 0.1 did not have, with the values at which nothing changes."""
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from llm.errors import ConfigError
+from llm.optim.grouped_optimizer import CHUNK
 from llm.optim.idle_rows import active_rows
 
 
@@ -48,6 +49,17 @@ def used_blocks(gradient: Tensor) -> Tensor | None:
         return None  # a nonzero element per block proves that all are used
     used = active_rows(gradient, (1, 2))
     return None if used.device.type == "cpu" and bool(used.all()) else used.float()
+
+
+def descend_blocks(
+    weight: Tensor, direction: Tensor, used: Tensor | None, *, decay: float, step: float, cautious: bool
+) -> None:
+    """Apply `move_piece` to the used blocks of one parameter, in cache-sized pieces on a CPU."""
+    rows = weight.shape[-2]
+    if weight.device.type == "cpu":
+        rows = max(1, CHUNK * rows // weight.numel())
+    for piece, update in zip(weight.split(rows, -2), direction.split(rows, -2), strict=True):
+        move_piece(piece, update, used, decay=decay, step=step, cautious=cautious)
 
 
 def move_piece(

@@ -10,13 +10,14 @@ from llm.contracts import OptimizerTraits, ParamGroup
 from llm.errors import ConfigError
 from llm.ops.precision import DTYPES, products_dtype
 from llm.optim import foreach
-from llm.optim.blocks import as_blocks, check_heads, move_piece, used_blocks
+from llm.optim.blocks import as_blocks, check_heads, descend_blocks, used_blocks
 from llm.optim.checks import in_range, one_of
 from llm.optim.exchange import OwnerExchange
-from llm.optim.grouped_optimizer import CHUNK, GroupedOptimizer, between, gradients_of, slabs
+from llm.optim.grouped_optimizer import GroupedOptimizer, between, gradients_of, slabs
+from llm.optim.hyperball import check_hyperball, turn_blocks
 from llm.optim.muon_shards import make_exchange, update_matrix_shard
 from llm.optim.newton_schulz import ITERATIONS, orthogonalize
-from llm.optim.row_normalization import balance_rows
+from llm.optim.row_normalization import balance_rows, row_moments
 from llm.optim.shard import ShardLayout
 from llm.optim.threads import side_by_side
 from llm.optim.update_rules import apply_rule, apply_rule_to_shard, make_rule
@@ -46,6 +47,8 @@ class Muon(GroupedOptimizer):
         by_head: orthogonalise each attention head separately, where a module declares its projection's heads.
         row_beta: decay rate of the rows' second moments in NorMuon's normalisation, in (0, 1); None disables it.
         cautious_decay: decay only the weights that the update also moves towards 0.
+        hyperball: keep the norm of each matrix and let lr be a relative step; `llm.optim.hyperball`. `update_scale`
+            then acts on nothing, and matrices must not decay.
         aux: rule for the other kinds, "adamw" or "lion".
         aux_lr_scale: factor on the lr of the other kinds, > 0; "auto" for `AUX_LR_SCALES`.
         aux_betas: betas of `aux`, each in [0, 1).
@@ -79,6 +82,7 @@ class Muon(GroupedOptimizer):
         by_head: bool,
         row_beta: float | None,
         cautious_decay: bool,
+        hyperball: bool,
         aux: str,
         aux_lr_scale: float | Literal["auto"],
         aux_betas: Sequence[float],
@@ -91,21 +95,26 @@ class Muon(GroupedOptimizer):
         self.matmul_dtype = one_of("matmul_dtype", matmul_dtype, ("auto", *DTYPES))
         self.row_beta = None if row_beta is None else in_range("row_beta", row_beta, 1e-6, 1.0)
         self.by_head, self.cautious_decay, self.skip_idle_rows = by_head, cautious_decay, skip_idle_rows
+        self.hyperball = hyperball
         self.aux = make_rule("aux", aux, betas=aux_betas, eps=aux_eps)
-        auto_scale = AUX_LR_SCALES[update_scale] * AUX_LR_SCALES[aux]
+        auto_scale = AUX_LR_SCALES["hyperball" if hyperball else update_scale] * AUX_LR_SCALES[aux]
         aux_scale = auto_scale if aux_lr_scale == "auto" else in_range("aux_lr_scale", aux_lr_scale, 1e-12, 1e12)
         if not any(isinstance(group, dict) and group.get("kind") == "matrix" for group in params):
             raise ConfigError("optimizer=muon: the model has no hidden matrix to orthogonalise; use optimizer=adamw")
         if by_head:
             check_heads(params)
         super().__init__(params, lr=lr, weight_decay=weight_decay)
+        if hyperball:
+            check_hyperball(self.param_groups, cautious_decay=cautious_decay)
         for group in self.param_groups:
             if group["kind"] != "matrix":
                 group["lr"] *= aux_scale
 
     def rule_of(self, group: dict[str, Any]) -> str:
-        """Return "muon" for matrices and the name of `aux` for other kinds."""
-        return "muon" if group["kind"] == "matrix" else self.aux.name
+        """Return "muon" or "muon on a sphere" for matrices and the name of `aux` for other kinds."""
+        if group["kind"] != "matrix":
+            return self.aux.name
+        return "muon on a sphere" if self.hyperball else "muon"
 
     def buffers_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Return the buffers: one momentum for matrices, and those of `aux` for other kinds."""
@@ -214,7 +223,8 @@ class Muon(GroupedOptimizer):
         blocks = torch.stack(ahead) if len(ahead) > 1 else ahead[0][None]
         directions = orthogonalize(blocks, iteration=self.iteration, dtype=dtype)
         if self.row_beta is not None:
-            directions = balance_rows(directions.float(), self._row_moments(params, blocks), beta=self.row_beta)
+            moments = row_moments([self.state[parameter] for parameter in params], blocks)
+            directions = balance_rows(directions.float(), moments, beta=self.row_beta)
         for parameter, gradient, direction in zip(params, gradients, directions, strict=True):
             used = used_blocks(as_blocks(gradient, heads)) if self.skip_idle_rows else None
             self._descend(group, as_blocks(parameter, heads), direction, used)
@@ -229,19 +239,11 @@ class Muon(GroupedOptimizer):
             foreach.copy_(slab.params, ahead)
         return out
 
-    def _row_moments(self, params: list[Tensor], blocks: Tensor) -> list[Tensor]:
-        """Return the running mean square of each row of each parameter's blocks."""
-        for parameter in params:
-            if "row_moment" not in self.state[parameter]:
-                self.state[parameter]["row_moment"] = blocks.new_zeros(*blocks.shape[1:-1], 1, dtype=torch.float32)
-        return [self.state[parameter]["row_moment"] for parameter in params]
-
     def _descend(self, group: dict[str, Any], weight: Tensor, direction: Tensor, used: Tensor | None) -> None:
-        """Apply W ← W − lr·(scale·O + λ·W) to the used blocks of one parameter, in cache-sized pieces on a CPU."""
+        """Move the used blocks of one parameter, and decay them or keep their norms."""
         lr, decay = float(group["lr"]), float(group["weight_decay"])
+        if self.hyperball:
+            turn_blocks(weight, direction, used, lr=lr)
+            return
         step = lr * self.update_scale(*weight.shape[-2:])
-        rows = weight.shape[-2]
-        if weight.device.type == "cpu":
-            rows = max(1, CHUNK * rows // weight.numel())
-        for piece, update in zip(weight.split(rows, -2), direction.split(rows, -2), strict=True):
-            move_piece(piece, update, used, decay=lr * decay, step=step, cautious=self.cautious_decay)
+        descend_blocks(weight, direction, used, decay=lr * decay, step=step, cautious=self.cautious_decay)

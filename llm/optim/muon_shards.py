@@ -11,6 +11,7 @@ from torch import Tensor
 from llm.optim.blocks import as_blocks, block_shape, from_blocks, move_piece
 from llm.optim.exchange import OwnerExchange
 from llm.optim.grouped_optimizer import CHUNK
+from llm.optim.hyperball import turn_shard
 from llm.optim.newton_schulz import orthogonalize
 from llm.optim.row_normalization import balance_rows
 from llm.optim.shard import ShardLayout, is_active
@@ -117,12 +118,16 @@ def update_matrix_shard(
         lambda name, whole: work(name, whole, heads=heads[name]),
         dtype=dtype if muon.row_beta is None else torch.float32,
     )
+    active = active_blocks(gradient, layout, heads) if muon.skip_idle_rows else None
+    if muon.hyperball:
+        turn_shard(flat, directions, layout, heads=heads, active=active, lr=float(group["lr"]))
+        return
     descend_shard(
         flat,
         directions,
         layout,
         heads=heads,
-        active=active_blocks(gradient, layout, heads) if muon.skip_idle_rows else None,
+        active=active,
         group=group,
         update_scale=muon.update_scale,
         cautious=muon.cautious_decay,

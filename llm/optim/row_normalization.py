@@ -1,5 +1,7 @@
 """NorMuon's normalisation of rows, which gives the updates of all neurons the same RMS over time."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -33,3 +35,13 @@ def balance_rows(
         old, new = (torch.linalg.matrix_norm(x, keepdim=True) for x in (direction, balanced))
         out.append(balanced * torch.where(new > 0, old / new, 0.0))
     return torch.stack(out)
+
+
+def row_moments(
+    states: Sequence[dict[str, Tensor]], blocks: Float[Tensor, "stack blocks rows columns"]
+) -> list[Tensor]:
+    """Return the running mean square of each row of each parameter's blocks, from its state; create missing ones."""
+    for state in states:
+        if "row_moment" not in state:
+            state["row_moment"] = blocks.new_zeros(*blocks.shape[1:-1], 1, dtype=torch.float32)
+    return [state["row_moment"] for state in states]

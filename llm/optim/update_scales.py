@@ -19,11 +19,12 @@ UPDATE_SCALES: dict[str, Callable[[float, float], float]] = {
     "spectral": _spectral,
 }
 
-AUX_LR_SCALES = {"match_adamw": 1.0, "spectral": 0.2, "adamw": 1.0, "lion": 0.2}
+AUX_LR_SCALES = {"match_adamw": 1.0, "spectral": 0.2, "hyperball": 0.2, "adamw": 1.0, "lion": 0.2}
 """Factors of `aux_lr_scale="auto"`, by update scale and by rule; both factors are multiplied.
 
 Matched updates take AdamW's own rates. The usual rate of spectral ones is 0.02, five times AdamW's at the sizes where
-it was tuned, 4e-3. Lion's rates are about a fifth of AdamW's, because its steps have unit size.
+it was tuned, 4e-3; the relative steps of `hyperball` take about 0.03. Lion's rates are about a fifth of AdamW's,
+because its steps have unit size.
 """
 
 

@@ -128,8 +128,13 @@ def update_of(optimizer: Callable[..., Any]) -> Update:
 
 
 def check_knows(rates: str, optimizer: Callable[..., Any]) -> None:
-    """Raise ConfigError unless the size of the optimizer's steps is independent of the gradient's size."""
-    rule, _ = rule_of_factory(optimizer)
+    """Raise ConfigError unless the optimizer's steps have a size of their own, not that of the gradient or weights."""
+    rule, settings = rule_of_factory(optimizer)
+    if settings.get("hyperball"):
+        raise ConfigError(
+            f"rates={rates}: derives rates from the size of steps, and with optimizer.hyperball=true that is relative "
+            "to each matrix; use rates=plain"
+        )
     if family_of(rule) in (None, "gradient"):
         raise ConfigError(
             f"rates={rates}: has no rule for {rule.__name__}, whose steps are as large as the gradient; use "

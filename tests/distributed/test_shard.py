@@ -17,8 +17,8 @@ from llm.optim.tiger import Tiger
 MUON = {
     "lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True, "iteration": "quintic",
     "update_scale": "match_adamw", "matmul_dtype": "float32", "by_head": False, "row_beta": None,
-    "cautious_decay": False, "aux": "adamw", "aux_lr_scale": 1.0, "aux_betas": [0.9, 0.95], "aux_eps": 1e-8,
-    "skip_idle_rows": True,
+    "cautious_decay": False, "hyperball": False, "aux": "adamw", "aux_lr_scale": 1.0,
+    "aux_betas": [0.9, 0.95], "aux_eps": 1e-8, "skip_idle_rows": True,
 }  # fmt: skip
 TIGER = {
     "lr": 0.01, "weight_decay": 0.1, "beta": 0.9, "min_rms": 0.0, "min_rms_ratio": 0.5, "shrink_ratio": None,
@@ -32,8 +32,14 @@ RULES = {
     "muon by head": lambda groups: Muon(groups, **MUON | {"by_head": True}),
     "normuon": lambda groups: Muon(groups, **MUON | {"row_beta": 0.95}),
     "muon cautious": lambda groups: Muon(groups, **MUON | {"cautious_decay": True}),
+    "muon on a sphere": lambda groups: Muon(undecayed(groups), **MUON | {"hyperball": True}),
+    "muon on a sphere by head": lambda groups: Muon(undecayed(groups), **MUON | {"hyperball": True, "by_head": True}),
     "muon and lion": lambda groups: Muon(groups, **MUON | {"aux": "lion", "aux_eps": None}),
 }
+
+
+def undecayed(groups):
+    return [group | {"weight_decay": 0.1 * (group["kind"] != "matrix")} for group in groups]
 
 
 def whole_parameters():

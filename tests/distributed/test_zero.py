@@ -11,6 +11,7 @@ pytestmark = pytest.mark.slow
 FP32 = "trainer.precision=32-true"
 MUON = ("optimizer=muon", "optimizer.matmul_dtype=float32")
 """Where a CPU multiplies in bfloat16 natively, Muon would take its products in it."""
+HYPERBALL = (*MUON, "optimizer.hyperball=true", "optimizer.weight_decay=0", "optimizer.lr=3e-2")
 CASES = {
     "adamw-1": ("optimizer=adamw", "trainer.stage=1"),
     "lion-3": ("optimizer=lion", "trainer.stage=3"),
@@ -18,6 +19,8 @@ CASES = {
     "muon-0": (*MUON, "trainer.stage=0"),
     "muon-1": (*MUON, "trainer.stage=1"),
     "muon-3": (*MUON, "trainer.stage=3"),
+    "hyperball-1": (*HYPERBALL, "trainer.stage=1"),
+    "hyperball-3": (*HYPERBALL, "trainer.stage=3"),
 }
 """Accumulation 2 on each of 2 ranks; clipping at 0.5 acts in every update."""
 WITHIN_ROUNDING = (5e-6, 2e-5)
@@ -31,6 +34,7 @@ def session(runs):
     for optimizer in ("adamw", "lion", "tiger"):
         runs.alone(optimizer, f"optimizer={optimizer}", FP32)
     runs.alone("muon", *MUON, FP32)
+    runs.alone("hyperball", *HYPERBALL, FP32)
     for name, overrides in CASES.items():
         runs.plan(name, *overrides, FP32)
     runs.plan("true-2", *MUON, "trainer.precision=bf16-true")

@@ -26,6 +26,7 @@ def muon(groups, **options):
         "by_head": False,
         "row_beta": None,
         "cautious_decay": False,
+        "hyperball": False,
         "aux": "adamw",
         "aux_lr_scale": 1.0,
         "aux_betas": (0.9, 0.95),
