@@ -123,6 +123,8 @@ def _ffn_reasons(model: Transformer) -> list[str]:
                 reasons.append(f"model/ffn/router is {type(ffn.router).__name__}")
         elif not isinstance(ffn, SwiGLU):
             reasons.append(f"model/ffn is {type(ffn).__name__}")
+        if (ffn.experts if isinstance(ffn, MoE) else ffn).caps is not None:
+            reasons.append("model.ffn.activation=situ")
     return reasons
 
 

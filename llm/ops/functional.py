@@ -81,7 +81,7 @@ def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _chunks(x: Tensor) -> Iterator[slice]:
+def row_spans(x: Tensor) -> Iterator[slice]:
     """Cut the first axis into pieces of about CHUNK elements."""
     rows = max(1, CHUNK * len(x) // max(1, x.numel()))
     return (slice(start, start + rows) for start in range(0, len(x), rows))
@@ -102,7 +102,7 @@ class FusedRMSNorm(torch.autograd.Function):
         out = torch.empty(x.shape, dtype=dtype)
         inverse = torch.empty(len(rows), 1, dtype=precise)
         flat = out.view(rows.shape)
-        for span in _chunks(rows):
+        for span in row_spans(rows):
             part, r = rows[span].to(precise), inverse[span]
             torch.linalg.vector_norm(part, dim=-1, keepdim=True, out=r)
             r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -120,7 +120,7 @@ class FusedRMSNorm(torch.autograd.Function):
         precise, width = inverse.dtype, x.shape[-1]
         rows, slopes, gain = x.reshape(-1, width), grad.reshape(-1, width), weight.to(precise)
         parts, grad_gain = [], torch.zeros_like(gain)
-        for span in _chunks(rows):
+        for span in row_spans(rows):
             part, slope, r = rows[span].to(precise), slopes[span].to(precise), inverse[span]
             centered, part_gain, _ = torch.ops.aten.native_layer_norm_backward(
                 slope, part, (width,), torch.zeros_like(r), r, gain, None, (True, True, False)
@@ -167,7 +167,7 @@ def _row_chunks(x: Tensor) -> Iterator[tuple[slice, slice]]:
     """Cut the first two axes into pieces of about CHUNK elements: several whole rows each, or parts of one row."""
     rows = max(1, CHUNK // max(1, x[:1].numel()))
     for start in range(0, len(x), rows):
-        times = _chunks(x[start]) if rows == 1 else (slice(None),)
+        times = row_spans(x[start]) if rows == 1 else (slice(None),)
         yield from ((slice(start, start + rows), span) for span in times)
 
 
@@ -180,7 +180,7 @@ class FusedSwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         out = torch.empty(gate.shape, dtype=gate.dtype)
         gates, ups, outs = (x.reshape(-1, x.shape[-1]) for x in (gate, up, out))
-        for span in _chunks(gates):
+        for span in row_spans(gates):
             torch.ops.aten.silu.out(gates[span], out=outs[span]).mul_(ups[span])
         return out
 
@@ -191,7 +191,7 @@ class FusedSwiGLU(torch.autograd.Function):
         grad_gate, grad_up = torch.empty(gate.shape, dtype=gate.dtype), torch.empty(up.shape, dtype=up.dtype)
         rows = (x.reshape(-1, x.shape[-1]) for x in (grad, gate, up, grad_gate, grad_up))
         slopes, gates, ups, grad_gates, grad_ups = rows
-        for span in _chunks(gates):
+        for span in row_spans(gates):
             torch.ops.aten.silu.out(gates[span], out=grad_ups[span]).mul_(slopes[span])
             slope = slopes[span] * ups[span]
             torch.ops.aten.silu_backward.grad_input(slope, gates[span], grad_input=grad_gates[span])

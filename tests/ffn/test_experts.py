@@ -7,15 +7,19 @@ from llm.model.ffn.expert_counts import expert_counts
 from llm.model.ffn.experts import Experts, loop_over_tokens
 from llm.model.ffn.grouped import grouped_products
 from llm.model.ffn.routing import ExpertOrder, Routing, sort_by_expert
+from llm.ops.situ import Caps
 
 
-def make_experts(*, num_experts=5, d_model=12, d_expert=7, top_k=2, normalize_outputs=False, dtype=torch.float64):
+def make_experts(
+    *, num_experts=5, d_model=12, d_expert=7, top_k=2, normalize_outputs=False, caps=None, dtype=torch.float64
+):
     return Experts(
         d_model=d_model,
         d_expert=d_expert,
         num_experts=num_experts,
         top_k=top_k,
         normalize_outputs=normalize_outputs,
+        caps=caps,
     ).to(dtype)
 
 
@@ -40,15 +44,16 @@ def outputs_and_gradients(run, experts, x, routing):
 
 
 def fast(x, routing, experts):
-    return experts(x, routing, has_empty_slots=True)
+    return experts(x, routing, has_empty_slots=True)[0]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 63])
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("empty", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_outputs_and_gradients_equal_the_loop_over_tokens(tokens, slots, empty, normalize):
-    experts = make_experts(normalize_outputs=normalize)
+@pytest.mark.parametrize("caps", [None, Caps(0.7, 1.5)])
+def test_outputs_and_gradients_equal_the_loop_over_tokens(tokens, slots, empty, normalize, caps):
+    experts = make_experts(normalize_outputs=normalize, caps=caps)
     x = torch.randn(tokens, 12, dtype=torch.float64)
     routing = random_routing(tokens, num_experts=5, slots=slots, empty=empty)
     expected = outputs_and_gradients(loop_over_tokens, experts, x, routing)
@@ -116,16 +121,17 @@ def test_sorted_rows_visit_each_filled_slot_once_and_counts_are_exact(empty):
         start = end
 
 
-def test_grouped_products_equal_the_loop_over_experts():
+@pytest.mark.parametrize("caps", [None, Caps(0.7, 1.5)])
+def test_grouped_products_equal_the_loop_over_experts(caps):
     if not hasattr(torch.nn.functional, "grouped_mm"):
         pytest.skip("this torch has no grouped products")
-    experts = make_experts(num_experts=5, d_model=16, d_expert=8, dtype=torch.float32)
+    experts = make_experts(num_experts=5, d_model=16, d_expert=8, caps=caps, dtype=torch.float32)
 
     def grouped(x, routing, experts):
         order = sort_by_expert(routing.expert_ids, 5)
         weights = routing.gate_weights.flatten()[order.slot_ids, None]
         stacks = (experts.gate_proj.weight, experts.up_proj.weight, experts.down_proj.weight)
-        return grouped_products(x, weights, order, *stacks, True)
+        return grouped_products(x, weights, order, *stacks, True, experts.caps)[0]
 
     for empty in (False, True):
         routing = random_routing(63, num_experts=5, slots=2, empty=empty, dtype=torch.float32)
@@ -172,7 +178,7 @@ def test_memory_that_grouped_products_leave_unwritten_reaches_no_result(monkeypa
         assert order.offsets[-1] < len(order.slot_ids)
         weights = routing.gate_weights.flatten()[order.slot_ids, None]
         stacks = (experts.gate_proj.weight, experts.up_proj.weight, experts.down_proj.weight)
-        return grouped_products(x, weights, order, *stacks, True)
+        return grouped_products(x, weights, order, *stacks, True, experts.caps)[0]
 
     x = torch.randn(63, 16)
     expected = outputs_and_gradients(fast, experts, x, routing)
@@ -189,7 +195,7 @@ def test_grouped_products_in_bf16_keep_torchs_rules_of_shape_and_alignment(empty
     x, weights, *stacks = tensors.values()
     rows, offsets = torch.empty(512, dtype=torch.long, device="meta"), torch.empty(6, dtype=torch.int32, device="meta")
     order = ExpertOrder(token_ids=rows, slot_ids=rows, offsets=offsets)
-    y = grouped_products(x.bfloat16(), weights, order, *stacks, empty)
+    y, _ = grouped_products(x.bfloat16(), weights, order, *stacks, empty)
     assert (y.shape, y.dtype) == (x.shape, torch.bfloat16)
     y.sum().backward()
     assert all(t.grad is not None and (t.grad.shape, t.grad.dtype) == (t.shape, t.dtype) for t in tensors.values())
@@ -203,4 +209,6 @@ def test_the_operator_passes_the_checks_of_torch():
     stacks = [experts.gate_proj.weight, experts.up_proj.weight, experts.down_proj.weight]
     arguments = (x, weights, order.token_ids, order.offsets, *stacks)
     torch.library.opcheck(torch.ops.crucible.expert_loop.default, arguments)
+    torch.library.opcheck(torch.ops.crucible.expert_loop.default, (*arguments, 0.7, 1.5))
+    assert torch.autograd.gradcheck(lambda *a: torch.ops.crucible.expert_loop(*a, 0.7, 1.5)[0], arguments)
     assert torch.autograd.gradcheck(lambda *a: torch.ops.crucible.expert_loop(*a)[0], arguments)

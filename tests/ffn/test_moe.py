@@ -194,3 +194,10 @@ def test_the_balancing_state_survives_a_checkpoint(build_moe):
 def test_flops_count_active_experts_only(build_moe):
     moe = build_moe("num_experts=8", "top_k=2", "num_shared_experts=1", "match=none", d_model=16, d_ff=24)
     assert moe.flops_per_token(128) == 2 * 16 * 8 + 6 * 16 * 24 * 2 + 6 * 16 * 24
+
+
+def test_experts_with_bounded_units_log_the_largest_of_routed_and_shared_ones(build_moe):
+    bounds = ("activation=situ", "gate_cap=0.5", "up_cap=1.0", "match=none", "num_shared_experts=1")
+    largest = build_moe(*bounds).train()(50 * torch.randn(2, 9, 16)).metrics["hidden_max"]
+    assert 0.4 < largest <= 0.5
+    assert "hidden_max" not in build_moe().train()(torch.randn(2, 9, 16)).metrics

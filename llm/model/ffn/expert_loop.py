@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm.model.ffn.activation import largest_size
 from llm.ops.kernel_choice import current
 from llm.ops.products import is_large_fp32, product_nn, product_nt, product_tn
+from llm.ops.situ import Caps, plain_situ_glu, situ_slopes
 from llm.ops.traceable import traceable_op
 
 ROW_MULTIPLE = 32
@@ -31,9 +33,22 @@ CHUNK = 1 << 19
 
 @traceable_op("crucible::expert_loop")
 def expert_loop(
-    x: Tensor, row_weights: Tensor, token_ids: Tensor, offsets: Tensor, gate: Tensor, up: Tensor, down: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return each token's weighted sum over its experts, and the gate and up projections for the backward pass."""
+    x: Tensor,
+    row_weights: Tensor,
+    token_ids: Tensor,
+    offsets: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate_cap: float = 0.0,
+    up_cap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each token's weighted sum over its experts, gate and up projections, and the largest hidden unit.
+
+    Caps above 0 are those of SiTU-GLU; without them the activation is SwiGLU, and the largest unit is not searched.
+    """
+    caps = Caps(gate_cap, up_cap) if gate_cap else None
+    largest = x.new_zeros((), dtype=torch.float32)
     layout = RowLayout(token_ids, offsets)
     projected, outputs = x.new_empty(2, layout.num_rows, gate.shape[1]), x.new_empty(layout.num_rows, x.shape[1])
     rooms = layout.rooms(x, x.shape[1], gate.shape[1])
@@ -42,15 +57,18 @@ def expert_loop(
         torch.index_select(x, 0, tokens_of, out=rows)
         _product_into(gated, rows, gate[expert].to(x.dtype))
         _product_into(upped, rows, up[expert].to(x.dtype))
-        _activate(gated, upped, hidden)
+        _activate(gated, upped, hidden, caps)
+        if caps is not None:
+            torch.maximum(largest, largest_size(hidden), out=largest)
         _product_into(output, hidden, down[expert].to(x.dtype))
     projected[:, sum(layout.sizes) :].zero_()
-    return layout.sums(outputs, tokens=len(x), weights=row_weights), projected
+    return layout.sums(outputs, tokens=len(x), weights=row_weights), projected, largest
 
 
 @expert_loop.register_fake
-def _(x: Tensor, row_weights: Tensor, token_ids: Tensor, offsets: Tensor, gate: Tensor, *_: Tensor) -> Any:
-    return torch.empty_like(x), x.new_empty(2, most_rows(token_ids, offsets), gate.shape[1])
+def _(x: Tensor, row_weights: Tensor, token_ids: Tensor, offsets: Tensor, gate: Tensor, *_: Any) -> Any:
+    largest = x.new_empty((), dtype=torch.float32)
+    return torch.empty_like(x), x.new_empty(2, most_rows(token_ids, offsets), gate.shape[1]), largest
 
 
 @traceable_op("crucible::expert_loop_backward")
@@ -64,8 +82,11 @@ def expert_loop_backward(
     up: Tensor,
     down: Tensor,
     projected: Tensor,
+    gate_cap: float,
+    up_cap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, row_weights, gate, up and down."""
+    caps = Caps(gate_cap, up_cap) if gate_cap else None
     width = gate.shape[1]
     layout = RowLayout(token_ids, offsets)
     d_gate, d_up, d_down = (torch.empty_like(stack) for stack in (gate, up, down))
@@ -79,7 +100,7 @@ def expert_loop_backward(
         rows, hidden, d_both = (room[: len(tokens_of)] for room in rooms)
         d_out = torch.index_select(grad, 0, tokens_of, out=rows)
         d_hidden = product_nn(d_out, down[expert].to(x.dtype))
-        _activate_backward(d_hidden, gated, upped, weight, d_weight, hidden, *d_both.chunk(2, dim=1))
+        _activate_backward(d_hidden, gated, upped, weight, d_weight, hidden, *d_both.chunk(2, dim=1), caps)
         d_down[expert].copy_(product_tn(d_out, hidden))
         torch.index_select(x, 0, tokens_of, out=rows)
         d_joined = product_tn(d_both, rows)
@@ -90,7 +111,7 @@ def expert_loop_backward(
 
 
 @expert_loop_backward.register_fake
-def _(grad: Tensor, x: Tensor, row_weights: Tensor, token_ids: Tensor, offsets: Tensor, *weights: Tensor) -> Any:
+def _(grad: Tensor, x: Tensor, row_weights: Tensor, token_ids: Tensor, offsets: Tensor, *weights: Any) -> Any:
     return tuple(torch.empty_like(t) for t in (x, row_weights, *weights[:3]))
 
 
@@ -158,9 +179,12 @@ def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b.t(), out=out)
 
 
-def _activate(gated: Tensor, upped: Tensor, hidden: Tensor) -> None:
-    """Write silu(gate) ⊙ up to hidden."""
+def _activate(gated: Tensor, upped: Tensor, hidden: Tensor, caps: Caps | None) -> None:
+    """Write silu(gate) ⊙ up, or SiTU-GLU, to hidden."""
     for gates, ups, out in _row_parts(gated, upped, hidden):
+        if caps is not None:
+            out.copy_(plain_situ_glu(gates, ups, caps))
+            continue
         torch.ops.aten.silu.out(gates, out=out).mul_(ups)
 
 
@@ -173,15 +197,25 @@ def _activate_backward(
     hidden: Tensor,
     d_gated: Tensor,
     d_upped: Tensor,
+    caps: Caps | None,
 ) -> None:
-    """Write w ⊙ silu(gate) ⊙ up to hidden, gradients to d_gated, d_upped and d_weight, and overwrite d_hidden."""
+    """Write w ⊙ the hidden units to hidden, gradients to d_gated, d_upped and d_weight, and overwrite d_hidden."""
     for slope, gates, ups, w, d_w, out, d_gates, d_ups in _row_parts(
         d_hidden, gated, upped, weight, d_weight, hidden, d_gated, d_upped
     ):
-        activation = F.silu(gates)
-        torch.mul(activation, ups, out=out)
+        if caps is not None:
+            units, by_gate, by_up = situ_slopes(gates, ups, caps)
+            out.copy_(units)
+        else:
+            activation = F.silu(gates)
+            torch.mul(activation, ups, out=out)
         torch.sum(slope * out, 1, keepdim=True, dtype=d_w.dtype, out=d_w)
         out.mul_(w)
+        if caps is not None:
+            slope.mul_(w)
+            d_gates.copy_(by_gate.mul_(slope))
+            d_ups.copy_(by_up.mul_(slope))
+            continue
         torch.mul(activation, slope.mul_(w), out=d_ups)
         torch.ops.aten.silu_backward.grad_input(slope.mul_(ups), gates, grad_input=d_gates)
 
@@ -200,16 +234,18 @@ def _joined(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
     return joined
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # the projections have no gradient, and zeros of their size would waste memory
-    ctx.save_for_backward(*inputs, output[1])
+    *tensors, gate_cap, up_cap = inputs
+    ctx.caps = (gate_cap, up_cap)
+    ctx.save_for_backward(*tensors, output[1])
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
-    d_x, d_weights, *d_stacks = expert_loop_backward(grad.contiguous(), *ctx.saved_tensors)
-    return d_x, d_weights, None, None, *d_stacks
+        return (None,) * 9
+    d_x, d_weights, *d_stacks = expert_loop_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.caps)
+    return d_x, d_weights, None, None, *d_stacks, None, None
 
 
 expert_loop.register_autograd(_backward, setup_context=_save)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llm.model.ffn.grouped import expert_ffn
 from llm.model.ffn.routing import ExpertOrder, Routing, sort_by_expert
 from llm.model.ffn.row_sums import GatherRows, SumRows
+from llm.ops.situ import Caps, gated_units
 
 RMS_EPSILON = 1e-6
 """Value added to the mean square of an expert's output where outputs are normalised, against division by 0."""
@@ -45,6 +46,7 @@ class Experts(nn.Module):
         top_k: experts per token, on average where the router decides the number.
         normalize_outputs: whether to scale each E_e(x) to unit root-mean-square, so that the gate weight alone is the
             size of its contribution and the router ranks experts by it.
+        caps: those of SiTU-GLU in the place of SwiGLU, or None.
 
     Source: normalised outputs after Su, "MoE tour, part 1: from geometry", kexue.fm/archives/10699.
     """
@@ -52,8 +54,18 @@ class Experts(nn.Module):
     borrowed_parameters: ClassVar = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
     """Parameters that this forward reads instead of their owners'; see `ParameterBorrower`."""
 
-    def __init__(self, *, d_model: int, d_expert: int, num_experts: int, top_k: int, normalize_outputs: bool) -> None:
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        d_expert: int,
+        num_experts: int,
+        top_k: int,
+        normalize_outputs: bool,
+        caps: Caps | None = None,
+    ) -> None:
         super().__init__()
+        self.caps = caps
         self.num_experts, self.normalize_outputs = num_experts, normalize_outputs
         active = top_k / num_experts
         self.gate_proj = ExpertStack(num_experts=num_experts, d_in=d_model, d_out=d_expert, active_fraction=active)
@@ -63,19 +75,21 @@ class Experts(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "tokens d_model"], routing: Routing, *, has_empty_slots: bool
-    ) -> Float[Tensor, "tokens d_model"]:
+    ) -> tuple[Float[Tensor, "tokens d_model"], Float[Tensor, ""]]:
+        """Return the outputs, and the largest hidden unit where units are bounded (else 0)."""
         order = sort_by_expert(routing.expert_ids, self.num_experts)
         x = x.to(product_dtype(x))
         weights = routing.gate_weights.flatten()[order.slot_ids, None]
         stacks = {"gate": self.gate_proj.weight, "up": self.up_proj.weight, "down": self.down_proj.weight}
+        options = {"caps": self.caps, "has_empty_slots": has_empty_slots}
         if not self.normalize_outputs:
-            return expert_ffn(x, weights, order, **stacks, has_empty_slots=has_empty_slots)
+            return expert_ffn(x, weights, order, **stacks, **options)
         each_row = torch.arange(order.slot_ids.numel(), device=x.device)
         alone, places = ExpertOrder(token_ids=each_row, slot_ids=each_row, offsets=order.offsets), order.rows()
         tokens = GatherRows.apply(x, order.token_ids, places)
-        y = expert_ffn(tokens, torch.ones_like(weights), alone, **stacks, has_empty_slots=has_empty_slots)
+        y, largest = expert_ffn(tokens, torch.ones_like(weights), alone, **stacks, **options)
         y = F.rms_norm(y, y.shape[-1:], eps=RMS_EPSILON) * weights.to(y.dtype)
-        return SumRows.apply(y, order.token_ids, places, x.shape[0])
+        return SumRows.apply(y, order.token_ids, places, x.shape[0]), largest
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -94,7 +108,8 @@ def loop_over_tokens(
         for expert, weight in zip(ids, weights, strict=True):
             if expert == experts.num_experts:
                 continue
-            hidden = F.silu(experts.gate_proj.weight[expert] @ token) * (experts.up_proj.weight[expert] @ token)
+            gate, up = experts.gate_proj.weight[expert] @ token, experts.up_proj.weight[expert] @ token
+            hidden = gated_units(gate, up, experts.caps)
             y = experts.down_proj.weight[expert] @ hidden
             if experts.normalize_outputs:
                 y = F.rms_norm(y, y.shape, eps=RMS_EPSILON)

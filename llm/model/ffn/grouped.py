@@ -5,9 +5,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from llm.model.ffn.activation import largest_size
 from llm.model.ffn.expert_loop import expert_loop
 from llm.model.ffn.routing import ExpertOrder
 from llm.model.ffn.row_sums import GatherRows, SumRows
+from llm.ops.situ import Caps, plain_situ_glu
 
 ALIGNMENT = 8
 """Grouped products in bf16 need widths that are multiples of this number, which is 16 bytes."""
@@ -22,8 +24,11 @@ def expert_ffn(
     up: Float[Tensor, "experts d_expert d_model"],
     down: Float[Tensor, "experts d_model d_expert"],
     has_empty_slots: bool,
-) -> Float[Tensor, "tokens d_model"]:
+    caps: Caps | None = None,
+) -> tuple[Float[Tensor, "tokens d_model"], Float[Tensor, ""]]:
     """Return each token's weighted sum of its experts' outputs, y_t = Σ_e w_te W_down,e (silu(W_gate,e x) ⊙ W_up,e x).
+
+    The second result is the largest hidden unit of SiTU-GLU, and 0 for SwiGLU.
 
     Args:
         x: tokens, in the precision of the products.
@@ -31,10 +36,13 @@ def expert_ffn(
         order: rows sorted by expert.
         gate, up, down: stacked projections, in the precision of x or a wider one.
         has_empty_slots: whether there may be rows after those of the last expert.
+        caps: those of SiTU-GLU, or None for SwiGLU.
     """
     if can_group(x, gate):
-        return grouped_products(x, row_weights, order, gate, up, down, has_empty_slots)
-    return expert_loop(x, row_weights, order.token_ids, order.offsets, gate, up, down)[0]
+        return grouped_products(x, row_weights, order, gate, up, down, has_empty_slots, caps)
+    numbers = (0.0, 0.0) if caps is None else caps
+    y, _, largest = expert_loop(x, row_weights, order.token_ids, order.offsets, gate, up, down, *numbers)
+    return y, largest
 
 
 def can_group(x: Tensor, gate: Tensor) -> bool:
@@ -44,8 +52,15 @@ def can_group(x: Tensor, gate: Tensor) -> bool:
 
 
 def grouped_products(
-    x: Tensor, row_weights: Tensor, order: ExpertOrder, gate: Tensor, up: Tensor, down: Tensor, has_empty_slots: bool
-) -> Tensor:
+    x: Tensor,
+    row_weights: Tensor,
+    order: ExpertOrder,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    has_empty_slots: bool,
+    caps: Caps | None = None,
+) -> tuple[Tensor, Tensor]:
     """Apply all experts in three grouped products, without synchronizing with the device to count their tokens.
 
     The weight multiplies the hidden vector, which is narrower than the output and saved for the backward pass anyway.
@@ -57,16 +72,18 @@ def grouped_products(
     rows = GatherRows.apply(x, order.token_ids, places)
     if has_empty_slots:  # grouped products leave rows without a group unwritten, in both directions
         rows = torch.where(filled, rows, 0)
-    hidden = F.silu(F.grouped_mm(rows, gate, offs=order.offsets)) * F.grouped_mm(rows, up, offs=order.offsets)
+    gated, upped = (F.grouped_mm(rows, weight, offs=order.offsets) for weight in (gate, up))
+    hidden = F.silu(gated) * upped if caps is None else plain_situ_glu(gated, upped, caps)
     if has_empty_slots:
         hidden = torch.where(filled, hidden, 0)
+    largest = largest_size(hidden) if caps is not None else hidden.new_zeros((), dtype=torch.float32)
     weighted = hidden * row_weights.to(x.dtype)
     if has_empty_slots:  # the gradient of an unwritten row may be NaN, and times a hidden vector of 0 it would stay so
         weighted = torch.where(filled, weighted, 0)
     out = F.grouped_mm(weighted, down, offs=order.offsets)
     if has_empty_slots:
         out = torch.where(filled, out, 0)
-    return SumRows.apply(out, order.token_ids, places, x.shape[0])
+    return SumRows.apply(out, order.token_ids, places, x.shape[0]), largest
 
 
 def _used(

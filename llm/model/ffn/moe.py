@@ -1,6 +1,7 @@
 """Defines the mixture-of-experts feed-forward: a router, experts, and a rule that balances their load."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from llm.contracts import SublayerOutput
 from llm.errors import ConfigError
+from llm.model.ffn.activation import Activation, read_caps
 from llm.model.ffn.balance.balance_rule import Balance
 from llm.model.ffn.expert_counts import load_metrics
 from llm.model.ffn.experts import Experts
@@ -33,6 +35,7 @@ class MoE(nn.Module):
         z_loss: weight of mean (log Σ exp logits)², which keeps router logits small; 0 for none, 1e-3 is usual.
         router: a factory, called with d_model, num_experts, top_k and num_shared_experts.
         balance: a factory, called with num_experts and top_k.
+        activation, gate_cap, up_cap: of every expert, shared ones included; see `SwiGLU`.
 
     Raises:
         ConfigError: top_k lies outside [1, num_experts], the width of an expert is not whole, a weight is negative, or
@@ -58,6 +61,9 @@ class MoE(nn.Module):
         z_loss: float,
         router: Callable[..., Router],
         balance: Callable[..., Balance],
+        activation: Activation = "swiglu",
+        gate_cap: float | None = None,
+        up_cap: float | None = None,
     ) -> None:
         super().__init__()
         check_counts(d_ff=d_ff, num_experts=num_experts, top_k=top_k, num_shared=num_shared_experts, z_loss=z_loss)
@@ -72,19 +78,28 @@ class MoE(nn.Module):
                 f"model.ffn.balance={type(self.balance).__name__}: does not support {type(self.router).__name__}; "
                 "use model/ffn/balance=budget with model/ffn/router=threshold, and only there"
             )
-        self.experts = Experts(d_model=d_model, d_expert=width, normalize_outputs=normalize_outputs, **counts)
-        self.shared = SwiGLU(d_model=d_model, d_ff=num_shared_experts * width) if num_shared_experts else None
+        caps = read_caps(activation, gate_cap=gate_cap, up_cap=up_cap)
+        self.experts = Experts(
+            d_model=d_model, d_expert=width, normalize_outputs=normalize_outputs, caps=caps, **counts
+        )
+        bounds: dict[str, Any] = {"activation": activation, "gate_cap": gate_cap, "up_cap": up_cap}
+        shared_width = num_shared_experts * width
+        self.shared = SwiGLU(d_model=d_model, d_ff=shared_width, **bounds) if num_shared_experts else None
         self.register_buffer("update_counts", torch.zeros(num_experts, dtype=torch.long), persistent=False)
 
     def forward(self, x: Float[Tensor, "batch time d_model"]) -> SublayerOutput:
         tokens = x.flatten(0, 1)
         routing = self.router(tokens, self.balance.selection_bias())
-        hidden = self.experts(tokens, routing, has_empty_slots=self.router.has_empty_slots).view_as(x)
+        mixed, largest = self.experts(tokens, routing, has_empty_slots=self.router.has_empty_slots)
+        hidden = mixed.view_as(x)
         if self.shared is not None:
-            hidden = hidden + self.shared(x).hidden
+            shared = self.shared(x)
+            hidden = hidden + shared.hidden
+            largest = largest.maximum(shared.metrics.get("hidden_max", largest))
         if not self.training:
             return SublayerOutput(hidden=hidden, losses={}, metrics={})
-        return SublayerOutput(hidden=hidden, losses=self._losses(routing, x.shape[0]), metrics=self._metrics(routing))
+        metrics = self._metrics(routing) | ({} if self.experts.caps is None else {"hidden_max": largest})
+        return SublayerOutput(hidden=hidden, losses=self._losses(routing, x.shape[0]), metrics=metrics)
 
     def _losses(self, routing: Routing, num_sequences: int) -> dict[str, Tensor]:
         losses = self.balance.losses(routing, num_sequences=num_sequences)
