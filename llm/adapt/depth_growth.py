@@ -44,6 +44,11 @@ class DepthGrowth:
             raise ConfigError(
                 f"grow=depth: model.num_layers={after} must be above the run's {before}; try {2 * before}"
             )
+        if target.final_query is not None:
+            raise ConfigError(
+                "grow=depth: model.residual=attention weighs the sublayers that exist, so that more of them change "
+                "every weight; set model.residual=sum"
+            )
         given, state = source.state_dict(), {}
         for name, expected in target.state_dict().items():
             index = int(name.split(".")[1]) if name.startswith("layers.") else None

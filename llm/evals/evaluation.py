@@ -1,6 +1,6 @@
 """Defines the input and the result of every evaluation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,18 +154,29 @@ def watch(subject: Subject, kind: type[nn.Module], see: Callable[[int, Any], Non
         see: called once per module and batch.
         batches: largest number of batches, or None for all.
     """
-    hooks = []
-    for index, block in enumerate(subject.model.blocks()):
-        for module in block.modules():
-            if isinstance(module, kind):
-                hooks.append(module.register_forward_hook(lambda _m, _i, out, layer=index: see(layer, out)))
+    found = {
+        (index, name): module
+        for index, block in enumerate(subject.model.blocks())
+        for name, module in block.named_modules()
+        if isinstance(module, kind)
+    }
+    watch_modules(subject, found, lambda key, out: see(key[0], out), batches=batches)
+    return len(found)
+
+
+def watch_modules(
+    subject: Subject, modules: Mapping[Any, nn.Module], see: Callable[[Any, Any], None], *, batches: int | None
+) -> None:
+    """Run validation batches and call `see(key, output)` for each of the given modules, once per batch."""
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, out, key=key: see(key, out)) for key, module in modules.items()
+    ]
     try:
         if hooks:
             _run(subject, batches)
     finally:
         for hook in hooks:
             hook.remove()
-    return len(hooks)
 
 
 def validation_batches(subject: Subject, limit: int | None) -> Iterator[Batch]:

@@ -65,7 +65,7 @@ def _factor_reasons(model: Transformer) -> list[str]:
 
 
 def _attention_reasons(model: Transformer) -> list[str]:
-    reasons = []
+    reasons = [] if model.final_query is None else ["model.residual=attention"]
     for block in model.blocks():
         attention = block.attention
         if type(attention) is not SoftmaxAttention:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from llm.contracts import CAUSAL, AttentionGeometry, LayerCache, Sight
 from llm.model.added_inputs import build_extra_embedding, build_time_embedding, look_up
 from llm.model.block import Block
 from llm.model.decoder_checks import check_decoder, choose_ffns, resolve_head_dim
+from llm.model.depth_attention import Depth, as_source, choose_block, final_query
 from llm.model.factored import factor_projections
 from llm.ops.head_loss import Rule, head_loss
 from llm.ops.loss import Reduction, linear_cross_entropy
@@ -76,6 +77,9 @@ class Transformer(nn.Module):
         init: called once as `init(model, num_layers=…)`; returns the standard deviation of each matrix by name.
         first_ffn: feed-forward factory of the first layers, where they differ from the others.
         first_ffn_layers: number of first layers that use it, in [0, num_layers].
+        residual: sum, or attention for sublayers that read a weighted sum of earlier blocks; see
+            `llm.model.depth_attention`.
+        residual_block: sublayers per block of residual=attention; None for an eighth of all.
         low_rank: rank of projections by their name, such as `q_proj`, in every layer; None for full rank.
         extra_tokens: number of input ids above the vocabulary, such as a mask, which the head never predicts.
         num_times: number of times that `forward` reads per token, as diffusions and flows need.
@@ -104,6 +108,8 @@ class Transformer(nn.Module):
         first_ffn: Callable[..., nn.Module] | None = None,
         first_ffn_layers: int = 0,
         low_rank: Mapping[str, int] | None = None,
+        residual: Literal["sum", "attention"] = "sum",
+        residual_block: int | None = None,
         extra_tokens: int = 0,
         num_times: int = 0,
     ) -> None:
@@ -122,13 +128,15 @@ class Transformer(nn.Module):
         build_attention = partial(attention, geometry=geometry, position=self.position)
         build_norm = partial(norm, dim=d_model)
         ffns = choose_ffns(ffn, first_ffn, first_ffn_layers=first_ffn_layers, num_layers=num_layers)
+        build_block = choose_block(residual, residual_block, num_layers=num_layers, d_model=d_model)
         self.layers = nn.ModuleList(
-            Block(
+            build_block(i)(
                 attention=build_attention(layer_index=i), ffn=build(d_model=d_model), norm=build_norm, dropout=dropout
             )
             for i, build in enumerate(ffns)
         )
         self.final_norm = build_norm()
+        self.final_query = final_query(self.layers[-1], d_model=d_model)
         self.lm_head = Head(d_model, vocab_size, bias=False)
         if tie_embeddings:
             self.lm_head.weight = self.token_embedding.weight
@@ -165,18 +173,20 @@ class Transformer(nn.Module):
             x = x + self.time_embedding(times).to(x.dtype)
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
+        query = self.final_query
+        stream: Any = x if query is None else Depth((as_source(x, query.eps),), None)
         for i, layer in enumerate(self.layers):
             cache = None if caches is None else caches[i]
             run = partial(layer, positions=positions, document_ids=document_ids, cache=cache, sight=sight)
             is_recomputed = self.recompute_every and i % self.recompute_every == 0
             if is_recomputed and self.training and cache is None:
-                out = checkpoint(run, x, use_reentrant=False)
+                stream, own_losses, own_metrics = checkpoint(run, stream, use_reentrant=False)
             else:
-                out = run(x)
-            x = out.hidden
-            losses |= {f"layer{i}/{name}": value for name, value in out.losses.items()}
-            metrics |= {f"layer{i}/{name}": value for name, value in out.metrics.items()}
-        return TransformerOutput(hidden=self.final_norm(x), losses=losses, metrics=metrics)
+                stream, own_losses, own_metrics = run(stream)
+            losses |= {f"layer{i}/{name}": value for name, value in own_losses.items()}
+            metrics |= {f"layer{i}/{name}": value for name, value in own_metrics.items()}
+        hidden = stream if query is None else query(stream).hidden
+        return TransformerOutput(hidden=self.final_norm(hidden), losses=losses, metrics=metrics)
 
     def head(self) -> Head:
         """Return the projection that reads hidden states."""
@@ -237,4 +247,6 @@ class Transformer(nn.Module):
         times as many.
         """
         layers = sum(layer.flops_per_token(context_length, sight) for layer in self.blocks())
-        return layers + 2.0 * self.vocab_size * self.d_model
+        copies = 2 if sight.kind == "block_pair" else 1
+        reading = 0.0 if self.final_query is None else copies * self.final_query.flops_per_token()
+        return layers + reading + 2.0 * self.vocab_size * self.d_model
