@@ -13,6 +13,7 @@ GEOMETRY = AttentionGeometry(d_model=48, num_heads=4, num_kv_heads=2, head_dim=1
 SMALL = {
     "attention/vq": {"block_size": 20},
     "attention/linear": {"chunk_size": 16},
+    "attention/delta": {"chunk_size": 16},
     "attention/performer": {"chunk_size": 16, "num_features": 64},
     "position/rerope": {"window": 11},
     "position/leaky_rerope": {"window": 11},

@@ -16,7 +16,7 @@ USUAL_BLOCKS = 8
 """Number of blocks that the source finds enough at any depth."""
 
 
-class Source(NamedTuple):
+class DepthSource(NamedTuple):
     """A vector per token that sublayers may read."""
 
     value: Float[Tensor, "batch time d_model"]
@@ -26,7 +26,7 @@ class Source(NamedTuple):
 class Depth(NamedTuple):
     """The residual stream as its parts: the embedding and the sums of completed blocks, and the current block's sum."""
 
-    finished: tuple[Source, ...]
+    finished: tuple[DepthSource, ...]
     running: Tensor | None
 
 
@@ -141,11 +141,11 @@ class DepthBlock(Block):
         return super().flops_per_token(context_length, sight) + copies * reading
 
 
-def as_source(value: Tensor, eps: float) -> Source:
+def as_source(value: Tensor, eps: float) -> DepthSource:
     """Return a vector with 1 / sqrt(mean square + eps), in at least fp32."""
     precise = value.to(torch.promote_types(value.dtype, torch.float32))
     mean_square = torch.linalg.vector_norm(precise, dim=-1).square() / value.shape[-1]
-    return Source(value, (mean_square + eps).rsqrt())
+    return DepthSource(value, (mean_square + eps).rsqrt())
 
 
 def num_sources(place: int, block_size: int) -> int:

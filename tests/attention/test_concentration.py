@@ -38,12 +38,13 @@ def test_softmax_over_normal_scores_has_the_concentration_of_its_theory():
 def test_weights_of_pairs_mix_to_what_attention_returns_and_stay_inside_documents(attention, position, rows):
     layer = build_pair(attention, position).eval()
     x, positions, ids = rows(60)
-    q, k, v = layer.project(x)
-    weights = layer.pair_weights(q, k, positions=positions, document_ids=ids)
+    q, k, v = layer.project(x, document_ids=ids)
+    gates = layer.gates(x)
+    weights = layer.pair_weights(q, k, positions=positions, document_ids=ids, **gates)
     hidden = (ids[:, :, None] != ids[:, None, :]) | torch.ones(60, 60, dtype=torch.bool).triu(1)
     assert not weights.masked_select(hidden[:, None]).any()
-    fast = layer.attend(q, k, v, positions=positions, document_ids=ids, cache=None)[0]
-    slow = layer.reference_attend(q, k, v, positions=positions, document_ids=ids)
+    fast = layer.attend(q, k, v, positions=positions, document_ids=ids, cache=None, **gates)[0]
+    slow = layer.reference_attend(q, k, v, positions=positions, document_ids=ids, **gates)
     torch.testing.assert_close(fast, slow, atol=2e-5, rtol=2e-4)  # fp32 sums in another order
 
 

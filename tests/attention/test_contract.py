@@ -26,8 +26,9 @@ def ready(attention, position, **settings):
 def slow(layer):
     """The same layer with its definition in the place of its fast form."""
 
-    def attend(q, k, v, *, positions, document_ids, cache, sight):
-        return layer.reference_attend(q, k, v, positions=positions, document_ids=document_ids, sight=sight), {}, {}
+    def attend(q, k, v, *, positions, document_ids, cache, sight, **gates):
+        keys = {"positions": positions, "document_ids": document_ids, "sight": sight}
+        return layer.reference_attend(q, k, v, **keys, **gates), {}, {}
 
     return attend
 

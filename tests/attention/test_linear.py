@@ -13,7 +13,7 @@ from llm.model.attention.linear_chunks import chunked_linear
 SETTINGS = [
     {"feature_map": feature_map, "decay": decay, "output_norm": output_norm}
     for feature_map, decay, output_norm in itertools.product(
-        ["elu", "softmax", "relu", "identity"], ["none", "fixed", "learned"], [False, True]
+        ["elu", "softmax", "relu", "identity"], ["none", "fixed", "learned", "token"], [False, True]
     )
     if output_norm or feature_map in ("elu", "softmax")
 ]
@@ -28,7 +28,8 @@ def loop(q, k, v, ids, log_decay):
     out = []
     for i in range(q.shape[1]):
         same = (ids[:, i] == ids[:, max(i - 1, 0)])[:, None, None, None]
-        state = torch.where(same, state, 0.0) * log_decay.exp()[:, None, None]
+        now = log_decay if log_decay.ndim == 1 else log_decay[:, i]
+        state = torch.where(same, state, 0.0) * now.exp()[..., None, None]
         state = state + k[:, i, :, :, None] * v[:, i, :, None, :]
         out.append(torch.einsum("bhe,bhed->bhd", q[:, i], state.repeat_interleave(group, 1)))
     return torch.stack(out, 1), state
@@ -37,10 +38,13 @@ def loop(q, k, v, ids, log_decay):
 @pytest.mark.parametrize("time", [1, 63, 100])
 @pytest.mark.parametrize("chunk_size", [1, 7, 64, 200])
 @pytest.mark.parametrize("packed", [False, True])
-def test_chunks_of_any_size_equal_the_loop_over_time_with_gradients(time, chunk_size, packed, rows):
+@pytest.mark.parametrize("per_token", [False, True])
+def test_chunks_of_any_size_equal_the_loop_over_time_with_gradients(time, chunk_size, packed, per_token, rows):
     q, k, v = (torch.randn(2, time, h, d, dtype=torch.float64, requires_grad=True) for h, d in ((4, 5), (2, 5), (2, 3)))
     ids = rows(time)[2] if packed else torch.zeros(2, time, dtype=torch.long)
     log_decay = torch.tensor([-0.3, -0.01], dtype=torch.float64, requires_grad=True)
+    if per_token:
+        log_decay = -torch.rand(2, time, 2, dtype=torch.float64).mul(3).requires_grad_()
     initial, before = torch.zeros(2, 2, 5, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.long)
     fast, state = chunked_linear(
         q, k, v, document_ids=ids, log_decay=log_decay, chunk_size=chunk_size, initial=initial, before=before
@@ -84,8 +88,8 @@ def test_every_setting_equals_its_definition_and_decodes(settings, rows, monkeyp
     monkeypatch.setattr(
         layer,
         "attend",
-        lambda q, k, v, *, positions, document_ids, cache, sight: (
-            layer.reference_attend(q, k, v, positions=positions, document_ids=document_ids),
+        lambda q, k, v, *, positions, document_ids, cache, sight, **gates: (
+            layer.reference_attend(q, k, v, positions=positions, document_ids=document_ids, **gates),
             {},
             {},
         ),

@@ -124,21 +124,38 @@ class Attention(nn.Module, ABC):
         sight: Sight = CAUSAL,
     ) -> SublayerOutput:
         """Attend; `document_ids=None` means that every row is one document."""
-        q, k, v = self.project(x)
+        q, k, v = self.project(x, document_ids=document_ids, cache=cache)
         mixed, losses, metrics = self.attend(
-            q, k, v, positions=positions, document_ids=document_ids, cache=cache, sight=sight
+            q, k, v, positions=positions, document_ids=document_ids, cache=cache, sight=sight, **self.gates(x)
         )
         return SublayerOutput(hidden=self.o_proj(mixed.flatten(2)), losses=losses, metrics=metrics)
 
-    def project(self, x: Float[Tensor, "batch time d_model"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q [batch time heads head_dim] and k, v [batch time kv_heads head_dim]; v may be k."""
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+    def gates(self, x: Float[Tensor, "batch time d_model"]) -> dict[str, Tensor]:
+        """Return what `attend`, `pair_weights` and `reference_attend` get per token besides q, k and v, by name."""
+        return {}
+
+    def project(
+        self,
+        x: Float[Tensor, "batch time d_model"],
+        *,
+        document_ids: Int[Tensor, "batch time"] | None = None,
+        cache: Any = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q [batch time heads head_dim] and k, v [batch time kv_heads head_dim]; v may be k.
+
+        Kinds whose projections read earlier tokens of a document use `document_ids` and `cache`.
+        """
+        return self.to_heads(self.q_proj(x), self.k_proj(x), None if self.v_proj is None else self.v_proj(x))
+
+    def to_heads(self, q: Tensor, k: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Cut projections into heads, and apply the norms of queries and keys."""
+        q = q.unflatten(-1, (self.num_heads, self.head_dim))
+        k = k.unflatten(-1, (self.num_kv_heads, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.key_norm:
             k = F.normalize(k.float(), dim=-1, eps=QK_NORM_EPS).to(k.dtype)
-        return q, k, k if self.v_proj is None else self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        return q, k, k if v is None else v.unflatten(-1, (self.num_kv_heads, self.head_dim))
 
     @abstractmethod
     def attend(
@@ -151,6 +168,7 @@ class Attention(nn.Module, ABC):
         document_ids: Int[Tensor, "batch time"] | None,
         cache: Any,
         sight: Sight = CAUSAL,
+        **gates: Tensor,
     ) -> tuple[Float[Tensor, "batch time heads head_dim"], dict[str, Tensor], dict[str, Tensor]]:
         """Apply `self.position` to queries and keys and mix the values; return mixed values, losses and metrics."""
 
@@ -163,6 +181,7 @@ class Attention(nn.Module, ABC):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
         sight: Sight = CAUSAL,
+        **gates: Tensor,
     ) -> Float[Tensor, "batch heads time time"]:
         """Return the weight of every value for every token: the slow definition of what `attend` mixes with."""
 
@@ -175,9 +194,10 @@ class Attention(nn.Module, ABC):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
         sight: Sight = CAUSAL,
+        **gates: Tensor,
     ) -> Float[Tensor, "batch time heads head_dim"]:
         """Mix values by `pair_weights`, in time x time memory; tests compare `attend` with it."""
-        weights = self.pair_weights(q, k, positions=positions, document_ids=document_ids, sight=sight)
+        weights = self.pair_weights(q, k, positions=positions, document_ids=document_ids, sight=sight, **gates)
         values = v.to(weights.dtype).repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
         return torch.einsum("bhij,bjhd->bihd", weights, values).to(v.dtype)
 

@@ -59,9 +59,9 @@ def _measure(
     found: list[dict[str, float]], first_key: int, attention: Attention, inputs: tuple[Tensor], options: dict[str, Any]
 ) -> None:
     (x,) = inputs
-    q, k, _ = attention.project(x)
+    q, k, _ = attention.project(x, document_ids=options["document_ids"])
     keys = {name: options[name] for name in ("positions", "document_ids", "sight")}
-    weights = attention.pair_weights(q, k, **keys)
+    weights = attention.pair_weights(q, k, **keys, **attention.gates(x))
     time = x.shape[1]
     visible = visible_keys(time=time, time_k=time, device=x.device, window=attention.window, **keys)
     chosen = (visible.sum(-1) >= first_key).expand(x.shape[0], -1)

@@ -13,6 +13,7 @@ from llm.model.attention.attention_layer import QK_NORM_EPS
 from llm.model.attention.kernels.reference import visible_keys
 from llm.model.attention.linear_chunks import chunked_linear
 from llm.model.attention.recurrent import RecurrentAttention
+from llm.model.attention.short_convolution import TokenGate, keep_start
 from llm.model.attention.states import StateCache
 from llm.model.norm import RMSNorm
 from llm.model.position.position_module import Position
@@ -44,7 +45,8 @@ class LinearAttention(RecurrentAttention):
         geometry, position, layer_index, qk_norm, key_norm, qk_norm_eps: see `Attention`.
         feature_map: φ: elu (elu(x) + 1) | softmax | relu | identity.
         decay: γ of each key/value head: none (1), fixed (1 − 2^(−5−h), h from 0 to 3 over the heads), or learned from
-            that start.
+            that start, or token: γ_i = exp(−softplus(W x_i + b)) for each token, with b at that start.
+        conv: taps of a causal convolution and silu on queries, keys and values before the feature map; 0 for none.
         output_norm: normalize the output of each head instead of dividing by the sum of weights; relu and identity
             require it.
         chunk_size: tokens that are computed as one product in training; the result does not depend on it.
@@ -53,7 +55,8 @@ class LinearAttention(RecurrentAttention):
         ConfigError: the position has two views or scales queries, or the sum of weights may be 0.
 
     Source: Katharopoulos et al., "Transformers are RNNs", arXiv:2006.16236, eq. 7-10 and 16-20; decay and output norm
-    of Sun et al., "Retentive Network", arXiv:2307.08621, eq. 8; rotary numerators of arXiv:2104.09864, eq. 19.
+    of Sun et al., "Retentive Network", arXiv:2307.08621, eq. 8; decay per token of Yang et al.,
+    arXiv:2312.06635; rotary numerators of arXiv:2104.09864, eq. 19.
     Differs: states reset where a document ends; RMSNorm replaces RetNet's group norm, without its gate.
     """
 
@@ -70,10 +73,11 @@ class LinearAttention(RecurrentAttention):
         qk_norm: bool,
         key_norm: bool,
         feature_map: FeatureMap,
-        decay: Literal["none", "fixed", "learned"],
+        decay: Literal["none", "fixed", "learned", "token"],
         output_norm: bool,
         chunk_size: int,
         qk_norm_eps: float = QK_NORM_EPS,
+        conv: int = 0,
     ) -> None:
         super().__init__(
             geometry=geometry,
@@ -96,6 +100,13 @@ class LinearAttention(RecurrentAttention):
         logits = decay_logits(geometry.num_kv_heads)
         self.decay_logit = nn.Parameter(logits) if decay == "learned" else None
         self.register_buffer("fixed_decay_logit", logits if decay == "fixed" else None, persistent=False)
+        start = keep_start(geometry.num_kv_heads)
+        self.keep_gate = TokenGate(d_model=geometry.d_model, start=start) if decay == "token" else None
+        self.add_convolution(conv)
+
+    def gates(self, x: Float[Tensor, "batch time d_model"]) -> dict[str, Tensor]:
+        """Return the log decay of each token, where decays are per token."""
+        return {} if self.keep_gate is None else {"log_keep": -F.softplus(self.keep_gate(x))}
 
     def check_position(self, position: Position) -> None:
         """Accept positions with one view that do not scale queries."""
@@ -120,14 +131,14 @@ class LinearAttention(RecurrentAttention):
         return None if logit is None else F.logsigmoid(logit.float())
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, ids: Tensor, cache: StateCache
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, ids: Tensor, cache: StateCache, **gates: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mix values, and sum weights where there is no output norm; see `RecurrentAttention`."""
         phi_q, phi_k = features(q, self.feature_map), features(k, self.feature_map)
         (view,) = self.position(phi_q, phi_k, positions)
         options: dict[str, Any] = {
             "document_ids": ids,
-            "log_decay": self.log_decay,
+            "log_decay": gates.get("log_keep", self.log_decay),
             "chunk_size": self.chunk_size,
             "before": cache.document,
         }
@@ -146,15 +157,20 @@ class LinearAttention(RecurrentAttention):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
         sight: Sight = CAUSAL,
+        **gates: Tensor,
     ) -> Float[Tensor, "batch heads time time"]:
         """Return φ(q)·φ(k) with decay, divided by its sum where there is no output norm; see `Attention`."""
         phi_q, phi_k = features(q, self.feature_map), features(k, self.feature_map)
         (view,) = self.position(phi_q, phi_k, positions)
         group, time = self.num_heads // self.num_kv_heads, q.shape[1]
         places = torch.arange(time, device=q.device)
-        log_decay = phi_q.new_zeros(self.num_kv_heads) if self.log_decay is None else self.log_decay
-        distance = (places[:, None] - places).clamp_min(0)
-        factor = torch.exp(log_decay.repeat_interleave(group)[:, None, None] * distance)
+        if "log_keep" in gates:
+            sums = gates["log_keep"].cumsum(1).repeat_interleave(group, dim=2).movedim(2, 1)
+            factor = torch.exp((sums[..., :, None] - sums[..., None, :]).clamp_max(0))
+        else:
+            log_decay = phi_q.new_zeros(self.num_kv_heads) if self.log_decay is None else self.log_decay
+            distance = (places[:, None] - places).clamp_min(0)
+            factor = torch.exp(log_decay.repeat_interleave(group)[:, None, None] * distance)
         visible = visible_keys(time=time, time_k=time, device=q.device, document_ids=document_ids, window=None)
         factor = factor * visible[:, None]
         weights = torch.einsum("bihd,bjhd->bhij", view.q, view.k.repeat_interleave(group, dim=2)) * factor
@@ -172,9 +188,11 @@ class LinearAttention(RecurrentAttention):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
         sight: Sight = CAUSAL,
+        **gates: Tensor,
     ) -> Float[Tensor, "batch time heads head_dim"]:
         """Mix as in `Attention`, and apply the output norm where `attend` does."""
-        mixed = super().reference_attend(q, k, v, positions=positions, document_ids=document_ids, sight=sight)
+        keys = {"positions": positions, "document_ids": document_ids, "sight": sight}
+        mixed = super().reference_attend(q, k, v, **keys, **gates)
         return mixed if self.out_norm is None else self.out_norm(mixed)
 
     def new_cache(self, *, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
@@ -185,7 +203,8 @@ class LinearAttention(RecurrentAttention):
             name: torch.zeros(batch, self.num_kv_heads, self.head_dim, width, dtype=state_dtype, device=device)
             for name, width in shapes.items()
         }
-        return StateCache(batch=batch, states=states, device=device)
+        tail = self.empty_tail(batch=batch, device=device, dtype=dtype)
+        return StateCache(batch=batch, states=states, device=device, tail=tail)
 
     def mixing_flops_per_token(self, context_length: int, sight: Sight = CAUSAL) -> float:
         """Count products inside a chunk (half of them masked) and products with the state."""

@@ -76,6 +76,7 @@ class PerformerAttention(RecurrentAttention):
             if value < 1:
                 raise ConfigError(f"model.attention.{key}={value}: must be at least 1; try 64")
         self.num_features, self.chunk_size = num_features, chunk_size
+        self.add_convolution(0)
         generator = torch.Generator().manual_seed(feature_seed * 100_003 + layer_index)
         if self.q_norm is not None and self.k_norm is not None:
             for norm in (self.q_norm, self.k_norm):
@@ -92,7 +93,7 @@ class PerformerAttention(RecurrentAttention):
         return q @ directions.T, k @ directions.T - k.square().sum(-1, keepdim=True) / 2
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, ids: Tensor, cache: StateCache
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, ids: Tensor, cache: StateCache, **gates: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mix by sums per feature under running maxima; see `RecurrentAttention`."""
         log_q, log_k = self.log_features(q, k, positions)
@@ -109,6 +110,7 @@ class PerformerAttention(RecurrentAttention):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
         sight: Sight = CAUSAL,
+        **gates: Tensor,
     ) -> Float[Tensor, "batch heads time time"]:
         """Return the softmax of log weights, each the log-sum-exp over features; see `Attention`."""
         group, time = self.num_heads // self.num_kv_heads, q.shape[1]

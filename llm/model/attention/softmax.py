@@ -84,6 +84,7 @@ class SoftmaxAttention(Attention):
         document_ids: Int[Tensor, "batch time"] | None,
         cache: Any,
         sight: Sight = CAUSAL,
+        **gates: Tensor,
     ) -> tuple[Float[Tensor, "batch time heads head_dim"], dict[str, Tensor], dict[str, Tensor]]:
         """Mix values by the softmax of scores."""
         views = self.position(q, k, positions)
@@ -117,6 +118,7 @@ class SoftmaxAttention(Attention):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
         sight: Sight = CAUSAL,
+        **gates: Tensor,
     ) -> Float[Tensor, "batch time heads head_dim"]:
         """Mix as in `Attention`, values turned and outputs turned back where the position does so."""
         keys = {"positions": positions, "document_ids": document_ids, "sight": sight}
@@ -134,6 +136,7 @@ class SoftmaxAttention(Attention):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
         sight: Sight = CAUSAL,
+        **gates: Tensor,
     ) -> Float[Tensor, "batch heads time time"]:
         """Return the softmax of all scores; see `Attention`."""
         time = q.shape[1]

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from llm.model.attention.short_convolution import Tail
+
 
 class Documents(NamedTuple):
     """The documents of a row cut into chunks; a state carries only the document that ends its chunk."""
@@ -87,10 +89,13 @@ class StateCache:
         batch: number of rows.
         states: states of an empty text, first axis batch; they keep their own dtype.
         device: device of the states.
+        tail: inputs of a short convolution before the first token, or None without one.
     """
 
-    def __init__(self, *, batch: int, states: dict[str, Tensor], device: torch.device) -> None:
-        self.states = states
+    def __init__(
+        self, *, batch: int, states: dict[str, Tensor], device: torch.device, tail: Tail | None = None
+    ) -> None:
+        self.states, self.tail = states, tail
         self.document = torch.zeros(batch, dtype=torch.long, device=device)
         self._length = 0
 
@@ -108,8 +113,9 @@ class StateCache:
         """Keep the given rows, in this order."""
         self.states = {name: state[rows] for name, state in self.states.items()}
         self.document = self.document[rows]
+        self.tail = None if self.tail is None else Tail(*(part[rows] for part in self.tail))
 
     def nbytes(self) -> int:
         """Return the bytes of all states."""
-        tensors = [*self.states.values(), self.document]
+        tensors = [*self.states.values(), self.document, *(self.tail or ())]
         return sum(t.numel() * t.element_size() for t in tensors)

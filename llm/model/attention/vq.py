@@ -101,6 +101,7 @@ class VQAttention(Attention):
         document_ids: Int[Tensor, "batch time"] | None,
         cache: Any,
         sight: Sight = CAUSAL,
+        **gates: Tensor,
     ) -> tuple[Float[Tensor, "batch time heads head_dim"], dict[str, Tensor], dict[str, Tensor]]:
         """Quantise keys and mix values block by block."""
         quantized = self.codebook(k)
@@ -126,6 +127,7 @@ class VQAttention(Attention):
         positions: Int[Tensor, "batch time"],
         document_ids: Int[Tensor, "batch time"] | None,
         sight: Sight = CAUSAL,
+        **gates: Tensor,
     ) -> Float[Tensor, "batch heads time time"]:
         """Return the softmax over quantised keys; those before the previous block are constants; see `Attention`."""
         time, keys = q.shape[1], self.codebook(k).keys
