@@ -42,7 +42,7 @@ def expert_ffn(
         return grouped_products(x, row_weights, order, gate, up, down, has_empty_slots, caps)
     numbers = (0.0, 0.0) if caps is None else caps
     y, _, largest = expert_loop(x, row_weights, order.token_ids, order.offsets, gate, up, down, *numbers)
-    return y, largest
+    return y, largest.detach()
 
 
 def can_group(x: Tensor, gate: Tensor) -> bool:
