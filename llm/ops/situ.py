@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm.ops.functional import row_spans, runs_fused, swiglu
+from llm.ops.functional import WORTHWHILE, row_spans, runs_fused, swiglu
 
 
 class Caps(NamedTuple):
@@ -30,7 +30,7 @@ def situ_glu(
 
     Source: Su Jianlin, kexue.fm/archives/11848.
     """
-    if not runs_fused(gate):
+    if not runs_fused(gate, WORTHWHILE):
         return plain_situ_glu(gate, up, caps)
     return FusedSituGLU.apply(gate, up, caps)
 

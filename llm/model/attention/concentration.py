@@ -61,7 +61,8 @@ def _measure(
     (x,) = inputs
     q, k, _ = attention.project(x, document_ids=options["document_ids"])
     keys = {name: options[name] for name in ("positions", "document_ids", "sight")}
-    weights = attention.pair_weights(q, k, **keys, **attention.gates(x))
+    gates: dict[str, Any] = attention.gates(x)
+    weights = attention.pair_weights(q, k, **keys, **gates)
     time = x.shape[1]
     visible = visible_keys(time=time, time_k=time, device=x.device, window=attention.window, **keys)
     chosen = (visible.sum(-1) >= first_key).expand(x.shape[0], -1)

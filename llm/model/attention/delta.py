@@ -155,8 +155,8 @@ class DeltaAttention(RecurrentAttention):
         **gates: Tensor,
     ) -> Float[Tensor, "batch time heads head_dim"]:
         """Mix as in `Attention`, and apply the output norm."""
-        keys = {"positions": positions, "document_ids": document_ids, "sight": sight}
-        return self.out_norm(super().reference_attend(q, k, v, **keys, **gates))
+        keys: dict[str, Any] = {"positions": positions, "document_ids": document_ids, "sight": sight, **gates}
+        return self.out_norm(super().reference_attend(q, k, v, **keys))
 
     def new_cache(self, *, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
         """Return an empty state per key/value head in at least fp32, and the convolution's tail, at any length."""

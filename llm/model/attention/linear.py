@@ -191,8 +191,8 @@ class LinearAttention(RecurrentAttention):
         **gates: Tensor,
     ) -> Float[Tensor, "batch time heads head_dim"]:
         """Mix as in `Attention`, and apply the output norm where `attend` does."""
-        keys = {"positions": positions, "document_ids": document_ids, "sight": sight}
-        mixed = super().reference_attend(q, k, v, **keys, **gates)
+        keys: dict[str, Any] = {"positions": positions, "document_ids": document_ids, "sight": sight, **gates}
+        mixed = super().reference_attend(q, k, v, **keys)
         return mixed if self.out_norm is None else self.out_norm(mixed)
 
     def new_cache(self, *, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:

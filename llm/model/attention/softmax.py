@@ -121,7 +121,7 @@ class SoftmaxAttention(Attention):
         **gates: Tensor,
     ) -> Float[Tensor, "batch time heads head_dim"]:
         """Mix as in `Attention`, values turned and outputs turned back where the position does so."""
-        keys = {"positions": positions, "document_ids": document_ids, "sight": sight}
+        keys: dict[str, Any] = {"positions": positions, "document_ids": document_ids, "sight": sight}
         if not self.turns_values:
             return super().reference_attend(q, k, v, **keys)
         return self.position.turn_back(

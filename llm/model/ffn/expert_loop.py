@@ -100,7 +100,7 @@ def expert_loop_backward(
         rows, hidden, d_both = (room[: len(tokens_of)] for room in rooms)
         d_out = torch.index_select(grad, 0, tokens_of, out=rows)
         d_hidden = product_nn(d_out, down[expert].to(x.dtype))
-        _activate_backward(d_hidden, gated, upped, weight, d_weight, hidden, *d_both.chunk(2, dim=1), caps)
+        _activate_backward(d_hidden, gated, upped, weight, d_weight, hidden, *d_both.chunk(2, dim=1), caps=caps)
         d_down[expert].copy_(product_tn(d_out, hidden))
         torch.index_select(x, 0, tokens_of, out=rows)
         d_joined = product_tn(d_both, rows)
@@ -197,27 +197,24 @@ def _activate_backward(
     hidden: Tensor,
     d_gated: Tensor,
     d_upped: Tensor,
+    *,
     caps: Caps | None,
 ) -> None:
     """Write w ⊙ the hidden units to hidden, gradients to d_gated, d_upped and d_weight, and overwrite d_hidden."""
     for slope, gates, ups, w, d_w, out, d_gates, d_ups in _row_parts(
         d_hidden, gated, upped, weight, d_weight, hidden, d_gated, d_upped
     ):
-        if caps is not None:
-            units, by_gate, by_up = situ_slopes(gates, ups, caps)
-            out.copy_(units)
-        else:
-            activation = F.silu(gates)
-            torch.mul(activation, ups, out=out)
+        activation, *slopes = [F.silu(gates)] if caps is None else situ_slopes(gates, ups, caps)
+        torch.mul(activation, ups, out=out) if caps is None else out.copy_(activation)
         torch.sum(slope * out, 1, keepdim=True, dtype=d_w.dtype, out=d_w)
         out.mul_(w)
-        if caps is not None:
-            slope.mul_(w)
-            d_gates.copy_(by_gate.mul_(slope))
-            d_ups.copy_(by_up.mul_(slope))
-            continue
-        torch.mul(activation, slope.mul_(w), out=d_ups)
-        torch.ops.aten.silu_backward.grad_input(slope.mul_(ups), gates, grad_input=d_gates)
+        slope.mul_(w)
+        if caps is None:
+            torch.mul(activation, slope, out=d_ups)
+            torch.ops.aten.silu_backward.grad_input(slope.mul_(ups), gates, grad_input=d_gates)
+        else:
+            d_gates.copy_(slopes[0].mul_(slope))
+            d_ups.copy_(slopes[1].mul_(slope))
 
 
 def _row_parts(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
