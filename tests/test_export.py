@@ -172,7 +172,7 @@ def test_a_folder_of_another_architecture_is_refused_with_what_to_change(random_
     [
         ({"model_type": "gpt2"}, "its model_type is gpt2; only llama"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 8.0}}, "scales positions"),
-        ({"attention_bias": True}, "have biases"),
+        ({"attention_bias": True}, "model.attention.bias is none, there it is all"),
         ({"hidden_act": "gelu"}, "uses gelu"),
     ],
 )

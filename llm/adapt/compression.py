@@ -57,6 +57,8 @@ def factor(model: Transformer, node: Mapping[str, Any], *, rank: int | None, sha
     state, before, after = model.state_dict(), 0, 0
     for name, module in matrices.items():
         second, first = svd_factors(state.pop(f"{name}.weight"), ranks[name.rpartition(".")[2]])
+        if module.bias is not None:
+            state[f"{name}.second.bias"] = state.pop(f"{name}.bias")
         state |= {f"{name}.second.weight": second.float(), f"{name}.first.weight": first.float()}
         before, after = before + module.weight.numel(), after + second.numel() + first.numel()
     text = ",".join(f"{name}:{value}" for name, value in ranks.items())
@@ -106,6 +108,7 @@ def drop_units(
             )
         prefix = f"layers.{index}.ffn"
         down = state[f"{prefix}.down_proj.weight"]
+        block_has_bias = f"{prefix}.up_proj.bias" in state
         if method == "interpolative" and units < width:
             kept, mixing = interpolative_units(hidden, units)
             state[f"{prefix}.down_proj.weight"] = (down.double() @ mixing.T.to(down.device)).float()
@@ -113,7 +116,8 @@ def drop_units(
             kept = column_row_units(hidden, down, units)
             state[f"{prefix}.down_proj.weight"] = down[:, kept]
         for part in ("gate_proj", "up_proj"):
-            state[f"{prefix}.{part}.weight"] = state[f"{prefix}.{part}.weight"][kept]
+            for leaf in ("weight", "bias") if block_has_bias else ("weight",):
+                state[f"{prefix}.{part}.{leaf}"] = state[f"{prefix}.{part}.{leaf}"][kept]
     changed = deepcopy(dict(node))
     changed["ffn"]["d_ff"] = units
     return Compressed(model=changed, state=state, kept=units / width, settings=f"model.ffn.d_ff={units}")

@@ -59,7 +59,8 @@ class DepthGrowth:
             tensor = copied(name, given[former], expected, grow="depth")
             is_new = index is not None and self._is_new(index, before, after)
             is_output = any(part in RESIDUAL_OUTPUTS for part in name.split("."))
-            is_zero = self.keeps_function and is_new and is_output and tensor.ndim >= 2
+            is_output = is_output and ".first." not in name  # of two factors that are both zero, neither would learn
+            is_zero = self.keeps_function and is_new and is_output
             state[name] = torch.zeros_like(tensor) if is_zero else tensor.clone()
         return state
 

@@ -83,6 +83,9 @@ class WidthGrowth:
         if any(part in NORMS for part in parts):
             return tensor[duplicates(len(tensor), len(expected))]
         owner = next((part for part in reversed(parts) if part in AXES), None)
+        if owner is not None and parts[-1] == "bias":
+            rows = AXES[owner][0] or "units"
+            return tensor[_index(rows, len(tensor), len(expected), source, target)]
         if owner is None or tensor.ndim < 2:
             return copied(name, tensor, expected, grow="width").clone()
         rows, columns = AXES[owner]

@@ -27,6 +27,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "mlp_bias": False,
     },
     "mistral": {**ANY_DECODER, "intermediate_size": 14336, "sliding_window": 4096},
+    "qwen2": {
+        **{key: value for key, value in ANY_DECODER.items() if key != "attention_bias"},
+        "intermediate_size": 22016,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
     "qwen3": {
         **ANY_DECODER,
         "intermediate_size": 22016,
@@ -132,6 +141,7 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     settings["layer_windows"] = _merged(_layer_windows(given))
     heads = given["num_attention_heads"]
     settings["num_key_value_heads"] = given["num_key_value_heads"] or heads
+    settings["attention_bias"] = _bias(model_type, given)
     settings["head_dim"] = given.get("head_dim") or given["hidden_size"] // heads
     turning = int(settings["head_dim"] * settings["partial_rotary_factor"])  # rounded down, as transformers does
     settings["partial_rotary_factor"] = turning / settings["head_dim"]
@@ -143,12 +153,21 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def _bias(model_type: str, given: Mapping[str, Any]) -> str:
+    """Return the projections with a bias, as `model.attention.bias` names them."""
+    if model_type == "qwen2":
+        return "qkv"
+    if not given.get("attention_bias"):
+        return "none"
+    return "qkv" if model_type == "glm4_moe" else "all"
+
+
 def _layer_windows(given: Mapping[str, Any]) -> list[int | None]:
     """Return the attention window of each layer; None sees all keys."""
     layers, window = range(given["num_hidden_layers"]), given.get("sliding_window")
     if not given.get("use_sliding_window", True):
         window = None
-    if given["model_type"] != "qwen3":
+    if given["model_type"] not in ("qwen2", "qwen3"):
         return [window for _ in layers]
     kinds = given.get("layer_types")
     if kinds is None:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 from llm.adapt.ladder import LadderTransformer
 from llm.errors import ConfigError
+from llm.huggingface.bias_rules import attention_bias, bias_reasons, has_ffn_bias
 from llm.huggingface.rotary_settings import EXPORTED, rope_parameters, rotary_share
 from llm.model.attention.softmax import SoftmaxAttention
 from llm.model.factored import FactoredLinear
@@ -48,6 +49,7 @@ def find_family(model: Transformer, *, context_length: int, bos_id: int) -> Fami
         NoFamilyError: no class computes it; the message lists the reasons.
     """
     reasons = [*_factor_reasons(model), *_attention_reasons(model), *_norm_reasons(model), *_ffn_reasons(model)]
+    reasons = reasons or bias_reasons(model, is_glm=_is_glm(model))
     if reasons:
         raise NoFamilyError(reasons)
     config = _geometry(model, context_length=context_length, bos_id=bos_id)
@@ -141,7 +143,7 @@ def _geometry(model: Transformer, *, context_length: int, bos_id: int) -> dict[s
         "head_dim": attention.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": model.final_norm.eps,
-        "attention_bias": False,
+        "attention_bias": attention_bias(model) != "none",
         "attention_dropout": 0.0,
         "rope_theta": rope["rope_theta"],
         "rope_parameters": rope,
@@ -167,13 +169,16 @@ def _dense_family(model: Transformer, config: dict[str, Any]) -> Family:
     config = config | {"intermediate_size": model.blocks()[0].ffn.gate_proj.weight.shape[0]}
     if _has_qk_norm(model):
         return Family("Qwen3ForCausalLM", "qwen3", config | _layer_windows(windows))
+    if attention_bias(model) == "qkv":
+        del config["attention_bias"]  # a Qwen2 always has these three
+        return Family("Qwen2ForCausalLM", "qwen2", config | _layer_windows(windows))
     if len(set(windows)) > 1:
         raise NoFamilyError(["layers with and without a window, and no model.attention.qk_norm"])
     if windows[0] is not None:
         return Family("MistralForCausalLM", "mistral", config | {"sliding_window": windows[0]})
     if model.d_model % config["num_attention_heads"]:
         raise NoFamilyError(["a Llama's model.d_model must be a multiple of model.num_heads"])
-    return Family("LlamaForCausalLM", "llama", config | {"mlp_bias": False})
+    return Family("LlamaForCausalLM", "llama", config | {"mlp_bias": has_ffn_bias(model)})
 
 
 def _layer_windows(windows: list[int | None]) -> dict[str, Any]:

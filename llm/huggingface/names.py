@@ -60,10 +60,11 @@ def layer_names(layer: str, model_type: str, *, count: int) -> dict[str, str | l
         sparse, projections = f"{prefix}.block_sparse_moe", MIXTRAL
     names: dict[str, str | list[str]] = {ours: f"{prefix}.{theirs}" for ours, theirs in NORMS.items()}
     names |= {f"attention.{part}.weight": f"{prefix}.self_attn.{part}.weight" for part in ATTENTION}
+    names |= {f"attention.{part}.bias": f"{prefix}.self_attn.{part}.bias" for part in ATTENTION[:4]}
     names["ffn.router.proj.weight"] = f"{sparse}.gate.weight"
     names["ffn.balance.bias"] = f"{sparse}.gate.e_score_correction_bias"
     for ours, theirs in projections.items():
-        names[f"ffn.{ours}.weight"] = f"{prefix}.mlp.{ours}.weight"
+        names |= {f"ffn.{ours}.{leaf}": f"{prefix}.mlp.{ours}.{leaf}" for leaf in ("weight", "bias")}
         names[f"ffn.shared.{ours}.weight"] = f"{sparse}.shared_experts.{ours}.weight"
         names[f"ffn.experts.{ours}.weight"] = [f"{sparse}.experts.{e}.{theirs}.weight" for e in range(count)]
     return names

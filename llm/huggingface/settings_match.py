@@ -26,6 +26,8 @@ OVERRIDES = {
     "attention_factor": "model.position.attention_factor",
     "layer_windows": "model.attention.window",
     "use_qk_norm": "model.attention.qk_norm",
+    "attention_bias": "model.attention.bias",
+    "mlp_bias": "model.ffn.bias",
     "num_experts_per_tok": "model.ffn.top_k",
     "routed_scaling_factor": "model.ffn.router.routed_scale",
     "norm_topk_prob": "model.ffn.router.normalize",
@@ -42,6 +44,7 @@ OVERRIDES = {
 HINTS = {
     "llama": "a llama has model.attention.qk_norm=false and no experts",
     "mistral": "a mistral has model.attention.window set and model.attention.qk_norm=false",
+    "qwen2": "a qwen2 has model.attention.bias=qkv, model.attention.qk_norm=false and no experts",
     "qwen3": "a qwen3 has model.attention.qk_norm=true and no experts",
     "mixtral": "a mixtral has model=moe model/ffn/router=softmax model.ffn.router.normalize=true and no selection bias",
     "qwen3_moe": "a qwen3_moe has model=moe model/ffn/router=softmax model.attention.qk_norm=true",
@@ -49,8 +52,6 @@ HINTS = {
 }
 
 REFUSALS = {
-    "attention_bias": "its projections have biases, and no attention here has",
-    "mlp_bias": "its projections have biases, and no feed-forward here has",
     "hidden_act": "its feed-forward uses {value}, and the one here uses silu",
     "partial_rotary_factor": "partial_rotary_factor={value}: its class turns all of each head whatever the factor; "
     "delete the key from config.json",

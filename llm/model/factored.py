@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from llm.errors import ConfigError, did_you_mean
-from llm.ops.linear_layer import Linear
+from llm.ops.linear_layer import Linear, biased_linear
 
 
 class FactoredLinear(nn.Module):
@@ -16,14 +16,15 @@ class FactoredLinear(nn.Module):
         d_in: width of the input.
         d_out: width of the output.
         rank: width in between, in [1, min(d_in, d_out)].
+        bias: whether a bias is added to the output.
 
     Source: Denil et al., "Predicting Parameters in Deep Learning", arXiv:1306.0543, section 2.
     """
 
-    def __init__(self, *, d_in: int, d_out: int, rank: int) -> None:
+    def __init__(self, *, d_in: int, d_out: int, rank: int, bias: bool = False) -> None:
         super().__init__()
         self.first = Linear(d_in, rank, bias=False)
-        self.second = Linear(rank, d_out, bias=False)
+        self.second = biased_linear(rank, d_out, bias=bias)
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
@@ -60,7 +61,8 @@ def factor_projections(model: nn.Module, low_rank: Mapping[str, int]) -> None:
             largest = min(module.in_features, module.out_features)
             if not 1 <= rank <= largest:
                 raise ConfigError(f"model.low_rank.{key}={rank}: must lie in [1, {largest}], the rank of {name}")
-            narrow = FactoredLinear(d_in=module.in_features, d_out=module.out_features, rank=rank)
+            has_bias = module.bias is not None
+            narrow = FactoredLinear(d_in=module.in_features, d_out=module.out_features, rank=rank, bias=has_bias)
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, narrow)
 

@@ -21,6 +21,14 @@ class Linear(nn.Linear):
         return linear_product(input, self.weight)
 
 
+def biased_linear(d_in: int, d_out: int, *, bias: bool) -> Linear:
+    """Return a linear layer whose bias, if any, starts at zero."""
+    layer = Linear(d_in, d_out, bias=bias)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
 def linear_product(
     x: Float[Tensor, "*shape d_in"], weight: Float[Tensor, "d_out d_in"]
 ) -> Float[Tensor, "*shape d_out"]:

@@ -28,6 +28,7 @@ KINDS = {
     "experts": ("model=moe", "model.ffn.num_experts=4", "model.ffn.top_k=2", "model.ffn.num_shared_experts=1"),
     "masked": ("objective=masked",),
     "uniform": ("objective=uniform",),
+    "biases": ("model.attention.bias=all", "model.ffn.bias=true"),
     "factors": ("model.low_rank={q_proj:4,o_proj:5,up_proj:6}",),
     "linear attention": ("model/attention=linear",),
 }

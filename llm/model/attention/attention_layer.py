@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,9 @@ from llm.model.attention.cache import KeyValueCache
 from llm.model.factored import matrix_size, stacked_matrix
 from llm.model.norm import RMSNorm
 from llm.model.position.position_module import Position
-from llm.ops.linear_layer import Linear
+from llm.ops.linear_layer import biased_linear
+
+Bias = Literal["none", "qkv", "all"]
 
 QK_NORM_EPS = 1e-6
 """Added to the mean square of a query or key before its root is taken; the value that Qwen3 and OLMo 2 use."""
@@ -33,6 +35,7 @@ class Attention(nn.Module, ABC):
         qk_norm_eps: added to the mean square of queries and keys under qk_norm; the default serves a config.yaml
             without this key.
         shared_kv: whether values are the keys, so that there is no v_proj.
+        bias: projections with a bias: none, qkv (Qwen2) or all; biases start at zero.
 
     Raises:
         ConfigError: num_kv_heads does not divide num_heads, this attention cannot use the position, or both norms
@@ -58,6 +61,7 @@ class Attention(nn.Module, ABC):
         key_norm: bool,
         qk_norm_eps: float = QK_NORM_EPS,
         shared_kv: bool = False,
+        bias: Bias = "none",
     ) -> None:
         super().__init__()
         if qk_norm and key_norm:
@@ -73,10 +77,10 @@ class Attention(nn.Module, ABC):
         self.num_heads, self.num_kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.check_position(position)
         self.position, self.layer_index = position, layer_index
-        self.q_proj = Linear(geometry.d_model, heads * head_dim, bias=False)
-        self.k_proj = Linear(geometry.d_model, kv_heads * head_dim, bias=False)
-        self.v_proj = None if shared_kv else Linear(geometry.d_model, kv_heads * head_dim, bias=False)
-        self.o_proj = Linear(heads * head_dim, geometry.d_model, bias=False)
+        self.q_proj = biased_linear(geometry.d_model, heads * head_dim, bias=bias != "none")
+        self.k_proj = biased_linear(geometry.d_model, kv_heads * head_dim, bias=bias != "none")
+        self.v_proj = None if shared_kv else biased_linear(geometry.d_model, kv_heads * head_dim, bias=bias != "none")
+        self.o_proj = biased_linear(heads * head_dim, geometry.d_model, bias=bias == "all")
         self.q_norm = RMSNorm(dim=head_dim, eps=qk_norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(dim=head_dim, eps=qk_norm_eps) if qk_norm else None
         self.key_norm = key_norm

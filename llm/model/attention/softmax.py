@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llm.contracts import CAUSAL, AttentionGeometry, Sight
 from llm.errors import ConfigError
-from llm.model.attention.attention_layer import QK_NORM_EPS, Attention
+from llm.model.attention.attention_layer import QK_NORM_EPS, Attention, Bias
 from llm.model.attention.kernels import sighted_attention
 from llm.model.attention.kernels.reference import visible_keys
 from llm.model.attention.views import attend_views, pair_scores, softmax_weights
@@ -25,7 +25,7 @@ class SoftmaxAttention(Attention):
         window: number of keys that a query sees, itself included, at least 1; None for all. A two-sided query sees
             keys at a distance below it.
         shared_kv: use keys as values. A position that turns values lets the cache hold one tensor for both.
-        geometry, position, layer_index, qk_norm, key_norm, qk_norm_eps: see `Attention`.
+        geometry, position, layer_index, qk_norm, key_norm, qk_norm_eps, bias: see `Attention`.
 
     Raises:
         ConfigError: window is below 1.
@@ -45,6 +45,7 @@ class SoftmaxAttention(Attention):
         window: int | None,
         qk_norm_eps: float = QK_NORM_EPS,
         shared_kv: bool = False,
+        bias: Bias = "none",
     ) -> None:
         if window is not None and window < 1:
             raise ConfigError(f"model.attention.window={window}: must be at least 1, or null for all; try 256")
@@ -56,8 +57,9 @@ class SoftmaxAttention(Attention):
             key_norm=key_norm,
             qk_norm_eps=qk_norm_eps,
             shared_kv=shared_kv,
+            bias=bias,
         )
-        self.window, self.shared_kv = window, shared_kv
+        self.window, self.shared_kv, self.bias = window, shared_kv, bias
 
     def check_position(self, position: Position) -> None:
         """Accept every position."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from llm.contracts import SublayerOutput
 from llm.errors import ConfigError
 from llm.model.ffn.activation import Activation, largest_size, read_caps
-from llm.ops.linear_layer import Linear
+from llm.ops.linear_layer import biased_linear
 from llm.ops.situ import gated_units
 
 
@@ -19,6 +19,7 @@ class SwiGLU(nn.Module):
         activation: swiglu, or situ for b₁ tanh(g/b₁) σ(g) ⊙ b₂ tanh(u/b₂), whose units are at most b₁ b₂.
         gate_cap: b₁ of situ, above 0; None for 4.
         up_cap: b₂ of situ, above 0; None for 25.
+        bias: add a bias, which starts at zero, to each projection.
 
     Raises:
         ConfigError: d_ff is below 1, or a cap is not above 0 or without situ.
@@ -35,14 +36,16 @@ class SwiGLU(nn.Module):
         activation: Activation = "swiglu",
         gate_cap: float | None = None,
         up_cap: float | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.caps = read_caps(activation, gate_cap=gate_cap, up_cap=up_cap)
         if d_ff < 1:
             raise ConfigError(f"model.ffn.d_ff={d_ff}: must be at least 1; 8/3 x d_model={8 * d_model // 3} is usual")
-        self.gate_proj = Linear(d_model, d_ff, bias=False)
-        self.up_proj = Linear(d_model, d_ff, bias=False)
-        self.down_proj = Linear(d_ff, d_model, bias=False)
+        self.has_bias = bias
+        self.gate_proj = biased_linear(d_model, d_ff, bias=bias)
+        self.up_proj = biased_linear(d_model, d_ff, bias=bias)
+        self.down_proj = biased_linear(d_ff, d_model, bias=bias)
 
     def forward(self, x: Float[Tensor, "batch time d_model"]) -> SublayerOutput:
         units = gated_units(self.gate_proj(x), self.up_proj(x), self.caps)
@@ -52,4 +55,4 @@ class SwiGLU(nn.Module):
 
     def flops_per_token(self, context_length: int) -> float:
         """Return forward FLOPs per token: two per weight."""
-        return 2.0 * sum(weight.numel() for weight in self.parameters())
+        return 2.0 * sum(weight.numel() for weight in self.parameters() if weight.ndim >= 2)
