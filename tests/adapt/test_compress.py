@@ -48,6 +48,21 @@ def test_a_share_of_the_weights_is_kept_and_the_corrected_units_lose_less(source
     assert "model.ffn.d_ff=12" in caplog.text
 
 
+@pytest.mark.parametrize("method", ["svd", "interpolative", "column_row"])
+def test_biases_stay_with_their_units(composed, tiny, tmp_path, method):
+    biased = ("model.attention.bias=all", "model.ffn.bias=true", "max_steps=2", "optimizer.lr=1e-2")
+    train(composed(*tiny, *biased, "callbacks.samples=null"), tmp_path / "biased")
+    before = rebuild_model(tmp_path / "biased", "last").model
+    with torch.no_grad():
+        assert any(bool(tensor.any()) for name, tensor in before.named_parameters() if name.endswith("up_proj.bias"))
+    rank = 32 if method == "svd" else 40
+    after = rebuild_model(compressed(tmp_path / "biased", tmp_path / "o", method=method, rank=rank), "last").model
+    ids = torch.randint(before.vocab_size, (2, 16))
+    hidden = [model(ids, positions=torch.arange(16).expand_as(ids)).hidden for model in (before, after)]
+    error = float((hidden[0] - hidden[1]).norm() / hidden[0].norm())
+    assert error < (1e-5 if method == "svd" else 0.2)  # rank 32 is the whole rank of every projection
+
+
 def test_dropped_units_keep_their_own_rows(source, tmp_path):
     before = rebuild_model(source, "last").model.layers[0].ffn
     after = (

@@ -83,6 +83,13 @@ def test_identity_layers_follow_the_layer_that_they_copy(composed):
         assert bool((layer.ffn.down_proj.weight == 0).all()) == is_new
 
 
+def test_one_factor_of_a_new_layer_is_not_zero_so_that_the_other_learns(composed):
+    _, target, _ = grown(composed, DepthGrowth(new_layers="identity"), "factors", DEEP)
+    projection = target.layers[1].attention.o_proj
+    assert bool((projection.second.weight == 0).all())
+    assert bool((projection.first.weight != 0).any())
+
+
 @pytest.mark.parametrize(("split", "diverge"), [("random", True), ("even", False)])
 def test_random_shares_give_duplicates_gradients_of_other_directions(composed, split, diverge):
     _, target, _ = grown(composed, WidthGrowth(split=split), "dense", WIDE)
@@ -176,7 +183,7 @@ def test_a_hybrid_decoder_whose_layers_would_change_their_kind_is_refused(compos
 
 
 def test_growth_needs_a_run_folder(composed, tiny, trained_small, tmp_path):
-    with pytest.raises(ConfigError, match="grow: needs the trained run that is grown; add init_from="):
+    with pytest.raises(ConfigError, match="grow: needs the weights of a trained run; add init_from="):
         check(composed(*tiny, "grow=depth"))
     shutil.copytree(trained_small / "checkpoints/last", tmp_path / "b/c/copy")
     with pytest.raises(CheckpointError, match=r"init_from=.*copy: grow= needs the config.yaml"):
