@@ -128,6 +128,7 @@ def test_an_exported_model_has_the_logits_and_gives_back_the_very_weights(random
         (("model/position=rerope",), "model/position is ReRoPE"),
         (("model/norm=layer",), "model/norm is LayerNorm"),
         (("model.attention.key_norm=true",), "key_norm"),
+        ((*MOE, "model.ffn.latent=16"), r"model\.ffn\.latent"),
         (("model/attention=delta",), "model/attention is DeltaAttention"),
         (("model.residual=attention",), r"model\.residual=attention"),
         (("model.ffn.activation=situ",), r"model\.ffn\.activation=situ"),

@@ -121,6 +121,8 @@ def _ffn_reasons(model: Transformer) -> list[str]:
         if isinstance(ffn, MoE):
             if ffn.experts.normalize_outputs:
                 reasons.append("model.ffn.normalize_outputs=true")
+            if ffn.latent_in_proj is not None:
+                reasons.append("model.ffn.latent")
             if not isinstance(ffn.router, TopKRouter):
                 reasons.append(f"model/ffn/router is {type(ffn.router).__name__}")
         elif not isinstance(ffn, SwiGLU):

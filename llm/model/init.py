@@ -7,7 +7,7 @@ from torch import nn
 
 from llm.errors import ConfigError
 
-RESIDUAL_OUTPUTS = ("o_proj", "down_proj")
+RESIDUAL_OUTPUTS = ("o_proj", "down_proj", "latent_out_proj")
 """Names of the projections that write to the residual stream."""
 
 

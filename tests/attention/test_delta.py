@@ -62,6 +62,21 @@ def test_fp32_stays_close_to_fp64_for_any_gate(features, scale):
     assert (single.double() - exact).norm() / exact.norm() < 1e-5
 
 
+@pytest.mark.parametrize("features", [1, 8])
+def test_strong_gates_before_the_end_of_a_document_stay_finite_in_fp32(features):
+    tensors, ids = inputs_of(128, features=features, documents=True, scale=5.0)
+    for cut in (40, 43, 70, 100):  # documents of every length, also inside a block of rows
+        ids[:, cut:] += 1
+    slow, _ = run_rule(recurrent_delta, tensors, ids)
+    wanted = torch.autograd.grad(slow.square().sum(), tensors)
+    single = [x.detach().float().requires_grad_() for x in tensors]
+    fast, _ = run_rule(chunked_delta, single, ids, chunk_size=64)
+    found = torch.autograd.grad(fast.square().sum(), single)
+    assert (fast.double() - slow).norm() / slow.norm() < 1e-5
+    for own, exact in zip(found, wanted, strict=True):
+        assert (own.double() - exact).norm() <= 1e-4 * exact.norm()
+
+
 def test_equal_keys_do_not_blow_up_the_solve():
     tensors, ids = inputs_of(64, features=1, documents=False, dtype=torch.float32, scale=0.0)
     q, k, v, write, log_keep, initial = (x.detach() for x in tensors)
@@ -125,6 +140,19 @@ def test_every_gate_equals_its_pair_weights_and_its_cached_decoding(settings, po
                 for a, b in itertools.pairwise(cuts)
             ]
         torch.testing.assert_close(torch.cat(parts, 1), fast, **FP32)
+
+
+@pytest.mark.parametrize("settings", GATES[::2], ids=str)
+def test_other_documents_change_no_bit(settings, rows):
+    layer = build_pair("delta", "none", **settings).eval()
+    x, positions, ids = rows(120)
+    x = 3 * x
+    whole = layer(x, positions=positions, document_ids=ids).hidden
+    for document in ids[0].unique():
+        inside = ids[0] == document
+        others = x.clone()
+        others[0, ~inside] *= 30
+        assert torch.equal(layer(others, positions=positions, document_ids=ids).hidden[0, inside], whole[0, inside])
 
 
 def test_gates_lie_in_their_ranges_and_start_near_keeping_all():

@@ -61,6 +61,18 @@ def test_chunks_of_any_size_equal_the_loop_over_time_with_gradients(time, chunk_
         torch.testing.assert_close(zero if fast_grad is None else fast_grad, zero if slow_grad is None else slow_grad)
 
 
+def test_strong_gates_before_the_end_of_a_document_stay_finite_in_fp32():
+    q, k, v = (torch.randn(1, 64, 2, 8) for _ in range(3))
+    log_decay = torch.full((1, 64, 2), -9.0, requires_grad=True)
+    ids = (torch.arange(64) >= 50).long()[None]
+    keys = {"document_ids": ids, "initial": torch.zeros(1, 2, 8, 8), "before": ids[:, 0]}
+    out, state = chunked_linear(q, k.requires_grad_(), v, log_decay=log_decay, chunk_size=64, **keys)
+    slow, last = loop(q, k, v, ids, log_decay)
+    torch.testing.assert_close((out, state), (slow, last), **FP32)
+    gradients = torch.autograd.grad((out.sum() + state.sum()), (k, log_decay))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_the_gradient_reaches_the_state_that_a_text_continues():
     q, k, v = (torch.randn(1, 20, 2, 4, dtype=torch.float64) for _ in range(3))
     initial = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)

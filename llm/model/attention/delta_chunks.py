@@ -12,6 +12,9 @@ from llm.model.attention.states import Documents
 GATE_ROWS = 16
 """Rows of a block under channel gates: with a log gate of at least −5 per token, no factor exceeds e^80 in fp32."""
 
+LARGEST_EXPONENT = 80.0
+"""Bound on exponents of pairs in different documents, which are masked afterwards: they must stay finite in fp32."""
+
 
 def recurrent_delta(
     q: Float[Tensor, "batch time heads head_dim"],
@@ -92,12 +95,12 @@ def chunked_delta(
     visible = documents.visible[:, :, None]
     sums = visible.to(log_keep.dtype) @ log_keep  # within a document, so that no other one changes their rounding
     kept = torch.where(reads, sums.exp(), 0.0)
-    pairs = gated_products(torch.cat((k[:, :, :, None], q), dim=3), k, sums)
+    pairs = gated_products(torch.cat((k[:, :, :, None], q), dim=3), k, sums, documents.ids)
     own = write * pairs[:, :, :, 0].tril(-1) * visible
     rhs = write * torch.cat((v, k * kept), dim=-1)
     solved = torch.linalg.solve_triangular(own, rhs, upper=False, unitriangular=True)
     values, taken = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
-    passed = torch.where(carried, k * (sums[:, :, :, -1:] - sums).exp(), 0.0)
+    passed = torch.where(carried, k * (sums[:, :, :, -1:] - sums).clamp_max(0).exp(), 0.0)
     keep = documents.continues[:, :, None, None, None] * sums[:, :, :, -1].exp()[..., None]
     parts = (keep, passed, values, taken)
     states = _CarryDelta.apply(*(part.transpose(0, 1) for part in parts), initial)
@@ -112,11 +115,12 @@ def gated_products(
     rows: Float[Tensor, "batch chunks kv_heads kinds size head_dim"],
     k: Float[Tensor, "batch chunks kv_heads size head_dim"],
     sums: Float[Tensor, "batch chunks kv_heads size features"],
+    ids: Int[Tensor, "batch chunks size"],
 ) -> Float[Tensor, "batch chunks kv_heads kinds size size"]:
-    """Return Σ_e rows_ie k_je e^{b_ie − b_je} for j ≤ i; entries above the diagonal are finite and have no meaning.
+    """Return Σ_e rows_ie k_je e^{b_ie − b_je} for j ≤ i of one document; other entries are finite and have no meaning.
 
-    Channel gates stand inside the sum. Blocks of rows take the sums at their first token as reference, so that factors
-    of rows are at most 1 and those of columns at most e^80.
+    Channel gates stand inside the sum. Blocks of rows take the sums at their first token as reference for its document
+    and 0 for later ones, so that factors of rows are at most 1 and those of columns at most e^80.
     """
     if sums.shape[-1] == 1:
         between = (sums - sums.transpose(-1, -2)).clamp_max(0).exp()
@@ -124,9 +128,10 @@ def gated_products(
     size, blocks = k.shape[3], []
     for start in range(0, size, GATE_ROWS):
         end = min(start + GATE_ROWS, size)
-        reference = sums[:, :, :, start : start + 1]
-        upper = rows[..., start:end, :] * (sums[:, :, :, start:end] - reference).exp()[:, :, :, None]
-        lower = k[:, :, :, :end] * (reference - sums[:, :, :, :end]).exp()
+        is_first = (ids[:, :, :end] == ids[:, :, start : start + 1])[:, :, None, :, None]
+        reference = torch.where(is_first, sums[:, :, :, start : start + 1], 0.0)
+        upper = rows[..., start:end, :] * (sums[:, :, :, start:end] - reference[:, :, :, start:]).exp()[:, :, :, None]
+        lower = k[:, :, :, :end] * (reference - sums[:, :, :, :end]).clamp_max(LARGEST_EXPONENT).exp()
         blocks.append(F.pad(upper @ lower.transpose(-1, -2)[:, :, :, None], (0, size - end)))
     return torch.cat(blocks, dim=-2)
 

@@ -99,8 +99,8 @@ class TokenDecay:
         """Product of the decays after j up to i, [batch chunks kv_heads 1 size size], for i ≥ j."""
         self.since_start = torch.exp(sums)
         """Product up to i, [batch chunks size kv_heads]."""
-        self.until_end = torch.exp(sums[:, :, -1:] - sums)
-        """Product after j, [batch chunks size kv_heads]."""
+        self.until_end = torch.exp((sums[:, :, -1:] - sums).clamp_max(0))
+        """Product after j, [batch chunks size kv_heads], for tokens of the last document."""
         self.whole = torch.exp(sums[:, :, -1]).transpose(0, 1)
         """Product over the chunk, [chunks batch kv_heads]."""
 

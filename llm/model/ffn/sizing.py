@@ -8,7 +8,14 @@ Match = Literal["active", "total", "flops", "none"]
 
 
 def expert_width(
-    *, match: Match, d_model: int, d_ff: int, num_experts: int, top_k: int, num_shared_experts: int
+    *,
+    match: Match,
+    d_model: int,
+    d_ff: int,
+    num_experts: int,
+    top_k: int,
+    num_shared_experts: int,
+    latent: int | None = None,
 ) -> int:
     """Return the hidden width of an expert, shared ones included.
 
@@ -25,12 +32,26 @@ def expert_width(
         num_experts: E, the number of experts to choose from.
         top_k: k, experts per token.
         num_shared_experts: s, the number of experts that every token uses.
+        latent: l, the width that routed experts read and write, or None for d_model = d. With it the projections into
+            and out of that space count too, and widths are rounded down by less than one unit:
+            active ⌊(3 d d_ff − 2 d l) / (3 l k + 3 d s)⌋, total likewise with E for k, flops with d E less above.
 
     Raises:
         ConfigError: the width would be below 1, or not whole under `active` and `total`.
     """
     if match == "none":
         return d_ff
+    if latent is not None:
+        routed = num_experts if match == "total" else top_k
+        router = d_model * num_experts if match == "flops" else 0
+        room = 3 * d_model * d_ff - 2 * d_model * latent - router
+        width = room // (3 * latent * routed + 3 * d_model * num_shared_experts)
+        if width < 1:
+            raise ConfigError(
+                f"model.ffn.match={match}: d_ff={d_ff} leaves no width for {routed} experts beside projections to "
+                f"model.ffn.latent={latent}; lower latent or raise d_ff"
+            )
+        return width
     if match == "flops":
         width = (3 * d_ff - num_experts) // (3 * (top_k + num_shared_experts))
         if width < 1:
