@@ -148,7 +148,7 @@ class Noise(Protocol):
         ...
 
     def normal(self, *shape: int) -> Float[Tensor, "batch ..."]:
-        """Return standard normal numbers in fp32, which differ between kinds of devices."""
+        """Return standard normal numbers in fp32."""
         ...
 
 

@@ -15,6 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from llm.contracts import SpeedReporter
 from llm.errors import ConfigError
 
+FIGURES_OF_LOSS = ("val/loss", "val/perplexity", "val/bits_per_byte")
+"""Figures of validation that are bounds where the loss is one."""
+
+STANDARD_ERROR = "val/loss_standard_error"
+"""The figure of validation that only bounds have."""
+
 log = logging.getLogger(__name__)
 
 
@@ -91,7 +97,10 @@ class ProgressLine(ProgressBar):
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         if metrics:
-            log.info("step %d  %s", trainer.global_step, "  ".join(f"{n} {v:.4f}" for n, v in metrics.items()))
+            is_bound = STANDARD_ERROR in metrics
+            signs = dict.fromkeys(FIGURES_OF_LOSS, "<= ") if is_bound else {}
+            shown = (f"{name} {signs.get(name, '')}{value:.4f}" for name, value in metrics.items())
+            log.info("step %d  %s", trainer.global_step, "  ".join(shown))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Close the bar and keep its last state on the terminal."""

@@ -8,14 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm.generate.sampling import filter_logits, sample_token
-from llm.objective.whole_text import WholeText
+from llm.generate.sampling import sample_token
+from llm.objective.whole_text import UNCHANGED, WholeText
 
 CLEAN_TIME = 10.0
 """The time of tokens that are not noisy: above log(α / (1 − α)) of the lowest level, 6.9."""
-
-DRAW = {"temperature": 1.0, "top_k": None, "top_p": None}
-"""Draws from the given probabilities themselves."""
 
 
 class UniformText(WholeText):
@@ -55,16 +52,9 @@ class UniformText(WholeText):
         times = torch.full((*self.ids.shape, 1), CLEAN_TIME, device=self.ids.device)
         for kept, kept_after in zip(self.kept.tolist(), [*self.kept[1:].tolist(), 1.0], strict=True):
             times[:, -self.num_new :] = math.log(kept / (1 - kept))
-            prediction = self._prediction(self.model.logits(self.read(times=times)).flatten(0, 1).double())
+            prediction = self.prediction(self.model.logits(self.read(times=times)).flatten(0, 1).double())
             weights = reverse_weights(prediction, new.flatten(), kept, kept_after)
-            new.copy_(sample_token(weights.log(), **DRAW, generator=self.generator).view(new.shape))
-
-    def _prediction(self, logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"]:
-        """Return p in fp64, changed by the settings of sampling; that of bos is 0."""
-        logits[:, self.bos_id] = -torch.inf
-        if self.sampling["temperature"] == 0:
-            return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
-        return filter_logits(logits, **self.sampling).double().softmax(-1)
+            new.copy_(sample_token(weights.log(), **UNCHANGED, generator=self.generator).view(new.shape))
 
 
 def reverse_weights(

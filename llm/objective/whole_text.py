@@ -10,7 +10,10 @@ from torch import Tensor
 from llm.contracts import BIDIRECTIONAL
 from llm.errors import ConfigError
 from llm.generate.decode import pad_left_before
-from llm.generate.sampling import check_sampling
+from llm.generate.sampling import check_sampling, filter_logits
+
+UNCHANGED = {"temperature": 1.0, "top_k": None, "top_p": None}
+"""Settings that draw from the given probabilities themselves."""
 
 
 class WholeText:
@@ -70,6 +73,13 @@ class WholeText:
         """Run the decoder on the whole text; return the hidden states of the new tokens."""
         out = self.model(self.ids, positions=self.positions, document_ids=self.documents, sight=BIDIRECTIONAL, **inputs)
         return out.hidden[:, -self.num_new :]
+
+    def prediction(self, logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"]:
+        """Return p in fp64, changed by the settings of sampling; that of bos is 0."""
+        logits[:, self.bos_id] = -torch.inf
+        if self.sampling["temperature"] == 0:
+            return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
+        return filter_logits(logits, **self.sampling).double().softmax(-1)
 
     def __iter__(self) -> Iterator[Int[Tensor, "batch new"]]:
         new = self.ids[:, -self.num_new :]

@@ -34,6 +34,17 @@ def test_without_a_terminal_a_line_is_logged_now_and_then(folder, train, caplog)
     assert "val/loss" in lines[1]
 
 
+def test_figures_of_a_bound_are_marked_in_the_lines_of_validation(composed, tiny, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    run(composed(*tiny, "objective=masked", "callbacks.samples=null", "max_steps=1", "val_every=1"), tmp_path)
+    lines = [
+        r.getMessage() for r in caplog.records if r.name == "llm.callbacks.progress" and "val/loss" in r.getMessage()
+    ]
+    assert "val/loss <= " in lines[0]
+    assert "val/perplexity <= " in lines[0]
+    assert "val/loss_standard_error <= " not in lines[0]
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -12,7 +12,7 @@ from llm.ops.noise import KeyedNoise
 
 NEEDS = {"block": ("objective.block_length=4",), "uniform": ("model.tie_embeddings=false",)}
 LETTERS, TIME = 4, 16
-LENGTHS = {"uniform": (240, 2e-2)}
+LENGTHS = {"uniform": (240, 2e-2), "flow": (240, 1e-2)}
 """Updates and rate of an objective that learns slowly: it must first ignore the token in the place it predicts."""
 
 
