@@ -97,9 +97,8 @@ class ProgressLine(ProgressBar):
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         if metrics:
-            is_bound = STANDARD_ERROR in metrics
-            signs = dict.fromkeys(FIGURES_OF_LOSS, "<= ") if is_bound else {}
-            shown = (f"{name} {signs.get(name, '')}{value:.4f}" for name, value in metrics.items())
+            bounds = FIGURES_OF_LOSS if STANDARD_ERROR in metrics else ()
+            shown = (f"{name} {'<= ' if name in bounds else ''}{value:.4f}" for name, value in metrics.items())
             log.info("step %d  %s", trainer.global_step, "  ".join(shown))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
