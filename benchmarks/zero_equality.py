@@ -40,6 +40,22 @@ MODELS = {
         "model.attention.block_size=16",
         "model.attention.codebook.codebook_size=8",  # more codes than keys per micro-batch would tie
     ),
+    "delta": (
+        "model=hybrid",
+        "model/position=none",
+        "model.attention.pattern=[delta,softmax]",
+        "model.residual=attention",
+        "model.residual_block=1",
+    ),
+    "latent": (
+        "model=moe",
+        "model.ffn.num_experts=4",
+        "model.ffn.match=none",
+        "model.ffn.latent=16",
+        "model.ffn.activation=situ",
+        "model.position.turn_values=true",
+        "model.attention.shared_kv=true",
+    ),
 }
 TINY = (
     "model.d_model=32", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1", "model.ffn.d_ff=48",
