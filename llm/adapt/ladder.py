@@ -60,7 +60,7 @@ class LadderTransformer(Transformer):
         )  # fmt: skip
         for name, module in backbone.named_children():
             self.add_module(name, module.requires_grad_(False))
-        for name in ("extra_embedding", "time_embedding"):
+        for name in ("extra_embedding", "time_embedding", "final_query"):
             if name not in self._modules:
                 self.add_module(name, None)
         self.frozen_names = frozenset(name for name in backbone.state_dict() if not name.startswith(ADDED))
@@ -170,6 +170,10 @@ class LadderTransformer(Transformer):
 
 def _check_settings(backbone: Transformer, *, reduction: int, every: int, temperature: float) -> None:
     d_model = backbone.d_model
+    if backbone.final_query is not None:
+        raise ConfigError(
+            "adapt=ladder: model.residual=attention has no sum of layers that a side network could read; use adapt=lora"
+        )
     if reduction < 1 or d_model % reduction or d_model // reduction % 2:
         near = [n for n in (2, 4, 8, 16) if d_model % (2 * n) == 0]
         raise ConfigError(

@@ -49,10 +49,11 @@ def load_initial_weights(
         resumed: the checkpoint that the run continues from; it names the frozen weights of an adapted run.
     """
     run = checked.run
-    if run.init_from is None:
+    is_frozen = bool(checked.tree.get("adapt"))
+    if run.init_from is None or (resumed is not None and not is_frozen):  # the checkpoint has all weights
         return None
     source = Path(run.init_from)
-    if checked.tree.get("adapt") and resumed is not None:
+    if resumed is not None:
         source = find_backbone(read_manifest(resumed) or {}, init_folders(source))
     if is_hf_folder(source):
         if checked.tree.get("grow"):

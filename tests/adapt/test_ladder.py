@@ -237,7 +237,7 @@ def test_an_adapted_run_is_not_a_source_of_weights(finished, composed, tiny, tmp
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("objective", ["masked", "block", "uniform"])
+@pytest.mark.parametrize("objective", ["masked", "block", "uniform", "flow"])
 def test_a_run_of_next_token_becomes_one_of_every_objective(source, composed, tiny, tmp_path, judging, kind, objective):
     given = (f"objective={objective}", f"adapt={kind}", f"init_from={source}", "callbacks.samples.max_new_tokens=4")
     loss = train(composed(*overriding(tiny, *given, "max_steps=2", "val_every=2")), tmp_path / "run")
@@ -259,6 +259,7 @@ def test_every_kind_of_decoder_is_adapted(composed, model, optimizer):
     [
         (("adapt=ladder", "init_from=null"), "adapt: needs the weights of a trained run; add init_from="),
         (("adapt=ladder", "adapt.reduction=3"), "adapt.reduction=3: must divide model.d_model=32"),
+        (("adapt=ladder", "model.residual=attention"), "adapt=ladder: model.residual=attention has no sum"),
         (("adapt=ladder", "adapt.every=0"), "adapt.every=0: must be at least 1"),
         (("adapt=ladder", "adapt.temperature=0"), "adapt.temperature=0.*must be above 0"),
         (("adapt=ladder", "adapt.backbone_sight=causal", "objective=block"), "adapt.backbone_sight=causal: a clean"),
