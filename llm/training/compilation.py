@@ -56,15 +56,14 @@ def pays_to_compile(checked: CheckedConfig, decoder: CompiledDecoder, *, flops: 
         flops: model FLOPs of the run.
         cache: folder in which earlier compile times are kept.
     """
-    if not has_compiler() or len(checked.sizes.ramp.stages) > 1:  # a ramp changes shapes, and each is compiled anew
+    is_changing = len(checked.sizes.ramp.stages) > 1  # each shape is compiled anew
+    if is_changing or checked.tree.get("adapt") or not has_compiler():
         return False
     rate = measured_matmul_flops(torch.bfloat16 if "16" in checked.sizes.precision else torch.float32)
     seconds = flops / (UTILIZATION * rate)
     if GAIN * seconds <= GRAPHS * _seconds_before(decoder, cache):
         return False
-    log.info(
-        "compile      the decoder, since the run is expected to take %.0f min (compile=false: do not)", seconds / 60
-    )
+    log.info("compile      on, for a run of about %.0f min; compile=false turns it off", seconds / 60)
     return True
 
 

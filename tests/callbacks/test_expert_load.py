@@ -25,7 +25,11 @@ class Harness:
 
     def __init__(self, folder, alarm_after):
         self.callback = ExpertLoad(run_folder=folder, alarm_after=alarm_after)
-        self.dense, self.moe = SimpleNamespace(ffn=object()), SimpleNamespace(ffn=SimpleNamespace())
+        trained = {"parameters": lambda: [torch.ones(1, requires_grad=True)]}
+        self.dense, self.moe = (
+            SimpleNamespace(ffn=object(), **trained),
+            SimpleNamespace(ffn=SimpleNamespace(), **trained),
+        )
         self.moe.ffn.update_counts = torch.zeros(3, dtype=torch.long)
         self.module = SimpleNamespace(model=SimpleNamespace(layers=[self.dense, self.moe]))
         self.trainer = StandInTrainer()
