@@ -26,7 +26,8 @@ class Harness:
     def __init__(self, folder, alarm_after):
         self.callback = ExpertLoad(run_folder=folder, alarm_after=alarm_after)
         trained = {"parameters": lambda: [torch.ones(1, requires_grad=True)]}
-        self.dense, self.moe = (
+        moe = SimpleNamespace(ffn=SimpleNamespace(), **trained)
+        self.dense, self.moe = SimpleNamespace(ffn=object(), **trained), moe
             SimpleNamespace(ffn=object(), **trained),
             SimpleNamespace(ffn=SimpleNamespace(), **trained),
         )
