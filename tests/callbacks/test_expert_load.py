@@ -26,11 +26,8 @@ class Harness:
     def __init__(self, folder, alarm_after):
         self.callback = ExpertLoad(run_folder=folder, alarm_after=alarm_after)
         trained = {"parameters": lambda: [torch.ones(1, requires_grad=True)]}
-        moe = SimpleNamespace(ffn=SimpleNamespace(), **trained)
-        self.dense, self.moe = SimpleNamespace(ffn=object(), **trained), moe
-            SimpleNamespace(ffn=object(), **trained),
-            SimpleNamespace(ffn=SimpleNamespace(), **trained),
-        )
+        self.dense = SimpleNamespace(ffn=object(), **trained)
+        self.moe = SimpleNamespace(ffn=SimpleNamespace(), **trained)
         self.moe.ffn.update_counts = torch.zeros(3, dtype=torch.long)
         self.module = SimpleNamespace(model=SimpleNamespace(layers=[self.dense, self.moe]))
         self.trainer = StandInTrainer()
