@@ -404,6 +404,15 @@ class ShardedOptimizer(Protocol):
         ...
 
 
+@runtime_checkable
+class WorkSharer(Protocol):
+    """An optimizer that divides its work over ranks that hold equal weights and gradients."""
+
+    def share_work(self, shares: Any) -> None:
+        """Divide the work of later steps over the ranks of a `RankShares`."""
+        ...
+
+
 # Optional capabilities of callbacks, loggers, strategies and data modules.
 
 

@@ -77,14 +77,27 @@ class OwnerExchange:
 
 
 def choose_owners(layout: ShardLayout, cost: Callable[[tuple[int, ...]], float]) -> Mapping[str, int]:
-    """Choose an owner for each tensor by the longest-processing-time rule; all ranks compute the same result."""
+    """Choose an owner for each tensor of a shard; see `balanced_owners`."""
     held = [{piece.name: piece.numel for piece in rows} for rows in layout.table]
-    loads = [0.0] * len(held)
-    owners = {}
-    for name in sorted(layout.shapes, key=lambda n: (-cost(layout.shapes[n]), n)):
-        owner = min(range(len(held)), key=lambda r: (loads[r], -held[r].get(name, 0), r))
+    costs = {name: cost(shape) for name, shape in layout.shapes.items()}
+    return balanced_owners(costs, ranks=len(held), held=lambda rank, name: held[rank].get(name, 0))
+
+
+def balanced_owners(
+    costs: Mapping[str, float], *, ranks: int, held: Callable[[int, str], int] = lambda rank, name: 0
+) -> Mapping[str, int]:
+    """Choose an owner for each tensor by the longest-processing-time rule; all ranks compute the same result.
+
+    Args:
+        costs: cost of each tensor.
+        ranks: number of ranks.
+        held: number of a tensor's elements that a rank stores, which decides between equally loaded ranks.
+    """
+    loads, owners = [0.0] * ranks, {}
+    for name in sorted(costs, key=lambda n: (-costs[n], n)):
+        owner = min(range(ranks), key=lambda r: (loads[r], -held(r, name), r))
         owners[name] = owner
-        loads[owner] += cost(layout.shapes[name])
+        loads[owner] += costs[name]
     return owners
 
 

@@ -1,6 +1,6 @@
 """Muon: orthogonalises the momentum of hidden matrices, and updates other parameters by AdamW or Lion."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,16 +15,15 @@ from llm.optim.checks import in_range, one_of
 from llm.optim.exchange import OwnerExchange
 from llm.optim.grouped_optimizer import GroupedOptimizer, between, gradients_of, slabs
 from llm.optim.hyperball import check_hyperball, turn_blocks
+from llm.optim.matrix_stacks import for_each, matrix_stacks
+from llm.optim.muon_ranks import update_on_ranks
 from llm.optim.muon_shards import make_exchange, update_matrix_shard
 from llm.optim.newton_schulz import ITERATIONS, orthogonalize
+from llm.optim.rank_shares import RankShares
 from llm.optim.row_normalization import balance_rows, row_moments
 from llm.optim.shard import ShardLayout
-from llm.optim.threads import side_by_side
 from llm.optim.update_rules import apply_rule, apply_rule_to_shard, make_rule
 from llm.optim.update_scales import AUX_LR_SCALES, UPDATE_SCALES, update_norm
-
-STACK_ELEMENTS = 2**26
-"""Number of elements orthogonalised at once on a GPU: 128 MB in bfloat16 use it fully. A CPU processes one matrix."""
 
 
 class Muon(GroupedOptimizer):
@@ -65,6 +64,8 @@ class Muon(GroupedOptimizer):
     Differs: `skip_idle_rows` is added. Orthogonalisation ignores scale, so an old momentum would otherwise move an
         unused expert by full steps. The rule `aux` is part of the same optimizer object.
     """
+
+    _shares: RankShares | None = None  # ranks are not copied with an optimizer
 
     traits: ClassVar = OptimizerTraits(update_family="orthogonal", orthogonalizes=True, update_norm=update_norm)
 
@@ -130,13 +131,17 @@ class Muon(GroupedOptimizer):
         if group["kind"] != "matrix":
             self._update_aux(group, params)
             return
-        stacks = self._stacks(group, params)
-        if params[0].device.type == "cpu":
-            largest_first = sorted(stacks, key=lambda stack: -stack[0][0].numel())
-            side_by_side(lambda stack: self._update_stack(group, *stack), largest_first)
-            return
-        for stack in stacks:
-            self._update_stack(group, *stack)
+        if self._shares is None:
+            for_each(
+                matrix_stacks(params, self.heads_of(group, params)),
+                lambda stack: self.descend_stack(group, *stack, self.directions(group, *stack)),
+            )
+        else:
+            update_on_ranks(self, group, params, self._shares)
+
+    def share_work(self, shares: RankShares) -> None:
+        """Orthogonalise each matrix on one rank alone, where all ranks hold equal weights and gradients."""
+        self._shares = shares
 
     def update_shard(self, group: dict[str, Any], flat: Tensor, layout: ShardLayout) -> None:
         """Update a flat shard. Owner ranks orthogonalise the matrices; other kinds are updated on each rank."""
@@ -203,30 +208,31 @@ class Muon(GroupedOptimizer):
             axes=None,
         )
 
-    def _stacks(self, group: dict[str, Any], params: list[Tensor]) -> Iterator[tuple[list[Tensor], int]]:
-        """Yield matrices of one shape and number of heads, in batches of a size that suits the device."""
+    def heads_of(self, group: dict[str, Any], params: list[Tensor]) -> list[int]:
+        """Return the heads of each matrix, in the convention of `as_blocks`; 1 unless `by_head`."""
         counts = dict(zip(map(id, group["params"]), group.get("heads", [1] * len(group["params"])), strict=True))
-        buckets: dict[tuple[torch.Size, int], list[Tensor]] = {}
-        for parameter in params:
-            heads = counts[id(parameter)] if self.by_head else 1
-            buckets.setdefault((parameter.shape, heads), []).append(parameter)
-        for (shape, heads), members in buckets.items():
-            limit = 1 if members[0].device.type == "cpu" else max(1, STACK_ELEMENTS // shape.numel())
-            for i in range(0, len(members), limit):
-                yield members[i : i + limit], heads
+        return [counts[id(parameter)] if self.by_head else 1 for parameter in params]
 
-    def _update_stack(self, group: dict[str, Any], params: list[Tensor], heads: int) -> None:
-        gradients, momenta = gradients_of(params), self.buffers(group, params)["momentum"]
-        size = min(as_blocks(params[0], heads).shape[-2:])
-        dtype = products_dtype(self.matmul_dtype, params[0].device.type, size=size)
-        ahead = [as_blocks(x, heads) for x in self._look_ahead(gradients, momenta, dtype)]
+    def products(self, parameter: Tensor, heads: int) -> torch.dtype:
+        """Return the dtype in which a matrix is orthogonalised."""
+        size = min(as_blocks(parameter, heads).shape[-2:])
+        return products_dtype(self.matmul_dtype, parameter.device.type, size=size)
+
+    def directions(self, group: dict[str, Any], params: list[Tensor], heads: int) -> Tensor:
+        """Update the momenta of a stack, and return each orthogonalised."""
+        momenta, dtype = self.buffers(group, params)["momentum"], self.products(params[0], heads)
+        ahead = [as_blocks(x, heads) for x in self._look_ahead(gradients_of(params), momenta, dtype)]
         blocks = torch.stack(ahead) if len(ahead) > 1 else ahead[0][None]
-        directions = orthogonalize(blocks, iteration=self.iteration, dtype=dtype)
+        return orthogonalize(blocks, iteration=self.iteration, dtype=dtype)
+
+    def descend_stack(self, group: dict[str, Any], params: list[Tensor], heads: int, directions: Tensor) -> None:
+        """Move each matrix of a stack along its direction, with rows of even size under `row_beta`."""
         if self.row_beta is not None:
-            moments = row_moments([self.state[parameter] for parameter in params], blocks)
+            moments = row_moments([self.state[parameter] for parameter in params], directions)
             directions = balance_rows(directions.float(), moments, beta=self.row_beta)
-        for parameter, gradient, direction in zip(params, gradients, directions, strict=True):
-            used = used_blocks(as_blocks(gradient, heads)) if self.skip_idle_rows else None
+        for parameter, direction in zip(params, directions, strict=True):
+            can_idle = self.skip_idle_rows and parameter.ndim == 3  # a batch uses every matrix, but not every expert
+            used = used_blocks(gradients_of([parameter])[0]) if can_idle else None
             self._descend(group, as_blocks(parameter, heads), direction, used)
 
     def _look_ahead(self, gradients: list[Tensor], momenta: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from llm.optim.blocks import as_blocks, block_shape, from_blocks, move_piece
@@ -14,7 +13,7 @@ from llm.optim.grouped_optimizer import CHUNK
 from llm.optim.hyperball import turn_shard
 from llm.optim.newton_schulz import orthogonalize
 from llm.optim.row_normalization import balance_rows
-from llm.optim.shard import ShardLayout, is_active
+from llm.optim.shard import ShardLayout
 
 
 def make_exchange(layout: ShardLayout) -> OwnerExchange:
@@ -50,19 +49,13 @@ def direction_of(
     return from_blocks(directions[0], heads, tuple(whole.shape))
 
 
-def active_blocks(gradient: Tensor, layout: ShardLayout, heads: Mapping[str, int]) -> Tensor | None:
-    """Return a mask of the elements of blocks with a nonzero gradient on any rank, or None if all blocks have one."""
-    sizes, columns_cut = {}, {}
-    for name, shape in layout.shapes.items():
-        rows, columns = block_shape(shape, heads[name])
-        if len(shape) == 2 and heads[name] < 0:  # a block's rows are not contiguous: flag each row, then combine
-            sizes[name], columns_cut[name] = columns, -heads[name]
-        else:
-            sizes[name] = rows * columns
-    flags = layout.block_measure(gradient, sizes, is_active, dist.ReduceOp.MAX)
-    for name, count in columns_cut.items():
-        flags[name] = flags[name].view(-1, count).amax(0).repeat(flags[name].numel() // count)
-    return layout.mark(flags, sizes)
+def active_experts(gradient: Tensor, layout: ShardLayout) -> Tensor | None:
+    """Return a mask of the elements of experts with a nonzero gradient on any rank, or None if all have one.
+
+    A batch uses every matrix that is no stack of experts. Without stacks, ranks therefore exchange nothing.
+    """
+    sizes = {name: torch.Size(shape[-2:]).numel() for name, shape in layout.shapes.items() if len(shape) == 3}
+    return layout.active_elements(gradient, sizes) if sizes else None
 
 
 def descend_shard(
@@ -118,7 +111,7 @@ def update_matrix_shard(
         lambda name, whole: work(name, whole, heads=heads[name]),
         dtype=dtype if muon.row_beta is None else torch.float32,
     )
-    active = active_blocks(gradient, layout, heads) if muon.skip_idle_rows else None
+    active = active_experts(gradient, layout) if muon.skip_idle_rows else None
     if muon.hyperball:
         turn_shard(flat, directions, layout, heads=heads, active=active, lr=float(group["lr"]))
         return

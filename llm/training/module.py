@@ -5,14 +5,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from llm.adapt.work import training_factor
-from llm.contracts import Batch, Objective, ParamGroup, ShardingStrategy
+from llm.contracts import Batch, Objective, ParamGroup, ShardingStrategy, WorkSharer
 from llm.distributed.zero.weights import state_shapes
 from llm.model.transformer import Transformer, TransformerOutput
 from llm.optim.gradients import FirstGradients, WholeGradients
+from llm.optim.rank_shares import RankShares
 from llm.run_folder.checkpoint import compare_state
 from llm.scaling.batching import BatchRamp
 from llm.scaling.derivation import derivation
@@ -153,6 +155,9 @@ class LanguageModule(ValidatedModule):
         restart_schedule(scheduler, multiplier=self.lr_multiplier, total_steps=self.total_steps)
         if self.trainer.world_size > 1:
             self._first_gradients = FirstGradients(self.model)
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        if isinstance(self.trainer.strategy, DDPStrategy) and isinstance(optimizer, WorkSharer):
+            optimizer.share_work(RankShares())
 
     def on_after_backward(self) -> None:
         """After the first backward pass, refuse parameters that received no gradient."""
