@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from llm.training.limits import check_open_files, check_shared_memory, limit_err
 from llm.training.module import LanguageModule
 from llm.training.module_and_trainer import build_module, build_run_trainer
 from llm.training.plan import describe_plan
+from llm.training.quiet import quiet_libraries
 from llm.training.spikes import RollbackGuard
 from llm.training.start import chosen_micro_batch_size, load_initial_weights, measured_scaling
 
@@ -74,7 +74,7 @@ def train(config: CheckedConfig | Mapping[str, Any], path: Path) -> float | None
 
 def _train_until_spike(checked: CheckedConfig, folder: RunFolder) -> CheckedConfig | None:
     """Train until the run ends, and return None; after a rollback return the configuration to continue with."""
-    quiet_lightning()
+    quiet_libraries()
     if checked.sizes.accelerator == "cpu":
         keep_freed_memory()
         keep_compiled_products()
@@ -156,21 +156,6 @@ def _fit(
         raise
     _exit_if_stopped(trainer, folder)
     return True
-
-
-def quiet_lightning() -> None:
-    """Silence Lightning's own messages, and all ranks except the first; warnings about the run are still shown."""
-    if rank_zero_only.rank != 0:
-        logging.getLogger("llm").setLevel(logging.ERROR)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        ".*LeafSpec.*",
-        ".*smaller than the logging interval.*",
-        ".*does not have many workers.*",
-        ".*your dataloader is not resumable.*",
-        ".*module.s. in eval mode at the start of training.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def _checkpoint_to_resume(checked: CheckedConfig, folder: RunFolder) -> FoundCheckpoint | None:
