@@ -33,6 +33,7 @@ VARIANTS = {
     "hyperball": ["optimizer=muon", "optimizer.hyperball=true", "optimizer.weight_decay=0", "optimizer.lr=3.2e-2"],
     "normuon": ["optimizer=muon", "optimizer.row_beta=0.95"],
     "cautious": ["optimizer=muon", "optimizer.cautious_decay=true"],
+    "qk-clip": ["optimizer=muon", "qk_clip=15"],
     "muon-no-decay": ["optimizer=muon", "optimizer.weight_decay=0"],
 }
 """Names that `--optimizers` takes beside the files of conf/optimizer, with their overrides."""

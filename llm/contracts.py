@@ -309,6 +309,21 @@ class HeadStack(Protocol):
 
 
 @runtime_checkable
+class LogitMeter(Protocol):
+    """An attention that can measure the largest logit of each head, and shrink the weights that make it."""
+
+    measures_logits: bool
+    """Whether training returns the metric `peak/logit`, an upper bound of each head's largest logit, [heads]."""
+
+    def logit_factors(self, factors: Float[Tensor, " heads"]) -> dict[str, Tensor]:
+        """Return factors for blocks of rows of its parameters, by name, that multiply each head's logits by `factors`.
+
+        A parameter with n factors consists of n equal blocks of consecutive elements.
+        """
+        ...
+
+
+@runtime_checkable
 class ParameterBorrower(Protocol):
     """A module whose forward reads parameters of its submodules without calling them."""
 

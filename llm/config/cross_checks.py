@@ -35,6 +35,7 @@ from llm.model.transformer import Transformer
 from llm.ops.kernel_choice import given_kernels
 from llm.ops.precision import resolve_precision
 from llm.optim.param_groups import build_param_groups
+from llm.optim.qk_clip import check_threshold, meters_of
 from llm.scaling.batching import check_ramp
 from llm.scaling.noise_estimate import PROBE_REMEDY
 
@@ -65,6 +66,10 @@ def check_across_groups(cfg: Mapping[str, Any], *, invalid: Collection[str]) -> 
         ({"model", "rates", "objective", "context_length"}, lambda: _check_objective(cfg, model())),
         ({"model", "rates", "optimizer", "objective"}, lambda: _check_tensors(cfg["optimizer"], model())),
         ({"optimizer", "rates"}, lambda: build_rates(cfg).check(instantiate(cfg["optimizer"]))),
+        (
+            {"model", "rates", "objective", "qk_clip", "adapt", "context_length"},
+            lambda: _check_logit_clip(cfg, model()),
+        ),
         ({"kernels"}, lambda: given_kernels(cfg.get("kernels", "auto"))),
         ({"data"}, lambda: instantiate(cfg["data"])),
         ({"data", "loader"}, lambda: _check_held_out_share(cfg)),
@@ -129,6 +134,20 @@ def _check_start(cfg: Mapping[str, Any]) -> None:
         raise ConfigError(
             "adapt: averaging copies the frozen weights into every checkpoint; use eval.py average=5 afterwards"
         )
+
+
+def _check_logit_clip(cfg: Mapping[str, Any], model: Transformer) -> None:
+    """Refuse a threshold out of range, frozen weights, and a model without logits."""
+    if cfg.get("qk_clip") is None:
+        return
+    if check_threshold(cfg["qk_clip"]) <= (least := math.log(cfg["context_length"])):
+        raise ConfigError(
+            f"qk_clip={cfg['qk_clip']}: log(context_length)={least:.1f} is the measure of equal logits, which would be "
+            "clipped in each update; set a larger one, such as 30"
+        )
+    if cfg.get("adapt"):
+        raise ConfigError(f"qk_clip={cfg['qk_clip']}: adapt freezes the queries and keys to shrink; set qk_clip=null")
+    meters_of(model.attentions())
 
 
 def _check_schedule(cfg: Mapping[str, Any]) -> None:

@@ -24,6 +24,8 @@ class RunConfig:
     resume: str | None
     init_from: str | None
     plan: bool
+    qk_clip: float | None = None
+    """Threshold of attention logits, see `llm.optim.qk_clip`; earlier runs have no such key."""
     kernels: Literal["auto", "default"] | dict[str, Any] = "auto"
     """Runs of version 0.1 have no such key."""
 

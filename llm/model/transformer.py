@@ -152,6 +152,10 @@ class Transformer(nn.Module):
         """Return the layers in order."""
         return [cast(Block, layer) for layer in self.layers]
 
+    def attentions(self) -> dict[str, nn.Module]:
+        """Return the attention of each layer, in order, by its name in the decoder."""
+        return {f"layers.{index}.attention": layer.attention for index, layer in enumerate(self.blocks())}
+
     def forward(
         self,
         input_ids: Int[Tensor, "batch time"] | None = None,

@@ -14,7 +14,9 @@ from llm.contracts import Batch, Objective, ParamGroup, ShardingStrategy, WorkSh
 from llm.distributed.zero.weights import state_shapes
 from llm.model.transformer import Transformer, TransformerOutput
 from llm.optim.gradients import FirstGradients, WholeGradients
+from llm.optim.qk_clip import QueryKeyClip, meters_of
 from llm.optim.rank_shares import RankShares
+from llm.optim.receipt import unwrap
 from llm.run_folder.checkpoint import compare_state
 from llm.scaling.batching import BatchRamp
 from llm.scaling.derivation import derivation
@@ -49,6 +51,7 @@ class LanguageModule(ValidatedModule):
         token_bytes: number of bytes that each token id stands for, which bits per byte needs.
         on_nonfinite: policy for a loss or gradient that is not finite; see `StepGuard`.
         generate: `f(model, prompts, …) -> texts`, for samples during training; see `llm.generate`.
+        qk_clip: threshold of attention logits, see `llm.optim.qk_clip`; None for no bound.
         spikes: judges finite updates; None accepts all of them.
 
     Attributes:
@@ -74,6 +77,7 @@ class LanguageModule(ValidatedModule):
         token_bytes: Int[Tensor, " vocab"],
         on_nonfinite: NonFinitePolicy,
         generate: Callable[..., list[str]],
+        qk_clip: float | None = None,
         spikes: SpikeGuard | None = None,
     ) -> None:
         super().__init__()
@@ -83,6 +87,7 @@ class LanguageModule(ValidatedModule):
         self.ramp, self.total_steps = ramp, ramp.total_steps
         self.batch_tokens, self.context_length, self.half_life_note = batch_tokens, context_length, half_life_note
         self.generate = generate
+        self.clip = None if qk_clip is None else QueryKeyClip(qk_clip, meters_of(model.attentions()))
         self.guard = StepGuard(on_nonfinite=on_nonfinite, spikes=spikes)
         self.register_buffer("token_bytes", token_bytes.float(), persistent=False)
         factor = training_factor(model, context_length, objective.sight)
@@ -153,6 +158,10 @@ class LanguageModule(ValidatedModule):
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
         restart_schedule(scheduler, multiplier=self.lr_multiplier, total_steps=self.total_steps)
+        if self.clip is not None:
+            strategy = self.trainer.strategy
+            layouts = strategy.layouts if isinstance(strategy, ShardingStrategy) else ()
+            self.clip.attach(unwrap(self.trainer.optimizers[0]), layouts)
         if self.trainer.world_size > 1:
             self._first_gradients = FirstGradients(self.model)
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -184,6 +193,8 @@ class LanguageModule(ValidatedModule):
             rates["batch_tokens"] = self.batch_tokens_at(self.global_step)
         self.step_metrics = {**means, **({"grad_norm": norm} if gradients.exist else {}), **rates}
         verdict = self._verdict = self.guard.judge(self.global_step, loss=means["train/loss"], norm=norm)
+        if self.clip is not None:
+            self.step_metrics |= self.clip.measure(self._update.take_peaks(), is_dropped=verdict.is_dropped)
         if verdict.reason:
             self._note_refused(verdict.reason, losses, means["train/loss"], norm)
             self.step_metrics |= verdict.counts or {}

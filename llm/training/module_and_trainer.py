@@ -50,6 +50,7 @@ def build_module(checked: CheckedConfig, model: Transformer, tokenizer: Any) -> 
         context_length=run.context_length,
         token_bytes=torch.as_tensor(tokenizer.token_bytes),
         on_nonfinite=run.on_nonfinite,
+        qk_clip=run.qk_clip,
         generate=partial(generate_text, tokenizer=tokenizer),
     )
     compiles = sizes.accelerator == "cuda" and checked.tree["trainer"].get("stage") != 3  # its hooks do not compile

@@ -15,7 +15,15 @@ Such a metric is summed over the micro-batches and ranks of an update, and hande
 through `after_optimizer_step`. Examples are expert counts and codebook sums.
 """
 
-Reduce = Callable[[Tensor, Literal["sum", "mean"]], Tensor]
+PEAK = "peak/"
+"""Part of the name of a metric of which an update keeps the largest value over its micro-batches and ranks.
+
+It must be known before the optimizer's step, which it may change (`llm.optim.qk_clip`).
+"""
+
+Reduction = Literal["sum", "mean", "max"]
+
+Reduce = Callable[[Tensor, Reduction], Tensor]
 """Combines a tensor over the ranks."""
 
 
@@ -30,6 +38,7 @@ class UpdateMetrics:
         self._reduce = reduce
         self._pending: dict[str, list[Tensor]] = {}
         self._statistics: dict[str, Tensor] = {}
+        self._peaks: dict[str, Tensor] = {}
 
     def collect(self, values: Mapping[str, Tensor]) -> None:
         """Add what one micro-batch reports."""
@@ -37,6 +46,9 @@ class UpdateMetrics:
             if STATISTIC in name:
                 held = self._statistics.get(name)
                 self._statistics[name] = value.detach().clone() if held is None else held.add_(value.detach())
+            elif PEAK in name:
+                held = self._peaks.get(name)
+                self._peaks[name] = value.detach().clone() if held is None else torch.maximum(held, value.detach())
             else:
                 self._pending.setdefault(name, []).append(value.detach())
 
@@ -46,6 +58,11 @@ class UpdateMetrics:
         means = {name: torch.stack(values).mean(0) for name, values in self._pending.items()}
         self._pending.clear()
         return losses, reduced_together(means, self._reduce, "mean")
+
+    def take_peaks(self) -> dict[str, Tensor]:
+        """Return the largest values over micro-batches and ranks by name, and start the next update's."""
+        peaks, self._peaks = self._peaks, {}
+        return reduced_together(peaks, self._reduce, "max")
 
     def take_statistics(self) -> dict[str, Tensor]:
         """Return the sums over all ranks by name, and start the next update's."""
@@ -58,7 +75,7 @@ class UpdateMetrics:
         return {n.removeprefix(prefix): v for n, v in statistics.items() if n.startswith(prefix)}
 
 
-def reduced_together(values: Mapping[str, Tensor], reduce: Reduce, how: Literal["sum", "mean"]) -> dict[str, Tensor]:
+def reduced_together(values: Mapping[str, Tensor], reduce: Reduce, how: Reduction) -> dict[str, Tensor]:
     """Combine tensors over the ranks in one exchange per dtype, each element as if it were alone."""
     combined: dict[str, Tensor] = {}
     for dtype in dict.fromkeys(value.dtype for value in values.values()):

@@ -52,12 +52,13 @@ class ValidatedModule(L.LightningModule):
             # the recorder hands them to the loggers, with tokens_seen beside them
             self.log(name, value, logger=False, sync_dist=self.trainer.world_size > 1)
 
-    def reduced(self, value: Tensor, reduce_op: Literal["sum", "mean"]) -> Tensor:
-        """Return the sum or the mean of a tensor over the ranks."""
+    def reduced(self, value: Tensor, reduce_op: Literal["sum", "mean", "max"]) -> Tensor:
+        """Return the sum, the mean or the largest value of a tensor over the ranks."""
         if self.trainer.world_size == 1:
             return value
         total = value.detach().clone()
-        distributed.all_reduce(total)  # Lightning's own reduction waits at a barrier first
+        operation = distributed.ReduceOp.MAX if reduce_op == "max" else distributed.ReduceOp.SUM
+        distributed.all_reduce(total, op=operation)  # Lightning's own reduction waits at a barrier first
         return total / self.trainer.world_size if reduce_op == "mean" else total
 
 

@@ -12,6 +12,8 @@ FP32 = "trainer.precision=32-true"
 MUON = ("optimizer=muon", "optimizer.matmul_dtype=float32")
 """Where a CPU multiplies in bfloat16 natively, Muon would take its products in it."""
 HYPERBALL = (*MUON, "optimizer.hyperball=true", "optimizer.weight_decay=0", "optimizer.lr=3e-2")
+CLIPPED = ("optimizer=adamw", "qk_clip=3.5")
+"""The log-sum-exp of 32 equal logits is 3.47, so nearly every head is clipped in each update."""
 CASES = {
     "adamw-1": ("optimizer=adamw", "trainer.stage=1"),
     "lion-3": ("optimizer=lion", "trainer.stage=3"),
@@ -19,6 +21,8 @@ CASES = {
     "muon-0": (*MUON, "trainer.stage=0"),
     "muon-1": (*MUON, "trainer.stage=1"),
     "muon-3": (*MUON, "trainer.stage=3"),
+    "clipped-1": (*CLIPPED, "trainer.stage=1"),
+    "clipped-3": (*CLIPPED, "trainer.stage=3"),
     "hyperball-1": (*HYPERBALL, "trainer.stage=1"),
     "hyperball-3": (*HYPERBALL, "trainer.stage=3"),
 }
@@ -34,6 +38,7 @@ def session(runs):
     for optimizer in ("adamw", "lion", "tiger"):
         runs.alone(optimizer, f"optimizer={optimizer}", FP32)
     runs.alone("muon", *MUON, FP32)
+    runs.alone("clipped", *CLIPPED, FP32)
     runs.alone("hyperball", *HYPERBALL, FP32)
     for name, overrides in CASES.items():
         runs.plan(name, *overrides, FP32)
@@ -53,6 +58,15 @@ def test_two_ranks_train_as_one_process_does(session, name):
     loss, weight = distance(session.out / name, session.out / name.split("-")[0])
     assert loss <= WITHIN_ROUNDING[0]
     assert weight <= WITHIN_ROUNDING[1]
+
+
+def test_heads_are_clipped_on_two_ranks_as_in_one_process(session):
+    logged = [
+        [json.loads(line)["clipped_heads"] for line in (session.out / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("clipped", "clipped-1", "clipped-3")
+    ]
+    assert logged[0] == logged[1] == logged[2]
+    assert max(logged[0]) > 0
 
 
 def test_the_first_norms_are_those_of_one_process(session):

@@ -61,6 +61,9 @@ class SoftmaxAttention(Attention):
         )
         self.window, self.shared_kv, self.bias = window, shared_kv, bias
 
+    measures_logits: bool = False
+    """Whether training returns the largest log-sum-exp of each head; `llm.optim.qk_clip` sets it."""
+
     def check_position(self, position: Position) -> None:
         """Accept every position."""
 
@@ -94,12 +97,29 @@ class SoftmaxAttention(Attention):
         if cache is not None:
             views, values, document_ids = cache.append(views, values, document_ids)
         values = views[0].k if values is None else values
+        measures = self.measures_logits and self.training and cache is None
         options: dict[str, Any] = {"document_ids": document_ids, "scale": self.scale, "window": self.window}
+        options["return_lse"] = measures
         if sight == CAUSAL:
-            mixed = attend_views(views, values, **options)
+            found = attend_views(views, values, **options)
         else:
-            mixed = sighted_attention(views[0].q, views[0].k, values, sight=sight, positions=positions, **options)
-        return self.position.turn_back(mixed, positions) if self.turns_values else mixed, {}, {}
+            found = sighted_attention(views[0].q, views[0].k, values, sight=sight, positions=positions, **options)
+        mixed, lse = found if isinstance(found, tuple) else (found, None)
+        metrics = {} if lse is None else {"peak/logit": lse.detach().amax((0, 1))}
+        return self.position.turn_back(mixed, positions) if self.turns_values else mixed, {}, metrics
+
+    def logit_factors(self, factors: Float[Tensor, " heads"]) -> dict[str, Tensor]:
+        """Return factors on weights that multiply the logits of each head by `factors`; see `LogitMeter`.
+
+        The query takes a head's whole factor where its key is shared with other heads, is normalized, or is a value.
+        Gains of query and key norms belong to all heads, which then take the smallest factor.
+        """
+        if self.q_norm is not None:
+            root = factors.amin().sqrt()[None]
+            return {"q_norm.weight": root, "k_norm.weight": root}
+        if self.num_kv_heads < self.num_heads or self.key_norm or self.shared_kv:
+            return {"q_proj.weight": factors}
+        return {"q_proj.weight": factors.sqrt(), "k_proj.weight": factors.sqrt()}
 
     @property
     def turns_values(self) -> bool:

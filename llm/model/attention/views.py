@@ -1,6 +1,6 @@
 """Softmax attention over several position views, where the distance of a pair decides which view scores it."""
 
-from typing import cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +21,8 @@ def attend_views(
     document_ids: Int[Tensor, "batch time_k"] | None,
     scale: float,
     window: int | None = None,
-) -> Float[Tensor, "batch time heads value_dim"]:
+    return_lse: bool = False,
+) -> Any:
     """Mix values by one softmax over all keys, computing each pair once, with the kernels of `causal_attention`.
 
     The near view attends within a band. The far view, for distances from w on, is causal attention of sequences that
@@ -35,6 +36,10 @@ def attend_views(
         document_ids: document of each key, ascending along a row, or None where every row is one document.
         scale: factor on the scores.
         window: number of keys that a query sees, itself included, or None for all.
+        return_lse: also return the log-sum-exp of all scores of each query, [batch time heads].
+
+    Returns:
+        The mixed values, [batch time heads value_dim], and the log-sum-exp where it is asked for.
 
     Source: merging by log-sum-exp as in FlashAttention, arXiv:2205.14135, algorithm 1; views of kexue.fm/archives/9708.
     """
@@ -42,9 +47,9 @@ def attend_views(
     time, time_k = near.q.shape[1], v.shape[1]
     split = views[-1].min_distance
     if len(views) == 1 or split >= time_k or (window is not None and window <= split):
-        mixed = causal_attention(near.q, near.k, v, document_ids=document_ids, scale=scale, window=window)
-        return cast(Tensor, mixed)
-    if time <= FEW_QUERIES:
+        options = {"document_ids": document_ids, "scale": scale, "window": window}
+        return causal_attention(near.q, near.k, v, **options, return_lse=return_lse)
+    if time <= FEW_QUERIES and not return_lse:
         return reference_views(views, v, document_ids=document_ids, scale=scale, window=window)
     options = {"scale": scale, "return_lse": True}
     out, lse = causal_attention(near.q, near.k, v, document_ids=document_ids, window=split, **options)
@@ -58,14 +63,19 @@ def attend_views(
         window=None if window is None else window - split,
         **options,
     )
-    share = torch.sigmoid(lse[:, time - count :] - far_lse)
+    near_lse = lse[:, time - count :]
+    share = torch.sigmoid(near_lse - far_lse)
     if document_ids is not None and ids is not None:
         # where the key at distance w is of another document, so are all keys beyond it: the far result is discarded
         serves = document_ids[:, time_k - count :] == ids[:, time_k - split - count :]
         share = torch.where(serves[..., None], share, 1.0)
+    if return_lse:
+        total = torch.where(share == 1, near_lse, torch.logaddexp(near_lse, far_lse))
+        lse = torch.cat((lse[:, : time - count], total), dim=1)
     share = share[..., None]
     merged = share * out[:, time - count :] + (1 - share) * far_out  # exactly the near result where share is 1
-    return torch.cat((out[:, : time - count], merged.to(out.dtype)), dim=1)
+    mixed = torch.cat((out[:, : time - count], merged.to(out.dtype)), dim=1)
+    return (mixed, lse) if return_lse else mixed
 
 
 def reference_views(

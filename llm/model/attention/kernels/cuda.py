@@ -52,18 +52,22 @@ def sighted_cuda_attention(
     document_ids: Int[Tensor, "batch time_k"] | None,
     scale: float,
     window: int | None,
-) -> Tensor:
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
     """Choose a kernel for a sight other than causal, and run it.
 
     Bidirectional attention over whole rows runs on SDPA, and inside documents and windows in half precision on
-    variable-length flash attention. Everything else runs on FlexAttention.
+    variable-length flash attention. Everything else runs on FlexAttention. Without `return_lse` the second result is
+    empty.
     """
-    whole = q.shape[1] == k.shape[1]
+    whole, nothing = q.shape[1] == k.shape[1], q.new_empty(0)
+    if return_lse:
+        return flex_spans(q, k, v, spans=spans, scale=scale, return_lse=True)
     if sight.kind == "bidirectional" and document_ids is None and window is None:
-        return sdpa(q, k, v, scale=scale, is_causal=False, mask=None)
+        return sdpa(q, k, v, scale=scale, is_causal=False, mask=None), nothing
     if sight.kind == "bidirectional" and whole and can_use_varlen(q, v, document_ids):
-        return varlen(q, k, v, document_ids=document_ids, scale=scale, window=window, is_causal=False)
-    return flex_spans(q, k, v, spans=spans, scale=scale)
+        return varlen(q, k, v, document_ids=document_ids, scale=scale, window=window, is_causal=False), nothing
+    return flex_spans(q, k, v, spans=spans, scale=scale, return_lse=False)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, is_causal: bool, mask: Tensor | None) -> Tensor:
@@ -150,7 +154,9 @@ def compiled_flex() -> tuple[Any, Any]:
     return torch.compile(flex_attention), torch.compile(create_block_mask)
 
 
-def flex_spans(q: Tensor, k: Tensor, v: Tensor, *, spans: Tensor, scale: float) -> Tensor:
+def flex_spans(
+    q: Tensor, k: Tensor, v: Tensor, *, spans: Tensor, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor]:
     """Run FlexAttention where each query sees one or two spans of keys; see `key_spans`."""
     attend, build_mask = compiled_flex()
     rows = None if len(spans) == 1 else len(spans)
@@ -160,8 +166,12 @@ def flex_spans(q: Tensor, k: Tensor, v: Tensor, *, spans: Tensor, scale: float) 
         lambda: build_mask(lambda row, _, query, key: is_within(spans[row, query], key), *sizes, device=q.device),
     )
     heads = (x.transpose(1, 2) for x in (q, k, v))
-    result = attend(*heads, block_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
-    return result.transpose(1, 2)
+    grouped = q.shape[2] != k.shape[2]
+    result = attend(*heads, block_mask=mask, scale=scale, enable_gqa=grouped, return_lse=return_lse)
+    if not return_lse:
+        return result.transpose(1, 2), q.new_empty(0)
+    out, lse = result
+    return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 def is_within(bounds: Tensor, key: Tensor) -> Tensor:

@@ -76,7 +76,8 @@ def sighted_attention(
     document_ids: Int[Tensor, "batch time_k"] | None = None,
     scale: float,
     window: int | None = None,
-) -> Float[Tensor, "batch time heads value_dim"]:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Mix values by the softmax of scores, each query seeing the keys of a sight; see `causal_attention`.
 
     A CPU computes each block of queries with the span of keys that they see. CUDA uses SDPA or variable-length flash
@@ -85,15 +86,14 @@ def sighted_attention(
     Args:
         sight: which keys of its document a query sees.
         positions: position of each key within its document; read under sights with blocks alone.
-        q, k, v, document_ids, scale, window: see `causal_attention`; window acts in both directions.
+        q, k, v, document_ids, scale, window, return_lse: see `causal_attention`; window acts in both directions.
 
     Raises:
         ShapeError: shapes do not match, or a sight with blocks has fewer queries than keys.
     """
     if sight == CAUSAL:
-        mixed = causal_attention(q, k, v, document_ids=document_ids, scale=scale, window=window)
-        assert isinstance(mixed, Tensor)
-        return mixed
+        options = {"document_ids": document_ids, "scale": scale, "window": window, "return_lse": return_lse}
+        return causal_attention(q, k, v, **options)
     _check(q, k, v, window)
     q, k, v = _cast(q, k, v)
     sizes = {"time": q.shape[1], "time_k": k.shape[1], "window": window}
@@ -103,8 +103,10 @@ def sighted_attention(
     )
     if q.is_cuda:
         options = {"sight": sight, "spans": spans, "document_ids": document_ids, "scale": scale, "window": window}
-        return sighted_cuda_attention(q, k, v, **options)
-    return blocked_attention(q, k, v, None, scale, None, spans, False)[0]
+        out, lse = sighted_cuda_attention(q, k, v, **options, return_lse=return_lse)
+    else:
+        out, lse = blocked_attention(q, k, v, None, scale, None, spans, return_lse)
+    return (out, lse) if return_lse else out
 
 
 def _decode(
