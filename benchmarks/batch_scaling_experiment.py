@@ -26,17 +26,25 @@ from grid import Curve, composed, index_of, loss_at, loss_of, lowest, rate_of, r
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from llm.scaling.rules import adam_eps, linear, none, sign, sqrt, variance
+from llm.config.pieces import piece_at
+from llm.scaling.momentum import equivalent_momentum
+from llm.scaling.rules import adam, adam_eps, linear, none, sign, sqrt, variance
 
 EXPERIMENT = "experiment=batch_scaling"
 PARTS = 4
 """Micro-batches per update in the run that measures the noise scale."""
 
 
-def rules(base: int, noise_scale: float) -> dict[str, Callable[[int], float]]:
-    """Return the rules that are compared, as functions of the batch alone."""
+def rules(base: int, noise_scale: float, optimizer: str) -> dict[str, Callable[[int], float]]:
+    """Return the rules that are compared, as functions of the batch alone; with momentum and, as of 0.1, without."""
     noisy = {"base_batch_tokens": base, "noise_scale": noise_scale}
+    node = composed([EXPERIMENT, f"optimizer={optimizer}"])["optimizer"]
+    own = {**noisy, "momentum": equivalent_momentum(piece_at(node["_target_"]), node)}
     return {
+        "adam, own momentum": partial(adam, **own, alignment=1.0),
+        "sign, own momentum": partial(sign, **own, alignment=1.0),
+        "variance, own momentum": partial(variance, **own),
+        "adam_eps, own momentum": partial(adam_eps, **own, alignment=1.0, eps_to_gradient=1.0),
         "none": partial(none, base_batch_tokens=base),
         "linear": partial(linear, base_batch_tokens=base),
         "sqrt": partial(sqrt, base_batch_tokens=base),
@@ -122,13 +130,42 @@ def study(arguments: argparse.Namespace, optimizer: str) -> dict[str, Any]:
         "best_lr": {b: [rate_of(i) for i, _ in by_seed.values()] for b, by_seed in sorted(best.items())},
         "best_loss": {b: [loss for _, loss in by_seed.values()] for b, by_seed in sorted(best.items())},
         "exponent": exponent(best),
-        "regret": {
-            name: {
-                b: regrets(curves[b], best, rule(b), arguments.base, b) for b in sorted(curves) if b != arguments.base
-            }
-            for name, rule in rules(arguments.base, noise_scale).items()
-        },
+        "regret": regrets_of_rules(curves, best, arguments.base, noise_scale, optimizer),
     }
+
+
+def regrets_of_rules(
+    curves: dict[int, dict[int, Curve]],
+    best: dict[int, dict[int, tuple[float, float]]],
+    base: int,
+    noise_scale: float,
+    optimizer: str,
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """Return the regret of every rule at every batch but the base."""
+    return {
+        name: {b: regrets(curves[b], best, rule(b), base, b) for b in sorted(curves) if b != base}
+        for name, rule in rules(base, noise_scale, optimizer).items()
+    }
+
+
+def judged_again(kept: dict[str, Any], base: int) -> dict[str, Any]:
+    """Return kept results with the regrets of today's rules, from the kept losses: no run is repeated."""
+    results = {}
+    for optimizer, found in kept.items():
+        curves = {
+            int(b): {int(s): {round(index_of(float(rate)), 6): x for rate, x in c.items()} for s, c in by.items()}
+            for b, by in found["curves"].items()
+        }
+        best = {b: {s: vertex(c) for s, c in by_seed.items()} for b, by_seed in curves.items()}
+        results[optimizer] = {
+            **found,
+            "curves": {
+                b: {s: {rate_of(i): x for i, x in c.items()} for s, c in by.items()} for b, by in curves.items()
+            },
+            **{key: {int(b): v for b, v in found[key].items()} for key in ("best_lr", "best_loss")},
+            "regret": regrets_of_rules(curves, best, base, found["noise_scale"], optimizer),
+        }
+    return results
 
 
 def exponent(best: dict[int, dict[int, tuple[float, float]]]) -> list[float]:
@@ -201,7 +238,7 @@ def picture(results: dict[str, Any], base: int, path: Path) -> None:
         image = axes.scatter(xs, ys, c=excess, cmap="viridis_r", vmin=0, vmax=0.3, s=60, zorder=2)
         start = statistics.geometric_mean(result["best_lr"][base])
         sizes = np.geomspace(min(xs), max(xs), 50)
-        for rule, scale in rules(base, result["noise_scale"]).items():
+        for rule, scale in rules(base, result["noise_scale"], name).items():
             axes.plot(sizes, [start * scale(round(b)) for b in sizes], label=rule, linewidth=1.2, zorder=1)
         means = [statistics.geometric_mean(v) for v in result["best_lr"].values()]
         spread = [
@@ -223,16 +260,27 @@ def picture(results: dict[str, Any], base: int, path: Path) -> None:
 def main() -> None:
     """Run what is missing, write table, plot and figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--out", type=Path, help="folder of the runs")
     parser.add_argument("--docs", type=Path, required=True, help="folder of table.md, rates.png and results.json")
     parser.add_argument("--optimizers", default="adamw,lion,muon,sgd")
     parser.add_argument("--batches", default="512,2048,8192,16384", type=lambda text: [int(b) for b in text.split(",")])
     parser.add_argument("--base", type=int, default=2048, help="batch that the rules predict from")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--recompute", action="store_true", help="judge the rules again from DOCS/results.json")
     parser.add_argument("override", nargs="*", help="further overrides for every run")
     arguments = parser.parse_args()
     arguments.docs.mkdir(parents=True, exist_ok=True)
-    results = {}
+    results: dict[str, Any] = {}
+    if arguments.recompute:
+        kept = json.loads((arguments.docs / "results.json").read_text())
+        results = judged_again(kept, arguments.base)
+        (arguments.docs / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (arguments.docs / "table.md").write_text(table(results, arguments.base))
+        picture(results, arguments.base, arguments.docs / "rates.png")
+        print(table(results, arguments.base))
+        return
+    if arguments.out is None:
+        parser.error("--out: needs a folder of runs")
     for optimizer in arguments.optimizers.split(","):
         results[optimizer] = study(arguments, optimizer)
         (arguments.docs / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -109,6 +109,19 @@ class AttentionGeometry:
     head_dim: int
 
 
+class MomentumWeights(NamedTuple):
+    """Weights of the newest gradient, of the one before, and the ratio of each later one: w₀, w₁, w₁r, w₁r², …"""
+
+    newest: float
+    previous: float
+    ratio: float
+
+    @classmethod
+    def of_average(cls, decay: float) -> "MomentumWeights":
+        """Return the weights of an exponential average."""
+        return cls(1 - decay, (1 - decay) * decay, decay)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerTraits:
     """Facts about an update rule that batch rules, width rules and statistics need before any optimizer exists.
@@ -117,6 +130,7 @@ class OptimizerTraits:
         update_family: what the size of a step depends on.
         has_relative_rates: whether `lr` is relative to the size of each tensor.
         orthogonalizes: whether matrices move along orthogonalised directions.
+        momentum_weights: settings of the factory -> the weights of past gradients in a step; None where unknown.
         update_norm: `(settings of the factory, rows, columns) -> spectral norm of a matrix's step at lr = 1`; None
             where steps are elementwise.
     """
@@ -124,6 +138,7 @@ class OptimizerTraits:
     update_family: UpdateFamily
     has_relative_rates: bool = False
     orthogonalizes: bool = False
+    momentum_weights: Callable[[Mapping[str, Any]], MomentumWeights] | None = None
     update_norm: Callable[[Mapping[str, Any], float, float], float] | None = None
 
 

@@ -17,6 +17,7 @@ from llm.ops.storageless import WithoutStorage
 from llm.scaling import rules
 from llm.scaling.batching import BatchRamp
 from llm.scaling.half_life import half_life_note, keep_half_life
+from llm.scaling.momentum import AUTO, momenta
 from llm.scaling.rates import Rates
 
 GROUPS = (
@@ -79,19 +80,42 @@ def build_model(cfg: Mapping[str, Any], vocab_size: int) -> Transformer:
     return _prepared_model(cfg, vocab_size)
 
 
-def module_factories(cfg: Mapping[str, Any], ramp: BatchRamp) -> dict[str, Any]:
-    """Return the optimizer, schedule and scaling factories with the rates that the optimizer's node states."""
-    optimizer = cfg["optimizer"]
+def module_factories(
+    cfg: Mapping[str, Any], ramp: BatchRamp, *, optimizer: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the optimizer, schedule and scaling factories with the rates that the optimizer's node states.
+
+    Args:
+        cfg: the run's configuration.
+        ramp: batches of the run.
+        optimizer: node of `retuned_optimizer`; None for that of the configuration.
+    """
+    optimizer = cfg["optimizer"] if optimizer is None else optimizer
     return {
         "optimizer": instantiate(optimizer),
         "lr": float(optimizer["lr"]),
         "weight_decay": float(optimizer["weight_decay"]),
         "schedule": _plain_partial(instantiate(cfg["schedule"])),
-        "scaling": _plain_partial(instantiate(cfg["scaling"])),
+        "scaling": _plain_partial(build_scaling(cfg)),
         "ramp": ramp,
         "rates": build_rates(cfg),
         "spikes": instantiate(cfg["spikes"]) if cfg.get("spikes") else None,
     }
+
+
+def build_scaling(cfg: Mapping[str, Any], *, noise_scale: float | None = None) -> Any:
+    """Build the batch rule, with the momentum of the optimizer in use where the rule has `momentum: auto`.
+
+    Args:
+        cfg: a configuration whose optimizer has the settings of the base batch.
+        noise_scale: takes the place of a noise scale that is not measured yet.
+    """
+    node = dict(cfg["scaling"])
+    if node.get("momentum") == AUTO:
+        optimizer, keeps = cfg["optimizer"], bool(cfg.get("keep_half_life"))
+        ratio = cfg["batch_tokens"] / node["base_batch_tokens"] if keeps else 1.0
+        node["momentum"] = momenta(piece_at(optimizer["_target_"]), optimizer, ratio=ratio, keeps_half_life=keeps)
+    return instantiate(node if noise_scale is None else node | {"noise_scale": noise_scale})
 
 
 def _plain_partial(piece: Any) -> Any:
@@ -103,7 +127,7 @@ def retuned_optimizer(cfg: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     """Return the optimizer's node for the batch of the run, and a note on its half-lives in tokens."""
     node, base = dict(cfg["optimizer"]), cfg["scaling"].get("base_batch_tokens")
     ratio = cfg["batch_tokens"] / base
-    lr_scale = instantiate(cfg["scaling"])(cfg["batch_tokens"])
+    lr_scale = build_scaling(cfg)(cfg["batch_tokens"])
     kept = keep_half_life(node, ratio=ratio, lr_scale=lr_scale) if cfg.get("keep_half_life") else node
     is_scaled = piece_at(cfg["scaling"]["_target_"]) is not rules.none or kept != node
     return kept, half_life_note(node, kept, ratio=ratio, lr_scale=lr_scale) if is_scaled else ""

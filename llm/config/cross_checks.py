@@ -14,6 +14,7 @@ from llm.config.build import (
     build_meta_model,
     build_objective,
     build_rates,
+    build_scaling,
     build_tokenizer,
 )
 from llm.config.conf import conf_folder
@@ -172,8 +173,7 @@ def _check_scaling(cfg: Mapping[str, Any]) -> None:
     ramp = batch_ramp(cfg)
     if needs_probe(cfg, ramp):
         _check_probe(cfg)
-        node["noise_scale"] = float(cfg["batch_tokens"])
-    scaling = instantiate(node)
+    scaling = build_scaling(cfg, noise_scale=float(cfg["batch_tokens"]) if needs_probe(cfg, ramp) else None)
     for _, _, batch_tokens in ramp.stages:
         scaling(batch_tokens)
 

@@ -39,6 +39,9 @@ LOGGERS = {
 
 ADDED_SETTINGS = {
     "llm.optim.muon.Muon": {"hyperball": False},
+    "llm.scaling.rules.adam_eps": {"momentum": None},
+    "llm.scaling.rules.sign": {"momentum": None},
+    "llm.scaling.rules.variance": {"momentum": None},
     "llm.optim.tiger.Tiger": {"min_rms_ratio": 0.0},
 }
 """`_target_` -> settings that version 0.1 did not have, with the values at which nothing changes."""

@@ -1,11 +1,11 @@
 """Lion: an optimizer that moves weights by the sign of an interpolated momentum."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from llm.contracts import OptimizerTraits, ParamGroup
+from llm.contracts import MomentumWeights, OptimizerTraits, ParamGroup
 from llm.optim.grouped_optimizer import GroupedOptimizer, gradients_of
 from llm.optim.idle_rows import row_axes
 from llm.optim.shard import ShardLayout, rows_to_watch
@@ -36,7 +36,7 @@ class Lion(GroupedOptimizer):
     Differs: `skip_idle_rows` is added; in the published rule an unused row moves by ±lr while its momentum is not 0.
     """
 
-    traits: ClassVar = OptimizerTraits(update_family="sign")
+    traits: ClassVar = OptimizerTraits(update_family="sign", momentum_weights=lambda settings: _weights(settings))
 
     def __init__(
         self,
@@ -82,3 +82,9 @@ class Lion(GroupedOptimizer):
             weight_decay=float(group["weight_decay"]),
             active=layout.active_elements(gradient, rows) if rows else None,
         )
+
+
+def _weights(settings: Mapping[str, Any]) -> MomentumWeights:
+    """Return the weights of past gradients in β1·m + (1−β1)·g, where m decays by β2."""
+    beta1, beta2 = settings["betas"]
+    return MomentumWeights(1 - beta1, beta1 * (1 - beta2), beta2)

@@ -23,7 +23,7 @@ from llm.optim.rank_shares import RankShares
 from llm.optim.row_normalization import balance_rows, row_moments
 from llm.optim.shard import ShardLayout
 from llm.optim.update_rules import apply_rule, apply_rule_to_shard, make_rule
-from llm.optim.update_scales import AUX_LR_SCALES, UPDATE_SCALES, update_norm
+from llm.optim.update_scales import AUX_LR_SCALES, UPDATE_SCALES, muon_weights, update_norm
 
 
 class Muon(GroupedOptimizer):
@@ -67,7 +67,9 @@ class Muon(GroupedOptimizer):
 
     _shares: RankShares | None = None  # ranks are not copied with an optimizer
 
-    traits: ClassVar = OptimizerTraits(update_family="orthogonal", orthogonalizes=True, update_norm=update_norm)
+    traits: ClassVar = OptimizerTraits(
+        update_family="orthogonal", orthogonalizes=True, momentum_weights=muon_weights, update_norm=update_norm
+    )
 
     def __init__(
         self,

@@ -76,8 +76,8 @@ class QueryKeyClip:
 
     def _blocks(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield views with one row per block, and the factors of these rows."""
-        if layouts := [self._layouts[id(p)] for p in group["params"] if id(p) in self._layouts]:
-            for layout in layouts:
+        if self._layouts:
+            for layout in (self._layouts[id(flat)] for flat in group["params"]):
                 for piece in layout.slices:
                     if (factors := self._factors.get(piece.name)) is not None:
                         for span in spans(piece, torch.Size(piece.shape).numel() // len(factors)):

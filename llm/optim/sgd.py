@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from llm.contracts import OptimizerTraits, ParamGroup
+from llm.contracts import MomentumWeights, OptimizerTraits, ParamGroup
 from llm.optim import foreach
 from llm.optim.checks import in_range
 from llm.optim.grouped_optimizer import GroupedOptimizer, descend, gradients_of, slabs
@@ -29,7 +29,9 @@ class SGD(GroupedOptimizer):
         the importance of initialization and momentum in deep learning", eqs. 1 and 2, with lr outside of the momentum.
     """
 
-    traits: ClassVar = OptimizerTraits(update_family="gradient")
+    traits: ClassVar = OptimizerTraits(
+        update_family="gradient", momentum_weights=lambda settings: MomentumWeights.of_average(settings["momentum"])
+    )
     is_elementwise: ClassVar = True
 
     def __init__(self, params: list[ParamGroup], *, lr: float, weight_decay: float, momentum: float) -> None:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from llm.contracts import OptimizerTraits, ParamGroup
+from llm.contracts import MomentumWeights, OptimizerTraits, ParamGroup
 from llm.errors import ConfigError
 from llm.optim import foreach
 from llm.optim.checks import in_range, one_of
@@ -57,7 +57,11 @@ class Tiger(GroupedOptimizer):
         momentum moves an unused row).
     """
 
-    traits: ClassVar = OptimizerTraits(update_family="sign", has_relative_rates=True)
+    traits: ClassVar = OptimizerTraits(
+        update_family="sign",
+        has_relative_rates=True,
+        momentum_weights=lambda settings: MomentumWeights.of_average(settings["beta"]),
+    )
 
     def __init__(
         self,

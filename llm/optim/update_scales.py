@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from llm.contracts import MomentumWeights
+
 
 def _match_adamw(rows: float, columns: float) -> float:
     return 0.2 * max(rows, columns) ** 0.5
@@ -26,6 +28,15 @@ Matched updates take AdamW's own rates. The usual rate of spectral ones is 0.02,
 it was tuned, 4e-3; the relative steps of `hyperball` take about 0.03. Lion's rates are about a fifth of AdamW's,
 because its steps have unit size.
 """
+
+
+def muon_weights(settings: Mapping[str, Any]) -> MomentumWeights:
+    """Return the weights of past gradients in what Muon orthogonalises; Nesterov adds the newest gradient again."""
+    decay = settings["momentum"]
+    average = MomentumWeights.of_average(decay)
+    if not settings["nesterov"]:
+        return average
+    return MomentumWeights(1 - decay**2, decay * average.previous, decay)
 
 
 def update_norm(settings: Mapping[str, Any], rows: float, columns: float) -> float:

@@ -3,14 +3,22 @@
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from llm.contracts import HasTraits, OptimizerTraits, UpdateFamily
+from llm.contracts import HasTraits, MomentumWeights, OptimizerTraits, UpdateFamily
 from llm.scaling.derivation import rule_of_factory
 
 TORCH_TRAITS: Mapping[str, OptimizerTraits] = {
-    "SGD": OptimizerTraits(update_family="gradient"),
-    **dict.fromkeys(
-        ("Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad"), OptimizerTraits(update_family="adaptive")
+    "SGD": OptimizerTraits(
+        update_family="gradient",
+        momentum_weights=lambda settings: MomentumWeights.of_average(settings.get("momentum", 0.0)),
     ),
+    **dict.fromkeys(
+        ("Adam", "AdamW", "NAdam", "RAdam"),
+        OptimizerTraits(
+            update_family="adaptive",
+            momentum_weights=lambda settings: MomentumWeights.of_average(settings.get("betas", (0.9, 0.999))[0]),
+        ),
+    ),
+    **dict.fromkeys(("RMSprop", "Adagrad"), OptimizerTraits(update_family="adaptive")),
 }
 """Traits of torch's optimizers by class name; an optimizer of this project states its own in `traits`."""
 
@@ -22,12 +30,13 @@ SUITS: Mapping[str, tuple[tuple[UpdateFamily, ...], str]] = {
     "variance": (("gradient", "orthogonal"), "it describes the best step along the gradient itself"),
     "sqrt": (("adaptive", "sign", "orthogonal"), "a step along the gradient itself grows in proportion to the batch"),
     "sign": (("adaptive", "sign", "orthogonal"), "a step along the gradient itself grows in proportion to the batch"),
+    "adam": (("adaptive",), "only a rule that divides by the root mean square of noisy gradients follows it"),
     "adam_eps": (("adaptive",), "only a rule that divides by the gradient's size has such an eps"),
 }
 """For each rule, the families of optimizers that it suits, and the reason why it does not suit the others. The rule
-`variance` suits orthogonal steps by measurement; all other entries follow from the derivation of the rule."""
+`variance` suits orthogonal steps by measurement, with momentum=null; all other entries follow from the derivation."""
 
-INSTEAD: Mapping[UpdateFamily, str] = {"gradient": "none", "adaptive": "sqrt", "sign": "sqrt", "orthogonal": "variance"}
+INSTEAD: Mapping[UpdateFamily, str] = {"gradient": "none", "adaptive": "sqrt", "sign": "sqrt", "orthogonal": "sqrt"}
 """The rule that the warning recommends for each family. It suits the family, and its regret in docs/scaling.md is
 smaller than that of each rule that causes a warning."""
 

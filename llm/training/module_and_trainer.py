@@ -44,7 +44,7 @@ def build_module(checked: CheckedConfig, model: Transformer, tokenizer: Any) -> 
         model=model,
         objective=build_objective(checked.tree, vocab_size=model.vocab_size, bos_id=tokenizer.bos_id),
         seed=run.seed,
-        **module_factories({**checked.tree, "optimizer": optimizer}, sizes.ramp),
+        **module_factories(checked.tree, sizes.ramp, optimizer=optimizer),
         half_life_note=note,
         batch_tokens=run.batch_tokens,
         context_length=run.context_length,
