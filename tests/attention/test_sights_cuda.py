@@ -24,10 +24,11 @@ def options(sight, time, documents):
     return {"positions": positions, "document_ids": ids, "window": None}
 
 
-def on_cuda(q, k, v, sight, given):
+def on_cuda(q, k, v, sight, given, return_lse=False):
     spans = key_spans(sight, time=q.shape[1], time_k=k.shape[1], **given)
     kept = {name: given[name] for name in ("document_ids", "window")}
-    return cuda.sighted_cuda_attention(q, k, v, sight=sight, spans=spans, scale=0.25, **kept)
+    out, lse = cuda.sighted_cuda_attention(q, k, v, sight=sight, spans=spans, scale=0.25, **kept, return_lse=return_lse)
+    return (out, lse) if return_lse else out
 
 
 def dense_flex():
@@ -41,9 +42,14 @@ def dense_flex():
             ]
         )
 
-    def attend(q, k, v, *, block_mask, scale, enable_gqa):
+    def attend(q, k, v, *, block_mask, scale, enable_gqa, return_lse):
         mask = block_mask[:, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+        if not return_lse:
+            return out
+        keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = (q @ keys.mT * scale).masked_fill(~mask, -torch.inf)
+        return out, scores.logsumexp(-1)
 
     return attend, build_mask
 
@@ -56,6 +62,10 @@ def test_flex_attention_reads_the_spans(sight, documents, monkeypatch):
     given = options(sight, 32, documents)
     expected = reference_attention(q, k, v, sight=sight, scale=0.25, **given)
     torch.testing.assert_close(on_cuda(q, k, v, sight, given), expected, atol=1e-5, rtol=1e-4)
+    out, lse = on_cuda(q, k, v, sight, given, return_lse=True)
+    _, expected_lse = reference_attention(q, k, v, sight=sight, scale=0.25, **given, return_lse=True)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-4)
 
 
 def test_whole_rows_take_sdpa_without_a_mask_and_documents_a_two_sided_window(monkeypatch):
