@@ -17,7 +17,7 @@ from llm.ops.storageless import WithoutStorage
 from llm.scaling import rules
 from llm.scaling.batching import BatchRamp
 from llm.scaling.half_life import half_life_note, keep_half_life
-from llm.scaling.momentum import AUTO, momenta
+from llm.scaling.momentum import momenta
 from llm.scaling.rates import Rates
 
 GROUPS = (
@@ -111,7 +111,7 @@ def build_scaling(cfg: Mapping[str, Any], *, noise_scale: float | None = None) -
         noise_scale: takes the place of a noise scale that is not measured yet.
     """
     node = dict(cfg["scaling"])
-    if node.get("momentum") == AUTO:
+    if node.get("momentum") == rules.AUTO:
         optimizer, keeps = cfg["optimizer"], bool(cfg.get("keep_half_life"))
         ratio = cfg["batch_tokens"] / node["base_batch_tokens"] if keeps else 1.0
         node["momentum"] = momenta(piece_at(optimizer["_target_"]), optimizer, ratio=ratio, keeps_half_life=keeps)

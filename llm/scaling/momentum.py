@@ -7,14 +7,6 @@ from llm.errors import ConfigError
 from llm.scaling.half_life import keep_half_life
 from llm.scaling.suitability import traits_of
 
-AUTO = "auto"
-"""Value of `scaling.momentum` that takes the momentum of the optimizer in use."""
-
-
-def noise_share(momentum: float) -> float:
-    """Return c = (1 − β)/(1 + β): the sum of the squared weights of an exponential average."""
-    return (1 - momentum) / (1 + momentum)
-
 
 def equivalent_momentum(optimizer: Any, settings: Mapping[str, Any]) -> float:
     """Return the β of an exponential average that leaves as much noise as the optimizer's own momentum.

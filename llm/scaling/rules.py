@@ -21,9 +21,10 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from llm.errors import ConfigError
-from llm.scaling.momentum import AUTO, noise_share
 
 NoiseScale = float | Literal["measured"]
+AUTO = "auto"
+"""Value of `scaling.momentum` that takes the momentum of the optimizer in use; see `llm.scaling.momentum`."""
 Momentum = float | Sequence[float] | Literal["auto"] | None
 """Decay rate β of the optimizer's momentum; two where `keep_half_life` changes it: at the run's batch, and at the base.
 `auto` takes that of the optimizer in use, and None leaves momentum out, c = 1."""
@@ -224,6 +225,11 @@ def _noise_shares(momentum: Momentum) -> tuple[float, float]:
             f"scaling.momentum={momentum}: must be a decay rate in [0, 1), auto, or null; 0.9 is AdamW's beta1"
         )
     return noise_share(both[0]), noise_share(both[1])
+
+
+def noise_share(momentum: float) -> float:
+    """Return c = (1 − β)/(1 + β): the sum of the squared weights of an exponential average."""
+    return (1 - momentum) / (1 + momentum)
 
 
 def check_noise_scale(noise_scale: object) -> float | None:

@@ -15,8 +15,8 @@ from llm.optim.lion import Lion
 from llm.optim.muon import Muon
 from llm.optim.sgd import SGD
 from llm.optim.tiger import Tiger
-from llm.scaling.momentum import equivalent_momentum, noise_share
-from llm.scaling.rules import adam, adam_eps, linear, none, sign, sqrt, variance
+from llm.scaling.momentum import equivalent_momentum
+from llm.scaling.rules import adam, adam_eps, linear, noise_share, none, sign, sqrt, variance
 
 RULES = {
     "none": none,
