@@ -153,7 +153,7 @@ def judged_again(kept: dict[str, Any], base: int) -> dict[str, Any]:
     results = {}
     for optimizer, found in kept.items():
         curves = {
-            int(b): {int(s): {round(index_of(float(rate)), 6): x for rate, x in c.items()} for s, c in by.items()}
+            int(b): {int(s): {round(index_of(float(rate))): x for rate, x in c.items()} for s, c in by.items()}
             for b, by in found["curves"].items()
         }
         best = {b: {s: vertex(c) for s, c in by_seed.items()} for b, by_seed in curves.items()}

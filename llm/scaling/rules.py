@@ -18,7 +18,7 @@ Source of the momentum: Su, kexue.fm/archives/11260, 11280, 11285 and 11301.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from llm.errors import ConfigError
 
@@ -219,7 +219,9 @@ def _noise_shares(momentum: Momentum) -> tuple[float, float]:
     """Return c at the batch of the run and at the base; 1 where momentum is left out, or not known yet at the base."""
     if momentum is None or momentum == AUTO:
         return 1.0, 1.0
-    both = list(momentum) if isinstance(momentum, Sequence) and not isinstance(momentum, str) else [momentum] * 2
+    both: list[Any] = (
+        list(momentum) if isinstance(momentum, Sequence) and not isinstance(momentum, str) else [momentum] * 2
+    )
     if len(both) != 2 or not all(isinstance(b, int | float) and not isinstance(b, bool) and 0 <= b < 1 for b in both):
         raise ConfigError(
             f"scaling.momentum={momentum}: must be a decay rate in [0, 1), auto, or null; 0.9 is AdamW's beta1"
