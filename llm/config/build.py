@@ -90,11 +90,11 @@ def module_factories(
         ramp: batches of the run.
         optimizer: node of `retuned_optimizer`; None for that of the configuration.
     """
-    optimizer = cfg["optimizer"] if optimizer is None else optimizer
+    node = cfg["optimizer"] if optimizer is None else optimizer
     return {
-        "optimizer": instantiate(optimizer),
-        "lr": float(optimizer["lr"]),
-        "weight_decay": float(optimizer["weight_decay"]),
+        "optimizer": instantiate(node),
+        "lr": float(node["lr"]),
+        "weight_decay": float(node["weight_decay"]),
         "schedule": _plain_partial(instantiate(cfg["schedule"])),
         "scaling": _plain_partial(build_scaling(cfg)),
         "ramp": ramp,
