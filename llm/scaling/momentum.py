@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm.errors import ConfigError
+from llm.scaling.derivation import rule_of_factory
 from llm.scaling.half_life import keep_half_life
 from llm.scaling.suitability import traits_of
 
@@ -27,7 +28,7 @@ def equivalent_momentum(optimizer: Any, settings: Mapping[str, Any]) -> float:
     traits = traits_of(optimizer)
     if traits is None or traits.momentum_weights is None:
         raise ConfigError(
-            f"scaling.momentum=auto: the momentum of {getattr(optimizer, '__name__', optimizer)} is unknown; set "
+            f"scaling.momentum=auto: the momentum of {rule_of_factory(optimizer)[0].__name__} is unknown; set "
             "scaling.momentum to the decay rate of its momentum, or null for none"
         )
     newest, previous, ratio = traits.momentum_weights(settings)
