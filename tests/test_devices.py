@@ -24,8 +24,10 @@ VOCAB = 61
 SMALL = ("model.d_model=64", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2", "model.ffn.d_ff=96")
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Relative error of a gradient after two layers: about twenty roundings of 2^-24 or 2^-8, and a margin for sums."""
-CASES = [(*pair, dtype) for pair in VALID_PAIRS for dtype in ([torch.float32] if pair[0] == "vq" else ROUNDING)]
-"""VQ is compared in fp32 only, because a key rounded to bf16 may be nearest to another code."""
+IN_FP32 = ("vq", "delta")
+CASES = [(*pair, dtype) for pair in VALID_PAIRS for dtype in ([torch.float32] if pair[0] in IN_FP32 else ROUNDING)]
+"""VQ is compared in fp32 only, because a key rounded to bf16 may be nearest to another code. Delta divides each output
+by its length, which is near 0 where a document's first query and key are nearly orthogonal."""
 
 
 def loss_and_gradients(model, device, dtype):
@@ -67,6 +69,16 @@ def test_a_model_of_every_attention_and_position_equals_its_definition_in_fp64(
     choice = [f"model/attention={attention}", f"model/position={position}"]
     train_length = ["model.position.train_length=40"] if position == "inv_leaky" else []
     assert_same_to_rounding(build_model(composed(*SMALL, *choice, *train_length), VOCAB), device, dtype)
+
+
+@on_each_device
+@pytest.mark.parametrize("gate", ["head", "channel"])
+def test_delta_in_bf16_equals_its_definition_where_no_output_is_near_zero(composed, device, gate):
+    choice = ["model/attention=delta", "model/position=none", f"model.attention.gate={gate}"]
+    model = build_model(composed(*SMALL, *choice), VOCAB)
+    for block in model.blocks():
+        block.attention.out_norm.eps = 1e-3  # an output's length is at least 0.03, in both
+    assert_same_to_rounding(model, device, torch.bfloat16)
 
 
 @on_each_device

@@ -88,13 +88,14 @@ def test_every_optimizer_updates_every_parameter_of_every_piece(composed, tiny, 
         model, factories = build_model(cfg, vocab_size=64), module_factories(cfg, batch_ramp(cfg))
         rating = {key: factories[key] for key in ("rates", "optimizer", "lr", "weight_decay")}
         stepper = factories["optimizer"](rated_groups(model, **rating))
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        before, moved = {name: p.detach().clone() for name, p in model.named_parameters()}, set()
         for _ in range(2):
             out = model(ids, **places)
             (model.loss(out.hidden, ids.roll(-1, 1)) + sum(out.losses.values())).backward()
             reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
             stepper.step()
             stepper.zero_grad()
+            moved |= {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         for name, parameter in model.named_parameters():
             assert torch.isfinite(parameter).all(), (choice, name)
-            assert name not in reached or not torch.equal(parameter, before[name]), (choice, name)
+            assert name not in reached or name in moved, (choice, name)  # two signed steps may return a bias to 0

@@ -21,6 +21,7 @@ from llm.commands.compose import (
     raise_with_others,
 )
 from llm.commands.config_groups import keys_set_by
+from llm.commands.console import print_own_lines
 from llm.commands.newest_run import folder_to_resume
 from llm.commands.signals import CommandStoppedError
 from llm.config.files import load
@@ -110,6 +111,7 @@ def _run_in_folder(cfg: DictConfig, line: CommandLine, work: Callable[[], float 
     folder = Path(cfg.hydra.run.dir).absolute()
 
     def job(_: DictConfig) -> float | None:
+        print_own_lines()  # Hydra has configured the log by now
         try:
             return work()
         except SystemExit as error:  # Hydra's callbacks are called for exceptions alone

@@ -52,7 +52,8 @@ def test_the_scalars_of_products_are_those_of_the_first_updates(composed, tiny, 
 
     monkeypatch.setattr(LanguageModule, "optimizer_step", step)
     # a dispatch mode sees its own thread only
-    monkeypatch.setattr("llm.optim.muon.side_by_side", lambda function, pieces: [function(piece) for piece in pieces])
+    one_by_one = lambda function, pieces: [function(piece) for piece in pieces]  # noqa: E731
+    monkeypatch.setattr("llm.optim.matrix_stacks.side_by_side", one_by_one)
     muon = ("optimizer.matmul_dtype=bfloat16",) if "optimizer=muon" in overrides else ()
     wide = ("model.d_model=128", "model.ffn.d_ff=128")  # Muon iterates large matrices one by one
     base = [*tiny, *wide, "max_steps=6", "val_every=6", "trainer.precision=bf16-mixed"]
