@@ -14,7 +14,7 @@ from llm.ops.kernel_choice import DEFAULT, KERNELS, NAMES, current, given_kernel
 from llm.ops.tuning import CACHE, Operation, fastest, remember, remembered
 from llm.training import kernel_timing
 from llm.training.kernel_timing import decided_kernels
-from llm.training.timed_operations import Workload, operations_of, workload_of
+from llm.training.timed_operations import Workload, operations_of, whole_layers, workload_of
 from llm.training.train import train
 
 WORKLOAD = Workload(
@@ -96,6 +96,25 @@ def test_each_operation_has_the_default_first_and_candidates_that_run():
         assert next(iter(operation.candidates)) == getattr(DEFAULT, operation.name)
         for call in operation.candidates.values():
             call()
+    assert current() == DEFAULT
+
+
+@pytest.mark.parametrize("fastest_layers", ["mkl", "mixed"])
+def test_products_of_both_libraries_give_way_to_mkl_where_it_trains_layers_faster(
+    monkeypatch, fastest_layers, tmp_path
+):
+    winners = {"product_forward": "onednn", "product_grad_input": "mkl", "product_grad_weight": "mkl"}
+    monkeypatch.setattr(kernel_timing, "measure", lambda operations: dict(winners))
+    monkeypatch.setattr(kernel_timing, "fastest", lambda operation: fastest_layers)
+    found = kernel_timing._measured(WORKLOAD, {}, tmp_path)
+    assert found["product_forward"] == ("mkl" if fastest_layers == "mkl" else "onednn")
+
+
+def test_whole_layers_run_with_each_choice():
+    operation = whole_layers(WORKLOAD, {"product_forward": "onednn", "product_grad_weight": "mkl"})
+    assert list(operation.candidates) == ["mixed", "mkl"]
+    for call in operation.candidates.values():
+        call()
     assert current() == DEFAULT
 
 

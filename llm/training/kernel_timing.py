@@ -14,9 +14,9 @@ from llm.distributed.rendezvous import agree
 from llm.model.transformer import Transformer
 from llm.ops.kernel_choice import DEFAULT, KernelChoice, given_kernels
 from llm.ops.products import HAS_ONEDNN
-from llm.ops.tuning import measure, remember, remembered
+from llm.ops.tuning import fastest, measure, remember, remembered
 from llm.training.compilation import CompiledDecoder, pays_to_compile
-from llm.training.timed_operations import Workload, operations_of
+from llm.training.timed_operations import ALL_MKL, Workload, operations_of, whole_layers
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,9 @@ def _measured(workload: Workload, given: dict[str, Any], cache: Path) -> dict[st
     how = "measured before on this machine"
     if winners is None:
         winners = measure([operation for operation in operations_of(workload) if operation.name not in given])
+        products = {winners.get(name) for name in ALL_MKL}
+        if products == {"onednn", "mkl"} and fastest(whole_layers(workload, winners)) == "mkl":
+            winners |= ALL_MKL
         how = f"measured in {time.perf_counter() - began:.1f} s"
         if not given:
             remember(cache, workload, winners)

@@ -1,6 +1,6 @@
 """The operations of a run that have several kernels on a CPU, at the sizes of the run, ready to be timed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,8 @@ from llm.config.pieces import piece_at
 from llm.model.attention.kernels import causal_attention
 from llm.model.attention.softmax import SoftmaxAttention
 from llm.model.transformer import Transformer
-from llm.ops.kernel_choice import DEFAULT, NAMES, NEVER, using
+from llm.ops.kernel_choice import DEFAULT, NAMES, NEVER, KernelChoice, using
+from llm.ops.linear_layer import linear_product
 from llm.ops.precision import cpu_multiplies_bf16
 from llm.ops.products import HAS_ONEDNN, onednn_product
 from llm.ops.tuning import Operation
@@ -25,6 +26,8 @@ TIMED_PRODUCT = 1 << 26
 """Multiplications of a timed product at most: a few milliseconds."""
 TIMED_TOKENS = 1024
 """Tokens of a timed attention at most; at least one window."""
+ALL_MKL = {name: "mkl" for name in NAMES if name.startswith("product_") and name != "product_reading"}
+"""The choice of MKL for each product of training."""
 DOCUMENT = 300
 """Mean tokens per document in a timed attention with documents."""
 
@@ -102,6 +105,27 @@ def _products(workload: Workload) -> Iterator[Operation]:
 def _multiply(product: Callable[[Tensor, Tensor], Tensor], operands: list[tuple[Tensor, Tensor]]) -> None:
     for a, b in operands:
         product(a, b)
+
+
+def whole_layers(workload: Workload, mixed: Mapping[str, Any]) -> Operation:
+    """Return the linear layers of a decoder, forward and backward, with products of both libraries or of MKL alone.
+
+    A layer whose products are all MKL's is torch's own function, with no operator around it.
+    """
+    layers = []
+    for outputs, inputs in workload.matrices:
+        rows = min(max(64, TIMED_PRODUCT // (inputs * outputs)), workload.windows * workload.context_length)
+        shapes = ((rows, inputs), (outputs, inputs))
+        layers.append(tuple(torch.randn(shape, requires_grad=True) for shape in shapes))
+    kernels = {name: replace(DEFAULT, **dict(mixed) | library) for name, library in (("mixed", {}), ("mkl", ALL_MKL))}
+    return Operation(name="layers", candidates={n: partial(_train_layers, layers, k) for n, k in kernels.items()})
+
+
+def _train_layers(layers: list[tuple[Tensor, ...]], kernels: KernelChoice) -> None:
+    with using(kernels), torch.enable_grad():
+        for x, weight in layers:
+            y = linear_product(x, weight)
+            torch.autograd.grad(y, (x, weight), y.detach())
 
 
 def _mkl(a: Tensor, b: Tensor) -> Tensor:
