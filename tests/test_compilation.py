@@ -1,6 +1,7 @@
 """`compile=auto` on a CPU: the run's length against the time that a compilation takes on this machine."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,15 @@ from llm.config.check import check
 from llm.ops.kernel_choice import KERNELS
 from llm.ops.tuning import remembered
 from llm.training import compilation, kernel_timing
-from llm.training.compilation import GAIN, GRAPHS, UNKNOWN_SECONDS, UTILIZATION, CompileClock, CompiledDecoder
+from llm.training.compilation import (
+    GAIN,
+    GRAPHS,
+    UNKNOWN_SECONDS,
+    UTILIZATION,
+    CompileClock,
+    CompiledDecoder,
+    keep_code_by_machine,
+)
 from llm.training.module import LanguageModule
 from llm.training.train import train
 
@@ -53,6 +62,19 @@ def test_a_ramp_or_a_missing_compiler_keeps_a_run_eager(pays, monkeypatch):
     assert not pays(1e9, *ramp)[0]
     monkeypatch.setattr(compilation, "has_compiler", lambda: False)
     assert not pays(1e9)[0]
+
+
+def test_compiled_code_is_kept_apart_by_instruction_set(tmp_path, monkeypatch):
+    folders = []
+    for isa in ("AVX2", "AVX512_CORE"):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+        keep_code_by_machine(tmp_path)
+        folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folders[0] != folders[1]
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "own")
+    keep_code_by_machine(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "own"
 
 
 def test_a_compiled_run_is_recorded_and_its_resumption_is_compiled_too(composed, tiny, tmp_path, monkeypatch):

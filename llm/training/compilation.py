@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from llm.config.checked import CheckedConfig
 from llm.model.transformer import Transformer
 from llm.ops.flops import measured_matmul_flops
-from llm.ops.tuning import remember, remembered
+from llm.ops.tuning import machine_key, remember, remembered
 from llm.training.timed_operations import Workload, workload_of
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,15 @@ def pays_to_compile(checked: CheckedConfig, decoder: CompiledDecoder, *, flops: 
         return False
     log.info("compile      on, for a run of about %.0f min; compile=false turns it off", seconds / 60)
     return True
+
+
+def keep_code_by_machine(cache: Path) -> None:
+    """Make torch.compile store this machine's code apart from that of others, unless the environment names a folder.
+
+    Its cache does not tell instruction sets apart: code of AVX-512 that ran under AVX2, and the reverse, returned NaN
+    and corrupted memory.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "compiled" / machine_key()))
 
 
 def has_compiler() -> bool:
