@@ -29,7 +29,6 @@ class KernelChoice:
             differ.
         muon_bf16_from: smaller side of a matrix from which `optimizer.matmul_dtype=auto` multiplies in bf16 on a CPU
             that does so in hardware.
-        graph: whether torch.compile runs the decoder on a CPU under `compile=auto`.
     """
 
     product_forward: Product = "onednn"
@@ -39,10 +38,9 @@ class KernelChoice:
     attention: Literal["blocked", "sdpa"] = "blocked"
     short_row: int = 512
     muon_bf16_from: int = 0
-    graph: Literal["eager", "compiled"] = "eager"
 
 
-NAMES = tuple(field.name for field in fields(KernelChoice) if field.name != "graph")  # the key `compile` sets it
+NAMES = tuple(field.name for field in fields(KernelChoice))
 DEFAULT = KernelChoice()
 """The kernels of a run that measures nothing; tests compare each with the operation's definition."""
 

@@ -15,8 +15,7 @@ from llm.model.transformer import Transformer
 from llm.ops.kernel_choice import DEFAULT, KernelChoice, given_kernels
 from llm.ops.products import HAS_ONEDNN
 from llm.ops.tuning import fastest, measure, remember, remembered
-from llm.training.compilation import CompiledDecoder, pays_to_compile
-from llm.training.timed_operations import ALL_MKL, Workload, operations_of, whole_layers
+from llm.training.timed_operations import ALL_MKL, Workload, operations_of, whole_layers, workload_of
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +44,8 @@ def decided_kernels(
             another kernel sums in another order.
     """
     known = {field.name for field in fields(KernelChoice)}
-    decides = checked.run.compile == "auto"
     if recorded is not None:
-        kept = KernelChoice(**{name: value for name, value in recorded.items() if name in known})
-        return _available(kept if decides else replace(kept, graph="eager"))
+        return _available(KernelChoice(**{name: value for name, value in recorded.items() if name in known}))
     given = given_kernels(checked.run.kernels)
     flops = flops_per_token * checked.sizes.ramp.tokens_seen(checked.sizes.total_steps)
     is_short = flops < WORTHWHILE_FLOPS
@@ -56,11 +53,7 @@ def decided_kernels(
         return _available(replace(DEFAULT, **given))
     launch, found = find_launch(), ""
     if launch is None or launch.rank == 0:
-        decoder = CompiledDecoder.of(checked, model)
-        winners = _measured(decoder.workload, given, cache)
-        if decides and pays_to_compile(checked, decoder, flops=flops / checked.sizes.world_size, cache=cache):
-            winners["graph"] = "compiled"
-        found = json.dumps(winners)
+        found = json.dumps(_measured(workload_of(checked, model), given, cache))
     if launch is not None:
         found = agree(found, launch, about=f"kernels of {folder}")
     return replace(DEFAULT, **json.loads(found))

@@ -1,6 +1,5 @@
 """Builds the LightningModule and the Trainer of a run."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 
 from llm.callbacks.checkpoint_io import FolderCheckpointIO
 from llm.config.build import (
@@ -63,7 +62,6 @@ def build_run_trainer(
     checked: CheckedConfig,
     folder: RunFolder,
     kernels: KernelChoice,
-    clocks: Sequence[Callback] = (),
     *,
     backbone: Path | None = None,
 ) -> L.Trainer:
@@ -73,7 +71,6 @@ def build_run_trainer(
         checked: the configuration.
         folder: the run folder.
         kernels: the kernels of the run.
-        clocks: callbacks beside those of the configuration.
         backbone: the folder of the frozen weights of an adapted run; None where all weights are saved.
     """
     tree, run, sizes = checked.tree, checked.run, checked.sizes
@@ -107,7 +104,7 @@ def build_run_trainer(
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),  # not Lightning's own
-        callbacks=[*callbacks, *clocks, *build_averaging(tree)],  # averaging sees an update's end last
+        callbacks=[*callbacks, *build_averaging(tree)],  # averaging sees an update's end last
         logger=build_loggers(tree, **supplied),
         plugins=[FolderCheckpointIO(manifest=manifest), *own_environment()],
     )

@@ -27,7 +27,6 @@ from llm.run_folder.checkpoint_files import WEIGHTS_ONLY, list_checkpoints, read
 from llm.run_folder.folder import RunFolder
 from llm.run_folder.rollback import read_rollbacks, roll_back
 from llm.training.announce import announce, announce_result
-from llm.training.compilation import CompileClock, CompiledDecoder, keep_code_by_machine
 from llm.training.forced_exit import ended_by_second_signal, kill_workers_at_exit
 from llm.training.kernel_timing import decided_kernels
 from llm.training.limits import check_open_files, check_shared_memory, limit_error
@@ -110,14 +109,8 @@ def _train_until_spike(checked: CheckedConfig, folder: RunFolder) -> CheckedConf
     folder.update({KERNELS: asdict(kernels)})
     if module.objective.is_bound:
         folder.update({"bound": True, "bound_samples": 1})
-    if checked.sizes.accelerator == "cpu":
-        keep_code_by_machine(data.options.cache_dir)
-    clocks = []
-    if kernels.graph == "compiled":
-        module.compile_model()
-        clocks = [CompileClock(decoder=CompiledDecoder.of(checked, model), cache=data.options.cache_dir)]
     backbone = source if checked.tree.get("adapt") else None
-    trainer = build_run_trainer(checked, folder, kernels, clocks, backbone=backbone)
+    trainer = build_run_trainer(checked, folder, kernels, backbone=backbone)
     announce(checked, folder, module, data)
     with using(kernels):
         is_over = _fit(checked, folder, trainer, module, data, checkpoint)
