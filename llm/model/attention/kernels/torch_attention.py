@@ -18,7 +18,7 @@ MASKED_UP_TO = 512
 def can_use_sdpa(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, return_lse: bool) -> bool:
     """Return whether torch's kernel can compute these rows eagerly, without a matrix of all scores for long ones.
 
-    Traced code never uses it: under emulated AVX2 compiled runs of torch 2.13 with it failed, and without it did not.
+    Traced code never uses it: compiled runs with it have returned NaN on a CPU (torch 2.13, emulated AVX2).
     """
     is_whole = q.shape[1] == k.shape[1] and window is None and not return_lse
     is_flash = q.dtype in FLASH_DTYPES and q.shape[-1] == v.shape[-1]
